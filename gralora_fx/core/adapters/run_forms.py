@@ -145,7 +145,9 @@ def in_form(flat: fx.GraphModule, form: RunForm, traced: TracedModel) -> Counted
 
 
 def texts_of(positions: Tensor) -> Tensor:
-    """Number the texts in each row from 1 on: a text starts where positions do not continue, as in transformers.
+    """Return the number of each token's text in its row, from 1 on; a text starts where positions do not continue.
+
+    This is how transformers tells texts apart.
 
     Args:
         positions: `[batch, length]`.

@@ -1,1 +1,1 @@
-"""Tracing of models to `TracedModel`: capture, example inputs, and the mode of a traced graph."""
+"""Traces models to `TracedModel`: example inputs, capture, and the modes of a traced graph."""

@@ -1,4 +1,4 @@
-"""A traced graph as a transformers model: with its class's name, its inputs in `forward`, and `generate`."""
+"""A traced graph as a transformers model, with the class's name, its inputs in `forward`, and `generate`."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ _UNSUPPORTED = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementa
 
 @dataclass(frozen=True)
 class Viewed:
-    """What a view shows: a traced model, or one with adapters.
+    """The callbacks of a view, over a traced model or one with adapters.
 
     Attributes:
         traced: Returns the traced model.
         run: Runs the graph; called like the model.
         parameters: Returns the parameters that `run` reads, by the names of the source model.
-        assign: Takes a generation configuration that is assigned to the view.
-        run_to_head: Runs the graph up to the language model's head, whose input it returns as `last_hidden_state`.
-        replace_forward: Takes a function that is assigned to the view's `forward`, to run in its place.
-        starts: Returns from which column of prompts' ids on adapters act, given these and the names of rows' adapters,
-            for all steps of `generate`; None for adapters that act everywhere.
+        assign: Receives a generation configuration that is assigned to the view.
+        run_to_head: Runs the graph up to the language model's head, and returns the head's input as
+            `last_hidden_state`.
+        replace_forward: Receives a function that is assigned to the view's `forward`, to run in its place.
+        starts: Returns the column of each prompt from which adapters act, given the prompts' ids and the adapter of
+            each row, for all steps of `generate`; None for adapters that act on all tokens.
     """
 
     traced: Callable[[], Traced]
@@ -63,7 +64,7 @@ class Viewed:
 
 
 class _ToHead(nn.Module):
-    """The model without its head, as `base_model` of a transformers model is."""
+    """The model without its head, as a transformers model's `base_model`."""
 
     def __init__(self, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
     """A view of a traced graph with the attributes of a transformers model; it owns no parameters.
 
     Args:
-        viewed: What it is a view of.
+        viewed: The callbacks.
 
     Attributes:
         model_tags: Tags for the model's card on the hub.
@@ -100,7 +101,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         self._given_cache: Cache | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a `forward` is the model's from then on, as that of PEFT's `base_model` is."""
+        """Set an attribute; assigning `forward` replaces the model's own, as on PEFT's `base_model`."""
         if name == "forward" and self._viewed.replace_forward is not None:
             self._viewed.replace_forward(value)
         super().__setattr__(name, value)
@@ -112,7 +113,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
 
     @property
     def base_model(self) -> nn.Module:
-        """The model without the language model's head: its output is the `last_hidden_state`."""
+        """The model without the language model's head; it returns `last_hidden_state`."""
         if self._viewed.run_to_head is None:
             raise AttributeError(f"a trace of {class_name(self.traced)} has no base_model; rewrite it first")
         return _ToHead(self._viewed.run_to_head)
@@ -124,7 +125,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """The generation configuration; what is assigned to it is the model's from then on."""
+        """The generation configuration; assigning one changes the model's."""
         return self._generation_config or self.traced.generation_config
 
     @generation_config.setter
@@ -180,7 +181,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return type(outputs)(**{name: value for name, value in outputs.items() if name != "cache"})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate by transformers' own loop (see `GraloraModel.generate`)."""
+        """Generate with transformers' own loop (see `GraloraModel.generate`)."""
         name = class_name(self.traced)
         if not self.traced.can_generate():
             raise TraceError(f"{name} does not generate; trace a model with a language-model head")
@@ -208,23 +209,23 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return super().generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the token embeddings, as a module over the parameter that the graph reads."""
+        """Return the token embeddings as a module over the parameter that the graph reads."""
         path = self.traced.tree.input_embedding
         if path is None:
             raise TraceError(f"{class_name(self.traced)} has no input embeddings that its class names")
         return _module_at(self.traced.tree, path, self._viewed.parameters())
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Return the language-model head, as a module over the parameters that the graph reads; None without one."""
+        """Return the language model's head as a module over the parameters that the graph reads; None without one."""
         path = self.traced.tree.output_embedding
         return None if path is None else _module_at(self.traced.tree, path, self._viewed.parameters())
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
-        """An encoder that passes its input through, since the graph contains the encoder."""
+        """Return an encoder that passes its input through, since the graph contains the encoder."""
         return _Source(self.main_input_name)
 
     def is_remote_code(self) -> bool:
-        """Always False: the graph is the code."""
+        """Return False: the graph is the code."""
         return False
 
     def get_experts_implementation(self) -> dict[str, str]:
@@ -232,10 +233,10 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return {}
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Shift labels right, for collators that feed an encoder-decoder's decoder.
+        """Shift labels right, for collators that make an encoder-decoder's decoder inputs.
 
         Args:
-            labels: Token ids `[batch, length]`, -100 where the loss leaves one out.
+            labels: Token ids `[batch, length]`, -100 where there is no loss.
         """
         return decoder_inputs(labels, self.config, self.traced.shift_labels)
 
@@ -264,7 +265,7 @@ class _Source(nn.Module):
 
 
 def view_of(viewed: Viewed, *, labels: bool) -> TransformersView:
-    """A traced model as a transformers model."""
+    """Return a traced model as a transformers model."""
     traced = viewed.traced()
     inputs = ["cache" if name == PAST else name for name in traced.input_names]
     if getattr(traced.config, "is_encoder_decoder", False):
@@ -282,7 +283,7 @@ def _option(view: TransformersView, options: dict[str, Any], name: str) -> Any:
 
 
 def check_generation(name: str, source: type[Any] | None, options: Mapping[str, Any]) -> None:
-    """Check that transformers' generation loop can run over a trace."""
+    """Raise if transformers' generation loop cannot run over a trace."""
     if source is not None and name not in _ALIKE:
         overridden = sorted(
             hook for hook in _HOOKS if getattr(source, hook, None) not in (None, getattr(GenerationMixin, hook))
@@ -306,10 +307,10 @@ def check_generation(name: str, source: type[Any] | None, options: Mapping[str, 
 
 
 class _NotCalled(nn.Module):
-    """A module over parameters of a graph, which the graph does not call."""
+    """A module over a graph's parameters that the graph does not call."""
 
     def register_forward_hook(self, *_: Any, **__: Any) -> NoReturn:
-        """Not supported: a hook would never run."""
+        """Raise, since the hook would never run."""
         raise TraceError(
             "the graph does not call this module, so a hook on it would never run; leave out what needs one "
             "(neftune_noise_alpha, for example), or edit the graph with add_pass"
@@ -327,7 +328,7 @@ class OutputHead(_NotCalled, nn.Linear):
 
 
 def _module_at(tree: ModuleTree, path: str, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A module over the parameters at a path, which are those that the graph reads."""
+    """Return a module over the parameters that the graph reads at a path."""
     kind = tree.types[path]
     weight, bias = parameters.get(f"{path}.weight"), parameters.get(f"{path}.bias")
     if kind == "torch.nn.modules.sparse.Embedding" and weight is not None:

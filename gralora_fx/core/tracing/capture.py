@@ -1,7 +1,7 @@
-"""Capture of a live model as a graph for both modes, by transformers' exporter or PyTorch's: tried until it is right.
+"""Captures a live model as a graph for both modes, with transformers' exporter or PyTorch's, until it equals the model.
 
-While it is traced, patches give what a trace cannot record a form that it can: checkpoints, inference mode, loops,
-branches; and attention of a decoder with a cache, and layers of features, become one node each.
+During the trace, patches replace what cannot be recorded: checkpoints, inference mode, loops, branches. Attention of a
+decoder with a cache, and layers of features, become one node each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gralora_fx.format.input_names import PAST
 
 
 def capture(draft: Draft) -> Captured:
-    """The draft with the graph of its model in the model's current mode, as it was exported."""
+    """Export the draft's model in its current mode, and return the draft with the graph."""
     model, sample = draft.model, draft.sample
     try:
         with quiet(), _as_traced(model), traceable_modes() as checkpoints:
@@ -56,7 +56,7 @@ def capture(draft: Draft) -> Captured:
 def _export_transformers_model(
     model: PreTrainedModel, inputs: Mapping[str, Any], shapes: dict[str, Any] | None
 ) -> torch.export.ExportedProgram:
-    """Export a transformers model in its current mode, with a cache if one is given; no axis varies without shapes."""
+    """Export a transformers model in its current mode, with a cache if given; without shapes, all axes are fixed."""
     own, forward = own_inputs(inputs), model.forward
     if "use_cache" in inspect.signature(forward).parameters:
         forward = functools.partial(forward, use_cache=PAST in inputs)
@@ -66,7 +66,7 @@ def _export_transformers_model(
 
 @contextmanager
 def _as_traced(model: nn.Module) -> Iterator[None]:
-    """Replace known code of a model by what can be traced, and layers of features by operators, within the block."""
+    """Replace known code of a model by code that can be traced, and features' layers by operators, within the block."""
     with ExitStack() as changed:
         if has_own_code(model):
             from gralora_fx.base.features import parts
@@ -80,7 +80,7 @@ def _as_traced(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def features_as_nodes(model: nn.Module) -> Iterator[None]:
-    """Let layers that features have operators for be one node each within the block."""
+    """Let layers that features have operators for become one node each, within the block."""
     with ExitStack() as changed:
         if has_own_code(model):
             from gralora_fx.base.features import parts
@@ -97,7 +97,7 @@ def has_own_code(model: nn.Module) -> bool:
 
 @contextmanager
 def _steps(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Let the layers of a decoder's step be one node each, if the inputs are those of one."""
+    """Let a decoder's layers become one node each within the block, if the inputs are those of a step with a cache."""
     with ExitStack() as changed:
         if cache_layout(inputs) is CacheLayout.DECODER:
             from gralora_fx.base.features import parts
@@ -111,7 +111,7 @@ def _steps(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
 
 
 def dynamic_axes(inputs: Mapping[str, Any], held: Collection[str] = ()) -> dict[str, Any]:
-    """Make `dynamic_shapes` for `torch.export`: all axes may vary; of caches batch and length, of `held` the batch."""
+    """Return `dynamic_shapes` for `torch.export`: all axes vary, of caches batch and length, of `held` the batch."""
     shapes = auto_dynamic_shapes(inputs)
     shapes |= {name: {0: torch.export.Dim.AUTO} for name in held if name in shapes}
     if PAST in shapes:
@@ -124,7 +124,7 @@ def dynamic_axes(inputs: Mapping[str, Any], held: Collection[str] = ()) -> dict[
 
 @contextmanager
 def traceable_modes() -> Iterator[list[str]]:
-    """Within the block, checkpoints call their function directly, and inference mode only turns gradients off.
+    """Within the block, call checkpointed functions directly, and let inference mode only disable gradients.
 
     A trace would record a reentrant checkpoint as a forward without gradients, and inference mode not at all.
     """
@@ -163,10 +163,10 @@ _SHOWN = 6  # names of modules in a message
 
 
 def trace_both_modes(draft: Draft) -> Captured:
-    """The draft with a graph for both modes: captured in training mode, where every dropout has its probability.
+    """Return the draft with a graph for both modes, captured in training mode, where dropouts have their probability.
 
-    If that fails, or differs from the model in evaluation mode, the modules with a separate training branch are traced
-    in evaluation mode, or else the whole model; a warning says what training then lacks.
+    If that fails, or differs from the model in evaluation mode, modules with a separate training branch are traced in
+    evaluation mode, or else the whole model; a warning says what training then lacks.
     """
     captured = _first_right(draft)
     check_other_sizes(captured)
@@ -174,7 +174,7 @@ def trace_both_modes(draft: Draft) -> Captured:
 
 
 def _first_right(draft: Draft) -> Captured:
-    """The first graph that equals the model in evaluation mode."""
+    """Try training mode, then evaluation mode; return the first graph that equals the model in evaluation mode."""
     kind = type(draft.model).__name__
     trained, reason = _attempt_in_training(draft)
     if trained is not None and reason is None and not trained.updated:
@@ -211,7 +211,7 @@ def _first_right(draft: Draft) -> Captured:
 
 
 def _attempt_in_training(draft: Draft) -> tuple[Captured | None, str | None]:
-    """An attempt in training mode, or None, and why it is wrong in evaluation mode, or None."""
+    """Return a capture in training mode, or None, and how it fails or differs in evaluation mode, or None."""
     try:
         captured = check(capture_in_mode(draft))
     except TraceError as error:
@@ -220,7 +220,7 @@ def _attempt_in_training(draft: Draft) -> tuple[Captured | None, str | None]:
 
 
 def capture_in_mode(draft: Draft) -> Captured:
-    """Capture and normalize a model's graph in the draft's mode; the model's own mode changes."""
+    """Capture and normalize a model's graph in the draft's mode; this changes the model's own mode."""
     draft.model.train(not draft.evaluates)
     for path in draft.evaluated:
         draft.model.get_submodule(path).training = False
@@ -228,7 +228,7 @@ def capture_in_mode(draft: Draft) -> Captured:
 
 
 def differing_modules(in_training: fx.Graph, in_evaluation: fx.Graph) -> tuple[str, ...]:
-    """Paths of the modules whose own operators differ between traces of a model in its two modes.
+    """Return paths of the modules whose own operators differ between traces of a model in its two modes.
 
     Differences that `AnnotateModes` annotates, such as dropout and batch statistics, do not count.
     """
@@ -238,7 +238,7 @@ def differing_modules(in_training: fx.Graph, in_evaluation: fx.Graph) -> tuple[s
 
 
 def names_of_modules(model: nn.Module, paths: Iterable[str]) -> str:
-    """A readable list of the modules at some paths: `blocks.0.noise (Noise), blocks.1.noise (Noise)`."""
+    """Return a readable list of modules: `blocks.0.noise (Noise), blocks.1.noise (Noise)`."""
     modules = dict(model.named_modules())
     named = [f"{path or 'the model itself'} ({type(modules[path]).__name__})" for path in paths]
     more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
@@ -255,7 +255,7 @@ def _operators_by_module(graph: fx.Graph) -> dict[str, list[Any]]:
 
 
 def _signature(node: fx.Node) -> Any:
-    """An operator and its constants, which are equal in two traces of the same code."""
+    """Return an operator and its constants, which are equal in two traces of the same code."""
     if mode_argument(node) is not None:
         return str(node.target)
     constants = fx.map_arg((node.args, node.kwargs), lambda _: None)

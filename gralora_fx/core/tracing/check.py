@@ -1,4 +1,4 @@
-"""Comparison of a trace with its model, on the example and on other sizes."""
+"""Compares a trace with its model, on the example inputs and on other sizes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 def check(draft: Captured) -> Captured:
-    """The draft with what is wrong with its graph in evaluation mode, as its problem; None if nothing is."""
+    """Return the draft with its `problem`: how the graph differs from the model in evaluation mode, or None."""
     if draft.drawn is not None and not draft.evaluates:
         return dataclasses.replace(draft, problem=f"it draws random numbers ({draft.drawn})")
     return dataclasses.replace(draft, problem=difference(draft))
 
 
 def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str | None:
-    """A description of how a graph differs from the eager model in evaluation mode, or None.
+    """Describe how a graph differs from the eager model in evaluation mode; None if it does not.
 
     Both run with the same random seed.
     """
@@ -59,7 +59,7 @@ def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str 
 
 
 def eager_failure(model: nn.Module, sample: Mapping[str, Any]) -> str | None:
-    """Why the eager model fails on inputs in evaluation mode, or None if it does not."""
+    """Return why the eager model fails on inputs in evaluation mode; None if it does not."""
     with _in_evaluation(model):
         try:
             call_eager(model, sample)
@@ -69,7 +69,7 @@ def eager_failure(model: nn.Module, sample: Mapping[str, Any]) -> str | None:
 
 
 def with_call_signature(draft: Captured) -> Captured:
-    """The draft with what its graph shows of the inputs: which may be left out, and which sizes are fixed."""
+    """Return the draft with a signature that records which inputs may be left out and which sizes are fixed."""
     fixed = fixed_axes(draft.graph_module.graph, draft.sample)
     fillable, counts_padding = fillable_inputs(draft)
     signature = dataclasses.replace(
@@ -84,7 +84,7 @@ def with_call_signature(draft: Captured) -> Captured:
 
 
 def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
-    """Inputs that may be left out of a call, because `default_input` gives the eager model's default."""
+    """Return the inputs that `default_input` gives the eager model's own default for, and whether it counts padding."""
     model, sample, names = draft.model, draft.sample, draft.signature.may_be_left_out
     if not draft.has_values:
         return frozenset(names), False
@@ -106,10 +106,10 @@ def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
 
 
 def _defaults(name: str, rest: Mapping[str, Any]) -> Iterator[tuple[bool, Tensor]]:
-    """Yield values that a model may take for an input that is left out, and whether positions count padding there.
+    """Yield possible defaults of an input that is left out, each with whether positions count padding.
 
-    Some models count the positions of a step from zero, whatever is cached (Bamba). Theirs go on after the cache, as in
-    other models and as `generate` gives them.
+    Some models count the positions of a step from zero, whatever is cached (Bamba). Here they continue after the cache,
+    as in other models and as `generate` gives them.
     """
     value = default_input(name, rest, counts_padding=True)
     if value is None:
@@ -123,7 +123,7 @@ def _defaults(name: str, rest: Mapping[str, Any]) -> Iterator[tuple[bool, Tensor
 
 
 def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
-    """The sizes to which a trace fixes each input tensor, by path; None for an axis that may vary."""
+    """Return the sizes that a trace fixes for each input tensor, by path; None for an axis that may vary."""
     leaves = list(leaf_paths(inputs))
     placeholders = graph.find_nodes(op="placeholder")
     if len(leaves) != len(placeholders):  # there is a cache, which has checks of its own
@@ -140,7 +140,7 @@ def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[in
 
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, which stays; within the block without gradients and output, and with a fixed random seed."""
+    """Put a model in evaluation mode, for good; within the block: no gradients, no output, a fixed random seed."""
     model.eval()
     with torch.no_grad(), quiet(), torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
@@ -148,7 +148,7 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def gap(expected: Any, actual: Any) -> str | None:
-    """A description of how a graph's outputs differ from the model's, or None if they do not."""
+    """Describe how a graph's outputs differ from the model's; None if they do not."""
     expected_leaves, actual_leaves = tree_leaves(expected), tree_leaves(actual)
     if len(expected_leaves) != len(actual_leaves):
         return f"it returns {len(actual_leaves)} values, the model {len(expected_leaves)}"
@@ -173,14 +173,14 @@ def gap(expected: Any, actual: Any) -> str | None:
 
 
 def _is_close(want: Any, got: Any) -> bool:
-    """Whether values other than tensors are equal, floats up to rounding."""
+    """Return whether two values other than tensors are equal, floats up to rounding."""
     if isinstance(want, float) and isinstance(got, float):
         return math.isclose(want, got, rel_tol=1e-4, abs_tol=1e-6) or (math.isnan(want) and math.isnan(got))
     return type(want) is type(got) and (same_value(want, got) or not isinstance(want, (bool, int, str, type(None))))
 
 
 def check_other_sizes(draft: Captured) -> None:
-    """Check that a trace holds for other sizes, if they may vary: a branch or a loop over a size would be baked in."""
+    """Check a trace on other sizes, if axes may vary: a branch or a loop over a size would be baked in."""
     model = draft.model
     if not (draft.dynamic and draft.has_values):
         return
@@ -200,7 +200,7 @@ def check_other_sizes(draft: Captured) -> None:
 
 
 def other_sizes(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Inputs of other sizes, each with its description, to check a trace with.
+    """Yield inputs of other sizes to check a trace with, each with its description.
 
     They have one row, one more row, and longer sequences; with a cache, one position after a long past, and an empty
     cache.
@@ -236,7 +236,7 @@ def _with_another_position(value: Any) -> Any:
 
 
 def call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
-    """What a model gives for inputs, whose cache stays as it is."""
+    """Run a model on inputs, leaving their cache unchanged."""
     inputs = own_inputs(sample)
     if isinstance(model, PreTrainedModel) and "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = PAST in sample
@@ -250,7 +250,7 @@ def call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
 
 
 def _by_token(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    """What a model gives for a step of several tokens, one after the other: the logits of all, and the last cache."""
+    """Run a step's tokens through a model one by one; return the logits of all and the last cache."""
     from gralora_fx.core.tracing.inputs.cache import cached_length, returned_cache
 
     tokens = {name: inputs.pop(name) for name in ("input_ids", "position_ids") if name in inputs}

@@ -1,11 +1,11 @@
-"""A decoder with a cache while it is traced: operators of the project for its attention and its layers, one node each.
+"""Patches for tracing a decoder with a cache: its attention and layers become one operator each.
 
-A model that calls its attention through transformers' interface needs nothing here. One that computes it by itself has
-a line in `ATTENTIONS`: what is recognised, and what replaces it.
+A model that calls its attention through transformers' interface needs nothing here. One that computes it itself has a
+row in `ATTENTIONS`: the code that is recognised, and its replacement.
 
-PyTorch finds the shape of a linear layer by running the four operators that it is made of on tensors without values,
-and that of a concatenation by comparing all symbolic sizes: together a third of the time of a decoder's trace. So these
-are operators too, which give their shape alone.
+For the shape of a linear layer PyTorch runs the four operators that it decomposes into on fake tensors, and for that of
+a concatenation it compares all symbolic sizes: together a third of the time of a decoder's trace. So these two are
+operators here too, which only compute their shape.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _linear, _cat = nn.functional.linear, torch.cat
 
 @contextmanager
 def decoder_operators(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Let a decoder call single operators for attention, for functions recognised by their code, and for its products.
+    """Let a decoder call single operators for attention, recognised functions and products, within the block.
 
-    The nodes get no stack traces, which take a tenth of the time; each still records its module. torch 2.11 has no such
+    Nodes get no stack traces, which take a tenth of the time; each still records its module. torch 2.11 has no such
     switch, and collects them.
     """
     noted = patch.object(model, "forward", _with_noted_sizes(model.forward, _equal_sizes(inputs)))
@@ -64,7 +64,7 @@ def decoder_operators(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iter
 
 
 def _chosen_keys(model: nn.Module) -> AbstractContextManager[None]:
-    """Let a model's indexers, if it has any, choose keys whatever the sizes of a graph."""
+    """Make the number of keys that a model's indexers choose independent of the traced sizes, within the block."""
     if not any(type(part).__name__.endswith(INDEXER) for part in model.modules()):
         return nullcontext()
     from gralora_fx.core.tracing.sparse_attention import symbolic_counts
@@ -73,9 +73,9 @@ def _chosen_keys(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _with_noted_sizes(forward: Callable[..., Any], equal: Sequence[tuple[_Axis, _Axis]]) -> Callable[..., Any]:
-    """A step's forward that first tells the tracer which sizes are equal.
+    """Return a step's forward that first tells the tracer which sizes are equal.
 
-    Otherwise every layer adds a guard for its own cache, and the tracer proves the same facts anew each time.
+    Otherwise every layer adds a guard for its own cache, and the tracer proves the same facts each time.
     """
 
     @functools.wraps(forward)
@@ -89,7 +89,7 @@ def _with_noted_sizes(forward: Callable[..., Any], equal: Sequence[tuple[_Axis, 
 
 
 def _equal_sizes(inputs: Mapping[str, Any]) -> list[tuple[_Axis, _Axis]]:
-    """Axes of a step's inputs with equal size by meaning: batch, new tokens, and cached positions of each layer."""
+    """Return pairs of a step's input axes with equal sizes: batch, new tokens, and each layer's cached positions."""
     tensors = _tensors_of(inputs)
     cached = [(index, kind) for index, (_, kind, _) in enumerate(tensors) if kind is not None]
     new = [index for index, (name, *_) in enumerate(tensors) if name in ("input_ids", "inputs_embeds", "position_ids")]
@@ -104,7 +104,7 @@ def _equal_sizes(inputs: Mapping[str, Any]) -> list[tuple[_Axis, _Axis]]:
 
 
 def _tensors_of(inputs: Mapping[str, Any]) -> list[tuple[str, StateKind | None, Tensor]]:
-    """Every tensor of a step's inputs with the input's name; those of a cache with their kind."""
+    """Return every tensor of a step's inputs with the input's name; a cache's tensors with their kind."""
     tensors: list[tuple[str, StateKind | None, Tensor]] = []
     for name, value in inputs.items():
         if isinstance(value, DynamicCache):
@@ -118,7 +118,7 @@ def _tensors_of(inputs: Mapping[str, Any]) -> list[tuple[str, StateKind | None, 
 def _attention_as_operators(model: PreTrainedModel) -> Iterator[None]:
     """Let a model call `gralora::attention` within the block, or its shape-only counterpart while it is traced.
 
-    What makes its masks is told so, and calls `gralora::mask`, until it is known what reads them.
+    Its masks become `gralora::mask` until it is known what reads them.
     """
     AttentionInterface.register(NAMESPACE, _attend)  # which no model asks for but those within the block
     AttentionMaskInterface.register(NAMESPACE, make_mask)
@@ -145,7 +145,7 @@ def _has_operator(part: nn.Module) -> bool:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """The operator behind transformers' attention interface."""
+    """Compute attention for transformers' attention interface with the project's operator."""
     if options.get("sinks") is not None:  # one of each query, as Inkling 2's: the operator has one of each head
         own: tuple[Tensor, None] = sys.modules[type(module).__module__].eager_attention_forward(
             module, query, key, value, attention_mask, **options
@@ -184,7 +184,7 @@ def make_mask(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Tensor | None:
-    """The mask behind transformers' mask interface, as one operator if it is causal with at most a window."""
+    """Compute a mask for transformers' mask interface: one operator if it is causal with at most a window."""
     window = local_size or 0
     plain = sliding_window_causal_mask_function(window) if window else causal_mask_function
     if attention_mask is not None and _is_same(mask_function, plain):
@@ -207,7 +207,7 @@ def make_mask(
 
 
 def _blocks_beside(mask_function: Any, plain: Callable[..., Any]) -> Tensor | None:
-    """The blocks of a mask that is a plain one or'ed with attention within blocks; None for any other."""
+    """Return the blocks of a mask that is a plain one or'ed with attention within blocks; None for any other."""
     blocks: list[Any] = []
     for part in _closure_values(mask_function)[0] if _closure_values(mask_function) else ():
         blocks += [value for value in _closure_values(part) if isinstance(value, Tensor)]
@@ -216,7 +216,7 @@ def _blocks_beside(mask_function: Any, plain: Callable[..., Any]) -> Tensor | No
 
 
 def _closure_values(function: Any) -> tuple[Any, ...]:
-    """The values in a function's closure."""
+    """Return the values in a function's closure."""
     return tuple(cell.cell_contents for cell in getattr(function, "__closure__", None) or ())
 
 
@@ -232,7 +232,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def norm(module: Any, hidden_states: Tensor) -> Tensor:
-    """Normalise by the root mean square, in float32."""
+    """Normalize by the root mean square, in float32."""
     return RmsNorm.compute(x=hidden_states, weight=module.weight, eps=module.variance_epsilon)
 
 
@@ -243,7 +243,7 @@ def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: i
 
 
 def angles_of_grids(module: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions in time, height and width, which are the same of text alone."""
+    """Return cosines and sines for positions in time, height and width, which are equal for text."""
     if position_ids.stride(0):  # positions of their own
         result: tuple[Tensor, Tensor] = type(module).forward(module, x, position_ids)
         return result
@@ -262,7 +262,7 @@ def falcon(
     position_embeddings: Any = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Falcon's attention with rotary embeddings; it has no dropout."""
+    """Compute Falcon's attention with rotary embeddings; it has no dropout."""
     parts = module._split_heads(module.query_key_value(hidden_states))
     query, key, value = (part.transpose(1, 2) for part in parts)
     query, key = rotate_both(query, key, *position_embeddings)
@@ -273,12 +273,12 @@ def falcon(
 
 
 def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The shape of `x @ weight.T + bias`."""
+    """Return an empty tensor of the shape of `x @ weight.T + bias`."""
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
 def _cat_shape(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """The shape of a concatenation; the tracer is told that the other sizes are equal."""
+    """Return an empty tensor of a concatenation's shape; tell the tracer that the other sizes are equal."""
     first, *others = tensors
     sizes = list(first.shape)
     for other in others:
@@ -314,6 +314,6 @@ def _traced_cat(tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Tens
 
 @contextmanager
 def shape_only_ops() -> Iterator[None]:
-    """Let code traced within the block call the shape-only operators; real tensors are computed as usual."""
+    """Let traced code call the shape-only operators within the block; real tensors are computed as usual."""
     with patch.object(nn.functional, "linear", _traced_linear), patch.object(torch, "cat", _traced_cat):
         yield

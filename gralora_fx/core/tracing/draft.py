@@ -1,4 +1,4 @@
-"""A trace in the making, which the stages of `trace` pass on: each returns the next draft."""
+"""The draft of a trace, which the stages of `trace` pass on: each returns the next draft."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 class AppendedModules(ABC):
-    """Modules that a task appends to a model, whose forward then ends with them."""
+    """Modules that a task appends to a model's forward."""
 
     @abstractmethod
     def appended_to(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Let a model's forward end with them, within the block; its own modules keep their paths."""
+        """Append the modules to the model's forward within the block; the model's own modules keep their paths."""
 
     @abstractmethod
     def told_to(self, tokenizer: Any, config: Any) -> Any:
-        """Return a copy of a tokenizer that makes of texts what they expect."""
+        """Return a copy of a tokenizer that prepares texts as the modules expect."""
 
     @abstractmethod
     def write(self, directory: Path) -> None:
-        """Write what programs that read an export must know of them."""
+        """Write the files that programs which read an export need for the modules."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A model, and what it is captured from."""
+    """A model, and the inputs to capture it with."""
 
     model: nn.Module  # the model, or the graph that was given for one
     sample: Mapping[str, Any]  # inputs of the graph by name
@@ -78,14 +78,14 @@ class Draft:
 
 
 class Skeleton(Draft):
-    """A draft whose model is a copy of the traced one, of a trace with tensors of its own.
+    """A draft whose model is a copy of the source model on the meta device.
 
-    Its parameters are on the meta device: a trace that is made of it takes their dtypes and devices from the trace.
+    It is the source of a trace with tensors of its own; tracing it again takes dtypes and devices from that trace.
     """
 
 
 def skeleton_of(source: Draft | str, memo: Mapping[int, Any] | None = None) -> Draft | str:
-    """Return a source for a trace that has other tensors than the source model."""
+    """Return a source for a trace whose tensors are not the source model's."""
     if isinstance(source, (str, Skeleton)):
         return source
     if memo is not None and id(source.model) in memo:
@@ -124,7 +124,7 @@ def first_draft(
     options: Mapping[str, Any],
     has_values: bool,
 ) -> Draft:
-    """The draft of a live module: the inputs to capture it from, and how it is called."""
+    """Return the draft of a live module: its example inputs and its call signature."""
     if isinstance(model, PreTrainedModel):
         from gralora_fx.core.tracing.inputs.samples import check_head, infer_task, inputs_for_task
         from gralora_fx.format.tasks import check_task
@@ -163,7 +163,7 @@ def first_draft(
 
 
 def _option_reader(name: str) -> Any:
-    """Return what a feature makes of an option of `trace`: the tensors and constants to trace with."""
+    """Return the function that turns a `trace` option of a feature into tensors and constants to trace with."""
     from gralora_fx.base.features import parts
 
     found = next((readers[name] for readers in parts("trace options") if name in readers), None)
@@ -173,7 +173,7 @@ def _option_reader(name: str) -> Any:
 
 
 def _enlarged(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Enlarge a user's inputs so that no axis is fixed."""
+    """Enlarge example inputs so that no axis is fixed."""
     if inputs.get(PAST) is None or not isinstance(model, PreTrainedModel):
         return widen(model, inputs)
     from gralora_fx.core.tracing.inputs.cached_steps import widened_step
@@ -183,7 +183,7 @@ def _enlarged(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def called_as(draft: Draft) -> Iterator[None]:
-    """Let a model be called with the inputs of its draft alone within the block, and return a cache if it takes one.
+    """Let a model take exactly its draft's inputs within the block, and return a cache if it takes one.
 
     Modes and buffers, which may change meanwhile, are restored when the block ends.
     """
@@ -200,7 +200,7 @@ def called_as(draft: Draft) -> Iterator[None]:
 
 
 def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any]) -> Callable[..., Any]:
-    """A model's forward that takes some arguments as they are; a plain module's as if its signature were its inputs.
+    """Return a model's forward with constant arguments bound; a plain module's signature becomes its inputs.
 
     A plain module may also return dataclasses and take keywords that its signature does not name.
     """
@@ -223,7 +223,7 @@ def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[...,
 
 @contextmanager
 def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
-    """Let a transformers model whose forward has no `use_cache` return a cache or none, within the block.
+    """Set in the configuration whether a transformers model returns a cache, if its forward has no `use_cache`.
 
     Such a forward passes its keywords on, and the text model in it decides by the configuration.
     """
@@ -239,7 +239,7 @@ def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
 
 @contextmanager
 def _every_layer_runs_once(model: nn.Module) -> Iterator[None]:
-    """Turn gradient checkpointing and layerdrop off within the block, and warn that training does without layerdrop.
+    """Turn off gradient checkpointing and layerdrop within the block; warn that training will lack layerdrop.
 
     Layerdrop skips whole layers, which is decided in Python and not part of a graph.
     """
@@ -263,7 +263,7 @@ def _every_layer_runs_once(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _of_transformers(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[None]:
-    """Let an indexer of keys know all positions, and features patch how a model is called, within the block."""
+    """Give a key indexer all positions, and let features patch how a transformers model is called, within the block."""
     with ExitStack() as changed:
         if isinstance(model, PreTrainedModel):
             from gralora_fx.base.features import parts

@@ -37,7 +37,7 @@ _STDLIB, _SITE = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("pu
 
 
 def reason(error: BaseException) -> str:
-    """Explain an error raised while tracing, in a sentence."""
+    """Explain an error raised while tracing, in one sentence."""
     text = str(error)
     unknown = _UNKNOWN_OUTPUT.search(text)
     if unknown is not None:
@@ -51,7 +51,7 @@ def reason(error: BaseException) -> str:
 
 
 def where(model: nn.Module, error: BaseException) -> str:
-    """The innermost module and line of the model in an error's traceback, of the user's own code if any."""
+    """Return the innermost module and line of the model in a traceback, in the user's own code if possible."""
     paths = {id(module): path or "the root module" for path, module in model.named_modules()}
     for link in _chain(error):
         inner, location, user_location = "the root module", "", ""
@@ -67,21 +67,21 @@ def where(model: nn.Module, error: BaseException) -> str:
 
 
 def where_defined(model: nn.Module) -> str:
-    """The file and line of a model's forward, or an empty string if it has none."""
+    """Return the file and line of a model's forward; empty if it has no code."""
     forward = inspect.unwrap(type(model).forward)
     code = getattr(forward, "__code__", None)
     return "" if code is None else f" ({Path(code.co_filename).name}:{code.co_firstlineno})"
 
 
 def line_of(stack_trace: str | None) -> str:
-    """The file and line of the user's own code in a node's stack trace, or an empty string."""
+    """Return the file and line of the user's own code in a node's stack trace; empty if there is none."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
     lines = [f"{Path(file).name}:{line}" for file, line in frames if _is_code(Path(file))]
     return lines[-1] if lines else ""
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and its causes."""
+    """Yield an error and its causes."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -96,7 +96,7 @@ def _first_argument(frame: FrameType) -> object:
 
 
 def _is_code(file: Path) -> bool:
-    """Whether a file is a model's or a user's, not part of the tracing machinery."""
+    """Return whether a file is a model's or a user's rather than part of the tracing machinery."""
     if file.name.startswith("<") or file.is_relative_to(_TORCH) or file.is_relative_to(_OWN):
         return False
     is_exporter = "transformers" in file.parts and "exporters" in file.parts

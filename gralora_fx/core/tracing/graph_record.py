@@ -1,4 +1,4 @@
-"""Graph modules as data that pickle can write and from which the same graph is rebuilt, node for node.
+"""Graph modules as picklable records, from which the same graph is rebuilt node for node.
 
 `fx.GraphModule` pickles only its code and is traced again on loading, which fails for exported graphs and loses the
 nodes' metadata on modules, sites and modes.
@@ -37,21 +37,21 @@ _KEPT = ("custom", "stack_trace")  # of a node's metadata; traced values cannot 
 
 @dataclass(frozen=True)
 class _Reference:
-    """A node, as an argument of another."""
+    """A node as an argument of another node."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class _Operator:
-    """An operator of `torch.ops`, as the path to it."""
+    """An operator of `torch.ops`, by its path."""
 
     path: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _NodeRecord:
-    """A node, with references in place of arguments that are nodes."""
+    """A node, with references in the place of its node arguments."""
 
     op: str
     name: str
@@ -86,7 +86,7 @@ class _Spec:
 
 @dataclass(frozen=True)
 class _CallingConvention:
-    """How the code of a graph takes its inputs and returns its outputs."""
+    """The signature and the pytree specs of a graph's code."""
 
     kind: Any
     attributes: dict[str, Any]
@@ -144,7 +144,7 @@ class PackedModule(nn.Module):
     """The picklable form of a graph module."""
 
     def __init__(self, graph: GraphRecord, class_name: str, others: dict[str, Any]) -> None:
-        """Hold a record in place of a graph module; the caller adds its tensors and modules."""
+        """Store a record; the caller adds the tensors and modules."""
         super().__init__()
         self.graph = graph
         self.class_name = class_name
@@ -152,7 +152,7 @@ class PackedModule(nn.Module):
 
 
 def pack_module(module: nn.Module) -> nn.Module:
-    """A copy of a module tree over the same tensors, in which every graph module is a record."""
+    """Return a copy of a module tree over the same tensors, with every graph module replaced by its record."""
     if not any(isinstance(inner, fx.GraphModule) for inner in module.modules()):
         return module
     result: nn.Module
@@ -168,7 +168,7 @@ def pack_module(module: nn.Module) -> nn.Module:
 
 
 def unpack_module(module: nn.Module) -> nn.Module:
-    """Undo `pack_module`, on its result or a copy of that."""
+    """Undo `pack_module`, on its result or a copy of it."""
     for name, child in module._modules.items():
         module._modules[name] = None if child is None else unpack_module(child)
     if not isinstance(module, PackedModule):
@@ -177,7 +177,7 @@ def unpack_module(module: nn.Module) -> nn.Module:
 
 
 def deep_copy(graph_module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
-    """A copy with its own tensors and modules, and the same nodes with their metadata."""
+    """Return a copy with its own tensors and modules, and the same nodes with their metadata."""
     root = nn.Module()
     for table in (*_TABLES, "_modules"):
         root.__dict__[table] = graph_module.__dict__[table]
@@ -186,7 +186,7 @@ def deep_copy(graph_module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphMod
 
 
 def _graph_module(root: nn.Module, others: Mapping[str, Any], graph: fx.Graph, class_name: str) -> fx.GraphModule:
-    """Build a graph module from the tables of a module, and from attributes outside the tables."""
+    """Build a graph module from a module's tables and from attributes outside them."""
     result = fx.GraphModule(nn.Module(), fx.Graph(), class_name)
     for table in (*_TABLES, "_modules"):
         result.__dict__[table] = root.__dict__[table]
@@ -218,14 +218,14 @@ def _record(node: fx.Node) -> _NodeRecord:
 
 
 def _named(entry: Any) -> Any:
-    """An entry of a module stack with the name of its class in place of the class, which may be local."""
+    """Return a module stack's entry with the class's name in the place of the class, which may be local."""
     if not isinstance(entry, tuple) or not isinstance(entry[1], type):
         return entry
     return entry[0], f"{entry[1].__module__}.{entry[1].__qualname__}", *entry[2:]
 
 
 def _check_function(node: fx.Node, function: Callable[..., Any]) -> None:
-    """Check that pickle can find a function by its name."""
+    """Raise if pickle cannot find a function by its name."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if "<locals>" in name or "<lambda>" in name:
         raise TraceError(
@@ -250,7 +250,7 @@ def _operator_at(operator: _Operator) -> Any:
 
 
 def _register(kind: type) -> None:
-    """Register a class of inputs or outputs with pytree, in a process that has traced nothing."""
+    """Register a class of inputs or outputs with pytree, in a process that has not traced yet."""
     if not issubclass(kind, Cache):
         raise TraceError(
             f"the graph takes or gives a {kind.__name__}, which is not registered with torch.utils._pytree here; "
@@ -260,7 +260,7 @@ def _register(kind: type) -> None:
 
 
 def _plain_attributes(module: fx.GraphModule) -> dict[str, Any]:
-    """The attributes that a graph reads other than parameters, buffers and modules, by path."""
+    """Return the attributes that a graph reads other than parameters, buffers and modules, by path."""
     attributes: dict[str, Any] = {}
     for node in module.graph.find_nodes(op="get_attr"):
         owner, _, name = str(node.target).rpartition(".")

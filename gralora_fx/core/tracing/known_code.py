@@ -1,9 +1,8 @@
-"""The code of models that a trace knows, and replaces by operators or by a form that can be traced: a row for each.
+"""Model code that a trace recognises, and replaces by operators or by code that can be traced: a row for each.
 
-transformers' models copy functions from each other verbatim. A function with the same code computes the same, so one
-replacement serves all of them: the graph is easier to match, and tracing takes half the time. A trace is compared with
-the model afterwards, so that a replacement which is no longer right is found. A replacement is loaded once a model has
-the code.
+transformers' models copy functions from each other verbatim. Equal code computes the same, so one replacement serves
+all of them: the graph is easier to match, and tracing takes half the time. The trace is compared with the model
+afterwards, which finds a replacement that is no longer right. A replacement is imported once a model has the code.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ INDEXER = "Indexer"  # how the names of classes end that choose keys
 
 @dataclass(frozen=True)
 class Recognised:
-    """Code of one model, which others may have copied, and what replaces it."""
+    """Code of one model, which others may have copied, and its replacement."""
 
     # A method or a function by its path below `transformers.models`, as in
     # `"llama.modeling_llama:LlamaRMSNorm.forward"`. It is imported once a model has code of that name.
@@ -44,11 +43,11 @@ class Recognised:
 
     @property
     def path(self) -> list[str]:
-        """The function's name, after that of its class if it has one."""
+        """The function's name, after its class's name if it is a method."""
         return self.place.partition(":")[2].split(".")
 
     def is_method_of(self, kind: type[nn.Module]) -> bool:
-        """Whether a class has the method, and those beside it."""
+        """Return whether a class has the method and those of `beside`."""
         names = (self.path[-1], *self.beside)
         is_one = len(self.path) == 2 and kind.__name__.endswith(self.ending)
         if not is_one or not all(hasattr(kind, name) for name in names):
@@ -57,13 +56,13 @@ class Recognised:
         return all(same_code(getattr(kind, name), getattr(own, name)) for name in names)
 
     def is_function_of(self, module: ModuleType) -> bool:
-        """Whether a Python module has the function, and those beside it."""
+        """Return whether a Python module has the function and those of `beside`."""
         names = (*self.path, *self.beside)
         has_names = len(self.path) == 1 and all(hasattr(module, name) for name in names)
         return has_names and all(same_code(getattr(module, name), getattr(self._module(), name)) for name in names)
 
     def replaces_in(self, module: nn.Module) -> bool:
-        """Whether a module has the method, and is one that the replacement is for."""
+        """Return whether a module has the method, and the replacement is for such a module."""
         return self.path[-1] not in vars(module) and self.is_method_of(type(module)) and self.fits(module)
 
     def load(self) -> Callable[..., Any]:
@@ -73,7 +72,7 @@ class Recognised:
         return function
 
     def replaced_in(self, model: nn.Module, changed: ExitStack) -> None:
-        """Replace it wherever a model has it, until the stack is closed."""
+        """Replace the code wherever a model has it, until the stack is closed."""
         name = self.path[-1]
         for module in model.modules():
             if self.replaces_in(module):
@@ -87,9 +86,9 @@ class Recognised:
 
 
 def same_code(one: Any, other: Callable[..., Any]) -> bool:
-    """Whether two functions have the same instructions over the same names, constants and defaults.
+    """Return whether two functions have the same instructions over the same names, constants and defaults.
 
-    Of a function with decorators it is the function itself that counts: a decorator's code is the same for all.
+    Decorators are unwrapped first, since a decorator's code is the same for all functions.
     """
     one, other = inspect.unwrap(one) if callable(one) else one, inspect.unwrap(other)
     if not isinstance(one, FunctionType) or not isinstance(other, FunctionType):
@@ -98,7 +97,7 @@ def same_code(one: Any, other: Callable[..., Any]) -> bool:
 
 
 def _meaning(code: CodeType) -> tuple[Any, ...]:
-    """A function's code without its location and docstring, and likewise that of functions within it."""
+    """Return a function's code without location and docstring, nested functions included."""
     constants = [
         _meaning(constant) if isinstance(constant, CodeType) else constant
         for constant in code.co_consts
@@ -109,7 +108,7 @@ def _meaning(code: CodeType) -> tuple[Any, ...]:
 
 @contextmanager
 def replaced(model: nn.Module, table: Sequence[Recognised]) -> Iterator[None]:
-    """Let a model call what replaces recognised code, within the block."""
+    """Replace a model's recognised code within the block."""
     with ExitStack() as changed:
         for code in table:
             code.replaced_in(model, changed)
@@ -165,5 +164,5 @@ ATTENTIONS = (
 
 
 def has_key_indexer(model: nn.Module) -> bool:
-    """Return whether a decoder's indexer of keys keeps the positions of all tokens."""
+    """Return whether a decoder's key indexer keeps the positions of all tokens."""
     return any(type(part).__name__.endswith("QSAIndexer") for part in model.modules())

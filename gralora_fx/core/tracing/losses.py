@@ -19,19 +19,19 @@ _COUNTING = (ForQuestionAnsweringLoss, ForSequenceClassificationLoss, ForTokenCl
 
 
 def counts_items(loss_function: Callable[..., Tensor] | None) -> bool:
-    """Whether a loss supports `num_items_in_batch`, so that accumulated batches count like one large batch."""
+    """Return whether a loss takes `num_items_in_batch`, so that accumulated batches count like one large batch."""
     if loss_function is None:
         return False
     return loss_function in _COUNTING or ITEM_COUNT in inspect.signature(loss_function).parameters
 
 
 def decoder_inputs(labels: Tensor, config: PreTrainedConfig, shift: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Labels shifted right, as encoder-decoders feed their decoder in training.
+    """Return labels shifted right, as encoder-decoders feed their decoder in training.
 
     Args:
-        labels: `[batch, length]`, -100 where no loss is taken.
+        labels: `[batch, length]`, -100 where there is no loss.
         config: The model's configuration.
-        shift: The model's own function; None shifts them after the start token.
+        shift: The model's own function; None to shift them after the start token.
     """
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
@@ -54,7 +54,7 @@ def model_loss(
     config: PreTrainedConfig | None,
     item_count: Tensor | int | None = None,
 ) -> Tensor:
-    """The loss of a model's outputs, by transformers' loss function for the model's class."""
+    """Compute the loss of a model's outputs with transformers' loss function for the model's class."""
     if loss_function is None or config is None:
         raise RewriteError("labels were given, but the traced model has no loss function; compute the loss outside")
     if getattr(config, "output_router_logits", False):
@@ -102,7 +102,7 @@ def _loss(
 
 
 def _out_of_range(labels: Tensor | None, logits: Tensor | None) -> str | None:
-    """Describe the first class of labels that the outputs do not have; None if they have all."""
+    """Describe the first label that is not one of the outputs' classes; None if all are."""
     if labels is None or logits is None or labels.is_floating_point():
         return None
     wrong = ((labels < 0) & (labels != -100)) | (labels >= logits.shape[-1])
@@ -118,7 +118,7 @@ def _out_of_range(labels: Tensor | None, logits: Tensor | None) -> str | None:
 def _arguments(
     outputs: Any, labels: Mapping[str, Tensor], loss_function: Callable[..., Tensor], config: PreTrainedConfig
 ) -> dict[str, Any]:
-    """The arguments of a loss function from outputs, labels and configuration."""
+    """Return the arguments of a loss function from outputs, labels and configuration."""
     logits = getattr(outputs, "logits", None)
     offered = {
         **labels,

@@ -1,4 +1,4 @@
-"""The blocks of a trace that the caller names: `trace(model, blocks=["encoder.layers.*"])`."""
+"""The blocks of a trace named by the caller: `trace(model, blocks=["encoder.layers.*"])`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Conversion of a trace to another dtype or device: its graph names both, so that the source model is traced again.
+"""Converts a trace to another dtype or device by tracing the source model again, since the graph names both.
 
-A graph of float32 does not tell a dtype that the model names (`softmax(x, dtype=torch.float32)`) from one that follows
-its tensors (`x.to(query.dtype)`). A trace of the converted model does, whatever the model decides by its dtype.
+A float32 graph does not distinguish a dtype that the model names (`softmax(x, dtype=torch.float32)`) from one that
+follows its tensors (`x.to(query.dtype)`). A trace of the converted model does, however the model uses its dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Convert = Callable[[Tensor], Tensor]
 
 
 class Convertible(Protocol):
-    """What is read of a trace here; each is described there (`TracedModel`)."""
+    """The parts of a trace that are read here, as described in `TracedModel`."""
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -41,11 +41,11 @@ class Convertible(Protocol):
 
     @property
     def example_inputs(self) -> Mapping[str, Any]:
-        """The arguments it was traced with."""
+        """The arguments that it was traced with."""
 
     @property
     def source(self) -> Draft | str:
-        """What it is traced again from, or why it cannot be."""
+        """The draft to trace again, or why there is none."""
 
     @property
     def merged_adapters(self) -> Mapping[str, Any]:
@@ -56,14 +56,14 @@ class Convertible(Protocol):
         """Whether the graph is in training mode."""
 
     def with_graph(self, graph_module: fx.GraphModule, tree: ModuleTree) -> Self:
-        """The same with another graph."""
+        """Return the same trace with another graph."""
 
     def train(self, mode: bool) -> Self:
         """Switch the mode."""
 
 
 def once_each(convert: Convert) -> Convert:
-    """Return a conversion that gives the same result for a tensor that it is given again."""
+    """Return a conversion that gives the same result when a tensor is passed again."""
     done: dict[int, tuple[Tensor, Tensor]] = {}
 
     def converted(tensor: Tensor) -> Tensor:
@@ -75,13 +75,13 @@ def once_each(convert: Convert) -> Convert:
 
 
 def trace_converted(traced: Convertible, convert: Convert) -> Captured | None:
-    """Trace a model in the dtype and on the device that its tensors are to be converted to; nothing is converted.
+    """Trace the source model in its tensors' new dtype and on their new device, without converting anything.
 
     Returns:
-        The source model's new graph, over placeholders for its parameters; None if the graph is right as it is.
+        The source model's new graph, over placeholders for its parameters; None if the old graph stays right.
 
     Raises:
-        TraceError: The source model is not known, or cannot be traced so.
+        TraceError: The source model is not known, or cannot be traced this way.
     """
     kinds = {(p.dtype, p.device) for p in traced.tree.parameters.values() if p.is_floating_point() and not is_lazy(p)}
     named = _devices(traced.graph_module.graph)
@@ -114,7 +114,7 @@ def trace_converted(traced: Convertible, convert: Convert) -> Captured | None:
 
 
 def convert_trace(traced: Convertible, captured: Captured | None, convert: Convert) -> None:
-    """Convert a trace's tensors and its source model's in place, and give it the graph captured for them, if any."""
+    """Convert a trace's and its source model's tensors in place, and install the graph captured for them, if any."""
     source, training, graph_module = traced.source, traced.training, traced.graph_module
     graph_module._apply(convert)  # type: ignore[no-untyped-call]
     if isinstance(source, Draft):
@@ -138,7 +138,7 @@ def convert_trace(traced: Convertible, captured: Captured | None, convert: Conve
 def _over_own_tensors(
     traced: Convertible, captured: Captured, parameters: Mapping[str, nn.Parameter]
 ) -> fx.GraphModule:
-    """Return a captured graph over the tensors of a trace; its constants are its own."""
+    """Return a captured graph over a trace's tensors; constants are the graph's own."""
     graph_module = fx.GraphModule(captured.graph_module, copy_graph(captured.graph_module), "TracedGraph")
     known, own = captured.model.named_buffers(remove_duplicate=False), dict(traced.graph_module.named_buffers())
     buffers = {name: own.get(name, buffer) for name, buffer in known}
@@ -150,15 +150,15 @@ def _over_own_tensors(
 
 
 class ToConvert(nn.Module):
-    """The methods of a module that convert it, for a trace."""
+    """A module whose conversion methods convert a trace."""
 
     def __init__(self, traced: Convertible) -> None:
-        """Take a trace."""
+        """Store the trace."""
         super().__init__()
         self.traced = traced
 
     def _apply(self, fn: Convert, recurse: bool = True) -> ToConvert:
-        """Convert the trace; a dtype and a device that it has change nothing."""
+        """Convert the trace; its own dtype and device change nothing."""
         captured = trace_converted(self.traced, fn)
         probes = [torch.empty(0, dtype=p.dtype, device=p.device) for p in self.traced.tree.parameters.values()]
         if captured is not None or any(_kind(fn(probe)) != _kind(probe) for probe in probes):
@@ -169,7 +169,7 @@ class ToConvert(nn.Module):
 
 
 def _take_own_parameters(traced: Convertible) -> None:
-    """Let a trace hold its parameters by objects of its own, over the same memory."""
+    """Give a trace its own parameter objects, over the same memory."""
     own: dict[nn.Parameter, nn.Parameter] = {}
 
     def owned(parameter: nn.Parameter) -> nn.Parameter:
@@ -186,7 +186,7 @@ def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
 
 
 def _capture(traced: Convertible, convert: Convert, floats: Collection[torch.dtype]) -> Captured:
-    """Capture the source model anew, with its tensors converted and in the modes of the trace."""
+    """Capture the source model again, with its tensors converted and in the modes of the trace."""
     source = traced.source
     assert isinstance(source, Draft)
 
@@ -213,7 +213,7 @@ def _capture(traced: Convertible, convert: Convert, floats: Collection[torch.dty
 
 @contextmanager
 def _converted_tensors(model: nn.Module, kinds: Mapping[str, Tensor], convert: Convert) -> Iterator[None]:
-    """Let a model hold converted buffers, and empty placeholders for converted parameters, within the block."""
+    """Give a model converted buffers, and empty placeholders for converted parameters, within the block."""
     originals: dict[nn.Parameter, nn.Parameter] = {}
 
     def placeholder(parameter: nn.Parameter, name: str) -> nn.Parameter:
@@ -239,7 +239,7 @@ def _converted_tensors(model: nn.Module, kinds: Mapping[str, Tensor], convert: C
 
 
 def _is_alike(traced: Convertible, captured: Captured) -> bool:
-    """Return whether two graphs are the same, node for node, but for the dtypes and devices that they name."""
+    """Return whether two graphs are equal node for node, except for the dtypes and devices that they name."""
     return _structure(traced.graph_module) == _structure(captured.graph_module)
 
 
@@ -263,5 +263,5 @@ def _devices(graph: fx.Graph) -> set[torch.device]:
 
 
 def _spelled(tensor: Tensor) -> str:
-    """Return what converts to a tensor's dtype and device, as Python spells it."""
+    """Return the Python text of the arguments that convert to a tensor's dtype and device."""
     return str(tensor.dtype) if tensor.device.type == "cpu" else f"{str(tensor.device)!r}, {tensor.dtype}"

@@ -1,4 +1,4 @@
-"""Layers of many models while a trace is made: stochastic depth as an operator, TensorFlow's padding by arithmetic."""
+"""Replacements for layers of many models in a trace: stochastic depth, and TensorFlow's padding by arithmetic."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gralora_fx.core.operators.layers import DropPath
 
 
 def drop_path(module: Any, hidden_states: Tensor) -> Tensor:
-    """Stochastic depth, which `train()` and `eval()` switch in the graph like any dropout."""
+    """Apply stochastic depth, which `train()` and `eval()` switch in the graph like any dropout."""
     return DropPath.compute(x=hidden_states, p=module.drop_prob, train=module.training)
 
 
 def same_padding(features: Tensor, conv_layer: nn.Conv2d) -> Tensor:
-    """TensorFlow's padding, by arithmetic on sizes where MobileNets branch on them.
+    """Pad features as TensorFlow does, by arithmetic on sizes where MobileNets branch on them.
 
-    Zeros around features so that a convolution gives `ceil(size / stride)` values on an axis.
+    With the zeros, a convolution returns `ceil(size / stride)` values on an axis.
     """
     amounts: list[Any] = []
     for axis in (1, 0):  # the last axis first

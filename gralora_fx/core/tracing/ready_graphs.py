@@ -1,4 +1,4 @@
-"""Graphs traced by other means: symbolic traces and exported programs are checked, or captured anew as operators."""
+"""Graphs traced by other means: symbolic traces and exported programs, which are checked or captured again."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PREFIX = "graph_module."
 def trace_ready_graph(
     model: fx.GraphModule | torch.export.ExportedProgram, arguments: Arguments | None, task: str | None
 ) -> Captured:
-    """The draft of a trace of a graph: an exported program, or an exported or symbolic `GraphModule`."""
+    """Return the draft of a given graph: an exported program, or an exported or symbolic `GraphModule`."""
     exported_with: Any = None
     if isinstance(model, fx.GraphModule):
         graph_module = model
@@ -72,7 +72,7 @@ def trace_ready_graph(
 
 
 def tree_of(draft: Captured) -> ModuleTree:
-    """The modules that a graph holds, and those that its nodes record."""
+    """Return the modules in a graph module and those recorded in its nodes."""
     tree, noted = ModuleTree.of_module(draft.model), ModuleTree.of_graph(draft.graph_module)
     if not tree.linear:
         return noted
@@ -82,7 +82,7 @@ def tree_of(draft: Captured) -> ModuleTree:
 
 
 def _check_distinct(graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Check that a program was exported with a tensor for each of its inputs."""
+    """Raise if a program was exported with one tensor for several inputs."""
     inputs = {**dict(zip(_call_names(graph_module), args, strict=False)), **kwargs}
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     seen: dict[int, tuple[str, bool]] = {}
@@ -98,7 +98,7 @@ def _check_distinct(graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs:
 def _named(
     names: tuple[str, ...], optional: Collection[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Example inputs by name, in the graph's order."""
+    """Return example inputs by name, in the graph's order."""
     takes = f"the graph takes {', '.join(names)}"
     if len(args) > len(names):
         raise TraceError(f"{takes}, but {len(args)} example inputs are given by position; give one for each")
@@ -118,12 +118,12 @@ def _named(
 
 
 def _call_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Input names of the calling convention of an exported graph, nested inputs counted once."""
+    """Return the input names of an exported graph's calling convention; a nested input counts once."""
     return tuple(tree_info(graph_module.graph).orig_args)
 
 
 def is_operator_graph(graph: fx.Graph) -> bool:
-    """Whether a graph consists of PyTorch's operators with traced values, and has dynamic axes."""
+    """Return whether a graph consists of PyTorch's operators with traced values, and has dynamic axes."""
     nodes = list(graph.nodes)
     inputs = [value for node in nodes if node.op == "placeholder" and isinstance(value := node.meta.get("val"), Tensor)]
     varies = any(isinstance(size, torch.SymInt) for value in inputs for size in value.shape)
@@ -144,7 +144,7 @@ def _is_known(node: fx.Node) -> bool:
 
 
 def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynamic: bool = True) -> fx.GraphModule:
-    """Capture a graph anew by running it, with dynamic axes where possible.
+    """Capture a graph again by running it, with dynamic axes where possible.
 
     Before: `x = input.flatten(1); y = self.act(torch.nn.functional.linear(x, w))`
     After:  `x = aten.flatten(input, 1); y = aten.relu(aten.linear(x, w))`
@@ -168,7 +168,7 @@ def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynami
 
 
 class _Named(nn.Module):
-    """A graph as a module whose signature names its inputs, which `torch.export` needs for dynamic shapes."""
+    """A graph whose `forward` signature names its inputs, as `torch.export` needs for dynamic shapes."""
 
     def __init__(self, graph_module: fx.GraphModule, names: Iterable[str]) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class _Named(nn.Module):
 
 
 def _check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
-    """Run a ready-made graph on its example inputs."""
+    """Run a given graph on its example inputs."""
     if any(parameter.is_meta for parameter in graph_module.parameters()):
         return
     buffers = [(buffer, buffer.clone()) for buffer in graph_module.buffers()]

@@ -1,4 +1,4 @@
-"""What `generate` is given for each row: in its steps, a row may have become several, as of beams or samples."""
+"""Arguments of `generate` for each row; in its steps, a row may have become several, as with beams or samples."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gralora_fx.format.input_names import ADAPTER_NAMES, STARTS
 
 
 class RowNames(list[str]):
-    """The names of the adapters of the rows that `generate` was called with."""
+    """The adapter of each row that `generate` was called with."""
 
 
 class RowStarts(dict[str, Tensor]):
-    """From which column on adapters act, of the rows that `generate` was called with."""
+    """The column from which adapters act, in each row that `generate` was called with."""
 
 
 def spread_over_copies(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Give every row of a step what the row has that it is a copy of, in place."""
+    """Repeat row arguments for the copies of each row in a step, in place."""
     names, starts = kwargs.get(ADAPTER_NAMES), kwargs.pop(STARTS, None)
     rows = batch_of((*args, *kwargs.values())) if isinstance(names, RowNames) or isinstance(starts, RowStarts) else 0
     if isinstance(names, RowNames):

@@ -1,4 +1,4 @@
-"""The class of the model that was traced: its name, main input, signature and loss."""
+"""The class of the traced model: its name, main input, signature and loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gralora_fx.format.input_names import LABELS
 
 
 class Traced(Protocol):
-    """What a view reads of a traced model; each is described there (`TracedModel`)."""
+    """The parts of a traced model that a view reads, as described in `TracedModel`."""
 
     @property
     def generation_config(self) -> GenerationConfig | None:
@@ -42,11 +42,11 @@ class Traced(Protocol):
         """The inputs of the graph."""
 
     def can_generate(self) -> bool:
-        """Whether the model generates."""
+        """Return whether the model can generate."""
 
 
 def with_signature(function: Callable[..., Any], inputs: Iterable[str], labels: Iterable[str]) -> Callable[..., Any]:
-    """A method that calls another, with a model's inputs and labels in its signature."""
+    """Return a method that calls another, with a model's inputs and labels in its signature."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)
@@ -65,24 +65,24 @@ def with_signature(function: Callable[..., Any], inputs: Iterable[str], labels: 
 
 
 def class_name(traced: Traced) -> str:
-    """Name of the class of the source model."""
+    """Return the name of the source model's class."""
     return traced.tree.types.get("", "Module").rpartition(".")[2]
 
 
 def source_class(traced: Traced) -> type[Any] | None:
-    """The class of the source model, if it is imported under its name."""
+    """Return the source model's class, if it is imported under its name."""
     module, _, name = traced.tree.types.get("", "").rpartition(".")
     cls = getattr(sys.modules.get(module), name, None)
     return cls if isinstance(cls, type) else None
 
 
 def main_input(traced: Traced) -> str:
-    """Name of a model's main input, such as that of token ids."""
+    """Return the name of a model's main input, such as that of token ids."""
     name = getattr(source_class(traced), "main_input_name", None)
     return name if name in traced.input_names else next(iter(traced.input_names), "input_ids")
 
 
 def label_names(loss_function: Callable[..., Tensor] | None) -> tuple[str, ...]:
-    """Return the labels that a loss takes."""
+    """Return the names of the labels that a loss takes."""
     parameters = inspect.signature(loss_function).parameters if loss_function is not None else {}
     return tuple(name for name in LABELS if name in parameters)

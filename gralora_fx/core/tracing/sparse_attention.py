@@ -1,11 +1,11 @@
-"""Sparse attention while a decoder is traced: an indexer scores the keys, and a query attends to the best of them.
+"""Sparse attention in a decoder's trace: an indexer scores the keys, and a query attends to the best of them.
 
-A graph computes the products with all keys and hides those that were not chosen, as the models' own code does on a
-CPU: what is computed is the same, though not less of it.
+The graph multiplies with all keys and masks those that were not chosen, as the models' own code does on a CPU: the
+result is the same, at full cost.
 
-Qwen4's indexer chooses blocks of keys. Its own code loops over rows and queries, and asks for values. Here one
-computation serves all of them: a row's tokens that are not padding are in blocks by their order, which is the same for
-every query, and each query chooses among the blocks before it.
+Qwen4's indexer chooses blocks of keys. Its own code loops over rows and queries, and reads values. Here one computation
+serves all of them: a row's tokens other than padding form blocks in their order, the same for every query, and each
+query chooses among the blocks before it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from gralora_fx.format.input_names import PAST
 
 
 def only_chosen(mask: Tensor, chosen: Tensor) -> Tensor:
-    """A mask that hides every key that was not chosen for a query.
+    """Return a mask that hides every key that was not chosen for a query.
 
     Args:
         mask: `[batch, 1, length, total]`, added to scores.
-        chosen: `[batch, length, count]`, the places of keys.
+        chosen: `[batch, length, count]`, the indices of keys.
     """
     hidden = torch.ones_like(mask, dtype=torch.bool).scatter(-1, chosen.unsqueeze(1).long(), False)
     return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
@@ -41,9 +41,9 @@ def only_chosen(mask: Tensor, chosen: Tensor) -> Tensor:
 
 @contextmanager
 def symbolic_counts(model: nn.Module) -> Iterator[None]:
-    """Let indexers choose as many keys as there are, if these are fewer than they want, whatever a graph's sizes.
+    """Let indexers choose at most as many keys as there are, in graphs of any size, within the block.
 
-    Python's `min` of a size compares it, which would fix the comparison in a graph.
+    Python's `min` would compare the sizes, which fixes the comparison in the graph.
     """
     owners = {type(part).__module__ for part in model.modules() if type(part).__name__.endswith(INDEXER)}
     with ExitStack() as changed:
@@ -53,7 +53,7 @@ def symbolic_counts(model: nn.Module) -> Iterator[None]:
 
 
 def smaller(*values: Any, **options: Any) -> Any:
-    """Python's `min`, which of two sizes of a graph is an operation and not a comparison."""
+    """Return the smaller value like Python's `min`; for symbolic sizes it is an operation instead of a comparison."""
     if len(values) == 2 and any(isinstance(value, torch.SymInt) for value in values):
         return torch.sym_min(*values)  # type: ignore[no-untyped-call]
     return builtins.min(*values, **options)
@@ -62,7 +62,7 @@ def smaller(*values: Any, **options: Any) -> Any:
 def chosen(
     module: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor, cache: Any
 ) -> Tensor:
-    """Which keys each query attends to, `[batch, 1, length, total]`: those of the best whole blocks, and the rest's.
+    """Choose each query's keys, `[batch, 1, length, total]`: those of the best whole blocks, and the remaining ones.
 
     A block is `compress_ratio` tokens, and its key the mean of theirs.
     """
@@ -100,9 +100,9 @@ def chosen(
 
 @contextmanager
 def known_positions(model: nn.Module) -> Iterator[None]:
-    """Let indexers that keep the positions of all tokens take those of earlier ones from the mask, within the block.
+    """Let indexers that keep all tokens' positions compute those of earlier ones from the mask, within the block.
 
-    They are counted from it, so that they need no place in the cache.
+    So the positions need no place in the cache.
     """
     forward = model.forward
 

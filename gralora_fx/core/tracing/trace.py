@@ -1,4 +1,4 @@
-"""`trace`: from any kind of model to a clean graph over its own parameters, with the blocks that repeat in it."""
+"""`trace`: from any kind of model to a clean graph over its own parameters, with its repeated blocks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CONTAINERS = (_LIST, "torch.nn.modules.container.Sequential")
 def blocks_of(flat: fx.GraphModule, tree: ModuleTree, patterns: Sequence[str] | None) -> tuple[str, ...]:
     """Return the paths of a graph's blocks: the modules that patterns name, or the repeated ones for None.
 
-    A repeated module is left out if the graph reads no tensor of it, or if its operations cannot run together.
+    A repeated module is left out if the graph reads no tensor of it, or if its nodes cannot be moved together.
 
     Raises:
         TraceError: A module that a pattern names cannot be a block.
@@ -49,7 +49,7 @@ def blocks_of(flat: fx.GraphModule, tree: ModuleTree, patterns: Sequence[str] | 
 
 
 def _repeated_blocks(flat: fx.GraphModule, tree: ModuleTree) -> tuple[str, ...]:
-    """Return the outermost repeated modules that can be blocks; within one that cannot be, those that can."""
+    """Return the outermost repeated modules that can be blocks; inside one that cannot, those that can."""
     candidates = repeated_modules(tree)
     if not candidates:
         return ()
@@ -67,9 +67,9 @@ def _repeated_blocks(flat: fx.GraphModule, tree: ModuleTree) -> tuple[str, ...]:
 
 
 def repeated_modules(tree: ModuleTree) -> tuple[str, ...]:
-    """Return the modules that a `ModuleList` or `Sequential` repeats: of one class, and at one place in its members.
+    """Return the modules that a `ModuleList` or `Sequential` repeats: of one class, at the same place in its members.
 
-    The member of a list of one counts too, as a model of one layer. A module without modules of its own does not.
+    The member of a list of one counts too, as in a model of one layer. A module without submodules does not.
     """
     parents = {path.rpartition(".")[0] for path in tree.types if path}
     members = collections.Counter(path.rpartition(".")[0] for path in tree.types if path)
@@ -177,7 +177,7 @@ def trace(
 
 
 def _appended_modules(model: object, task: str | None, source: str | Path | None) -> AppendedModules | None:
-    """Return the modules that a task appends to a model; None if it appends none."""
+    """Return the modules that a task appends to a model, or None."""
     if task is None and source is None:
         return None
     from gralora_fx.base.features import parts
@@ -193,7 +193,7 @@ def _appended_modules(model: object, task: str | None, source: str | Path | None
 
 
 def _checked(draft: Draft) -> Captured:
-    """Capture and check a model for both modes, or as a feature does that knows its inputs."""
+    """Capture and check a model for both modes, or leave that to the feature that knows its inputs."""
     if has_own_code(draft.model):
         from gralora_fx.base.features import parts
 
@@ -204,7 +204,7 @@ def _checked(draft: Draft) -> Captured:
 
 
 def _with_layers(draft: Captured, tree: ModuleTree, blocks: Sequence[str] | None, *, training: bool) -> TracedModel:
-    """The last stage: the linear layers of a checked graph, and what the source model says beside it."""
+    """Return the traced model of a checked draft: its linear layers, and facts about the source model."""
     model, config, loss = draft.model, None, None
     if isinstance(model, PreTrainedModel):
         config = model.config
@@ -234,7 +234,7 @@ def _with_layers(draft: Captured, tree: ModuleTree, blocks: Sequence[str] | None
 
 
 def _checkpointing_of(model: nn.Module | torch.export.ExportedProgram, blocks: Sequence[str]) -> Checkpointing | None:
-    """Return how a model recomputes its blocks in the backward pass, which the rewritten model then does."""
+    """Return how a model recomputes its blocks in the backward pass, for the rewritten model to do the same."""
     parts = model.named_modules() if isinstance(model, nn.Module) else ()
     checkpointed = {path: part for path, part in parts if getattr(part, "gradient_checkpointing", False) is True}
     if not checkpointed:

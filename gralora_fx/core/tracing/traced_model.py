@@ -40,9 +40,8 @@ CALL_TRACE = "trace it first: call trace() with the model,"
 class TracedModel:
     """A traced model: callable like the model, its graph open to passes.
 
-    It shares the source model's parameters and copies none. It is made by `trace`, and a changed one by
-    `dataclasses.replace` or, where the graph is another, by `with_graph`. Only its mode, dtype and device change in
-    place, as of any module.
+    It shares the source model's parameters. `trace` makes it; `dataclasses.replace` makes a changed one, or
+    `with_graph` if the graph is another. Only mode, dtype and device change in place, as on any module.
 
     Attributes:
         graph_module: The graph; calling it takes every traced input by name.
@@ -50,20 +49,20 @@ class TracedModel:
         example_inputs: The arguments it was traced with, by name: inputs, and constants that are part of the graph.
         signature: Its call signature, with the value of every argument that is part of the graph.
         sites: Every linear layer of the model, in the order of its modules.
-        out_of_reach: Reasons why an adapter would not take effect at every call of a layer, by path of such layers.
-        in_subgraphs: The operators of the branches and loops that call layers, by the path of such layers.
+        out_of_reach: Reasons why an adapter would not take effect at every call of a layer, by the layer's path.
+        in_subgraphs: The operators of branches and loops that call layers, by the layer's path.
         task: The task it was traced for, or None.
         config: The model's transformers configuration, or None.
         generation_config: The model's generation configuration, or None.
-        tokenizer_source: Where the model's tokenizer can be loaded from, or None.
+        tokenizer_source: The directory or hub id of the model's tokenizer, or None.
         loss_function: transformers' loss for the model's class, or None.
         shift_labels: The model's own function from labels to decoder inputs, or None.
         merged_adapters: Configuration and digest of each adapter that was merged into the weights, by name.
         appended: The modules that the task appends to the model, or None.
-        passes: What each pass that normalized the graph did, in order.
+        passes: Reports of the passes that normalized the graph, in order.
         blocks: Paths of the modules that are blocks of the rewritten model (see `trace`).
         checkpointing: How the source model recomputed blocks in its backward pass, or None.
-        source: What it is traced again from in another dtype (see `to`), or why it cannot be.
+        source: The draft to trace again in another dtype (see `to`), or why there is none.
     """
 
     graph_module: fx.GraphModule
@@ -98,7 +97,7 @@ class TracedModel:
 
     @property
     def cache_layout(self) -> CacheLayout:
-        """What the model keeps between its steps."""
+        """The layout of the cache that the model keeps between its steps."""
         return cache_layout(self.example_inputs)
 
     @property
@@ -113,15 +112,15 @@ class TracedModel:
 
     @functools.cached_property
     def operators(self) -> frozenset[str]:
-        """Names of the operators that the graph calls, in branches and loops too, such as `"gralora::attention"`."""
+        """Names of the operators in the graph and its subgraphs, such as `"gralora::attention"`."""
         graphs = (part.graph for part in self.graph_module.modules() if isinstance(part, fx.GraphModule))
         return frozenset[str]().union(*map(operators_called, graphs))
 
     @functools.cached_property
     def companions(self) -> Mapping[str, TracedModel]:
-        """Traces of what the source model runs beside this graph, such as a tower, by names of their files.
+        """Traces of the source model's parts that run outside this graph, by their files' names.
 
-        They are over the same parameters, and are made when they are first asked for.
+        They share the parameters, and are made on first access.
         """
         from gralora_fx.base.features import parts
 
@@ -132,18 +131,18 @@ class TracedModel:
 
     @functools.cached_property
     def parameter_sites(self) -> tuple[ParameterSite, ...]:
-        """Every parameter that `target_parameters` can name and that is not the weight of a linear layer."""
+        """Every parameter that `target_parameters` can name and that is no linear layer's weight."""
         from gralora_fx.core.graph.sites import parameter_sites
 
         return parameter_sites(self.graph_module, self.tree, self.sites)
 
     @property
     def adaptable(self) -> tuple[LinearSite, ...]:
-        """The linear layers, then the other parameters: whatever an adapter can be at."""
+        """The linear layers, then the other parameters: everything that an adapter can be at."""
         return (*self.sites, *self.parameter_sites)
 
     def site(self, path: str) -> LinearSite:
-        """The linear layer at a module path, or the parameter of a name.
+        """Return the linear layer at a module path, or the parameter of a name.
 
         Args:
             path: The path, as in `sites` or `parameter_sites`.
@@ -158,14 +157,14 @@ class TracedModel:
         return match
 
     def with_pass(self, graph_pass: GraphPass) -> TracedModel:
-        """A copy of the traced model, over the same parameters, whose graph a pass has edited.
+        """Return a copy of the traced model, over the same parameters, whose graph a pass has edited.
 
         Args:
             graph_pass: Takes the copy's `GraphModule` and edits it in place. Linear layers are looked up again
                 afterwards.
 
         Raises:
-            RewriteError: The pass failed, or left a graph that does not lint. This model is as it was.
+            RewriteError: The pass failed, or left a graph that does not lint. This model is unchanged.
         """
         from gralora_fx.core.graph.user_pass import run_pass
 
@@ -183,7 +182,7 @@ class TracedModel:
         return runnable(self.graph_module)(**inputs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate by transformers' own loop, as the traced model's `generate` does.
+        """Generate with transformers' own loop, as the source model's `generate` does.
 
         Args:
             *args: As of transformers' `generate`: the prompt's token ids `[batch, length]`.
@@ -191,7 +190,7 @@ class TracedModel:
                 `streamer`, `generation_config` and the others.
 
         Returns:
-            What transformers' `generate` returns: token ids `[batch, length]`, the prompt included.
+            The result of transformers' `generate`: token ids `[batch, length]`, the prompt included.
 
         Raises:
             TraceError: The model does not generate, or an option is not supported over a trace.
@@ -199,7 +198,7 @@ class TracedModel:
         return self._view().generate(*args, **kwargs)
 
     def can_generate(self) -> bool:
-        """Return whether the model generates."""
+        """Return whether the model can generate."""
         return self.generation_config is not None
 
     @property
@@ -223,15 +222,15 @@ class TracedModel:
         return view_of(Viewed(lambda: self, self.__call__, lambda: self.tree.parameters), labels=False)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of one call by name, with the source model's defaults.
+        """Return the inputs of one call by name, with the source model's defaults.
 
         Args:
             args: The positional arguments.
             kwargs: The keyword arguments.
 
         Raises:
-            TraceError: An input is missing, given twice, of another structure than the example's, was not part of the
-                trace, or a mask does not cover all positions; or an argument that is part of the graph has another
+            TraceError: An input is missing, given twice, of another structure than the example's, or was not part of
+                the trace; a mask does not cover all positions; or an argument that is part of the graph has another
                 value.
         """
         from gralora_fx.core.tracing.inputs.binding import bind_call
@@ -254,14 +253,14 @@ class TracedModel:
         return self.train(False)
 
     def to(self, *args: Any, **kwargs: Any) -> TracedModel:
-        """Convert the source model's tensors, as its own `to` does, trace it again with these, and return this trace.
+        """Convert the source model's tensors, trace it again in their new dtype or device, and return this trace.
 
         Args:
             *args: As of `torch.nn.Module.to`.
             **kwargs: As of `torch.nn.Module.to`.
 
         Raises:
-            TraceError: The model cannot be traced so, or the graph is not a trace of it any more; nothing is changed.
+            TraceError: The model cannot be traced this way, or the graph has changed since; nothing is converted.
         """
         return self._converted("to", *args, **kwargs)
 
@@ -294,7 +293,7 @@ class TracedModel:
         return dataclasses.replace(self, graph_module=graph_module, tree=tree, source=source, **layers._asdict())
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for pickle: the graph as a record of its nodes (see `graph_record`)."""
+        """Return the state for pickle, with the graph as a record of its nodes (see `graph_record`)."""
         from gralora_fx.core.tracing.graph_record import pack_module
 
         if streamed := [name for name, parameter in self.tree.parameters.items() if is_lazy(parameter)]:
@@ -311,7 +310,7 @@ class TracedModel:
         self.__dict__.update(state, graph_module=unpack_module(state["graph_module"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
-        """A copy with its own parameters, tied as in the original."""
+        """Return a copy with its own parameters, tied as in the original."""
         from gralora_fx.core.tracing.draft import skeleton_of
         from gralora_fx.core.tracing.graph_record import deep_copy
 
@@ -327,7 +326,7 @@ class TracedModel:
         return other
 
     def __repr__(self) -> str:
-        """One line: what was traced, and how large it is."""
+        """Return a line that says what was traced and how large it is."""
         name = type(self.config).__name__.removesuffix("Config") if self.config is not None else "module"
         return (
             f"TracedModel({name}, task={self.task!r}, {len(self.graph_module.graph.nodes)} nodes, "

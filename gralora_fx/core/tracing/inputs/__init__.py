@@ -1,1 +1,1 @@
-"""Example inputs of a trace: from a user or a configuration, with a cache; and its call signature."""
+"""Example inputs of a trace, from the user or a configuration, with a cache; and the trace's call signature."""

@@ -1,4 +1,4 @@
-"""Example inputs that a user gives: named as those of a forward, and enlarged for a trace, so that no axis is fixed."""
+"""Example inputs from a user: named as the forward's arguments, and enlarged so that a trace fixes no axis."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def example_arguments(example_inputs: Any, kwargs: Any) -> Arguments:
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Example inputs by name, in the order of the forward's parameters; defaults of None are left out."""
+    """Return example inputs by name, in the order of the forward's parameters, without defaults of None."""
     kind = type(model).__name__
     signature = inspect.signature(model.forward)
     if "self" in kwargs:
@@ -92,7 +92,7 @@ def split_constants(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[s
 
 
 def check_leaves(inputs: Mapping[str, Any]) -> None:
-    """Check that all leaves of the inputs are values that a graph can take or hold.
+    """Check that a graph can take or hold every leaf of the inputs.
 
     Dataclasses are registered with `torch.export`, as a user would have to do.
     """
@@ -156,7 +156,7 @@ def _with_two_rows(value: Any) -> Any:
 
 
 def padded(sample: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with a padded row in each mask that masks nothing; changed in place."""
+    """Add a padded row to each mask that masks nothing, in place, and return the inputs."""
     for mask in _MASKS:
         value = sample.get(mask)
         if isinstance(value, torch.Tensor) and value.ndim == 2 and bool(value.all()) and value.shape[1] > 1:
@@ -167,7 +167,7 @@ def padded(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def distinct(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs without repeated tensors, since `torch.export` makes a tensor passed twice a single input."""
+    """Return the inputs with repeated tensors cloned, since `torch.export` makes them a single input."""
     seen: set[int] = set()
 
     def unshared(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The arguments of a call as the inputs of a traced graph: by name, with the source's defaults, as the examples are."""
+"""Binds a call's arguments to the inputs of a traced graph: by name, with defaults, in the examples' structure."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def bind_call(
 ) -> dict[str, Any]:
     """Bind the arguments of a call to the inputs of a trace with these examples, in the graph's order.
 
-    A mask that was traced but not given is all ones, token types are zeros, and positions count from zero, or go on
-    after a cache, if these are the source's defaults. A cache that is left out is empty, and another is as the graph
-    takes it.
+    If these are the source's defaults, a missing mask becomes all ones, missing token types zeros, and missing
+    positions count from zero or continue after a cache. A missing cache becomes an empty one; a given one is put in the
+    trace's form.
     """
     kwargs = _with_cache_name(signature.inputs, kwargs)
     example = examples.get(PAST)
@@ -86,7 +86,7 @@ def _by_name(signature: CallSignature, args: Sequence[Any], kwargs: Mapping[str,
 
 
 def _check_constant(signature: CallSignature, name: str, value: Any, *, by_position: bool, count: int) -> None:
-    """Check an argument that is not an input of the graph: it must have the value that is part of the graph."""
+    """Check that an argument that is part of the graph has its traced value."""
     if value is None and (name in signature.nullable or (name not in signature.values and signature.takes_any)):
         return
     traced = signature.values.get(name)
@@ -114,7 +114,7 @@ def _check_constant(signature: CallSignature, name: str, value: Any, *, by_posit
 
 
 def _check_left_out(signature: CallSignature, name: str, arguments: Mapping[str, Any]) -> None:
-    """Check an argument that is left out: its default must be the value that is part of the graph."""
+    """Check that the default of a missing argument has the value that is part of the graph."""
     if name in arguments and name not in signature.nullable:
         return
     traced = signature.values[name]
@@ -128,14 +128,14 @@ def _check_left_out(signature: CallSignature, name: str, arguments: Mapping[str,
 
 
 def _check_facts(signature: CallSignature, name: str, value: Any) -> None:
-    """Check what features know of an input: the graph's own error would be obscure, or there would be none."""
+    """Check an input by the facts that features record; the graph's own error would be obscure or missing."""
     for facts in signature.facts.values() if isinstance(value, Tensor) else ():
         if facts.input == name and (problem := facts.problem(value.shape, signature.fixed.get(name, ()))):
             raise TraceError(f"input {name!r} {problem}")
 
 
 def _filled(signature: CallSignature, name: str, inputs: Mapping[str, Any], examples: Mapping[str, Any]) -> Tensor:
-    """Return the default of an input that is left out."""
+    """Return the default of a missing input."""
     known = {other: value for other, value in inputs.items() if value is not None}
     value = None
     if IDS in known and (beside := beside_ids(examples).get(name)) is not None:
@@ -169,7 +169,7 @@ def _check_form(name: str, example: Any, value: Any, fixed: FixedAxes) -> None:
 
 
 def _check_tensor(name: str, value: Any, sizes: tuple[int | None, ...] | None) -> None:
-    """Check that an input is a tensor, with the sizes that the trace takes."""
+    """Check that an input is a tensor of a size that the trace takes."""
     if not isinstance(value, Tensor):
         hint = "torch.from_numpy makes one" if type(value).__module__ == "numpy" else "torch.tensor makes one"
         raise TraceError(f"input {name!r} is {kind_of(value)}, but the trace takes a tensor; {hint}")
@@ -209,7 +209,7 @@ def _check_container(name: str, example: Any, value: Any, fixed: FixedAxes) -> N
 
 
 def _children(value: Any) -> list[Any] | dict[Any, Any] | None:
-    """The items of a container, in order or by name; None for anything else."""
+    """Return the items of a container, in order or by name; None for anything else."""
     if isinstance(value, dict):
         return dict(value)
     if isinstance(value, (list, tuple)):
@@ -220,7 +220,7 @@ def _children(value: Any) -> list[Any] | dict[Any, Any] | None:
 
 
 def _is_container(value: Any) -> bool:
-    """Whether a value is a container for pytree, such as a registered dataclass."""
+    """Return whether pytree sees a value as a container, such as a registered dataclass."""
     return any(keys for keys, _ in _one_level(value))
 
 

@@ -1,4 +1,4 @@
-"""The cache of a model: what it holds by slot, copies of it, empty ones, and those that a trace takes."""
+"""A model's cache: its tensors by slot, copies, empty caches, and the form that a trace takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gralora_fx.format.input_names import PAST
 
 
 def cache_of(layers: Iterable[Sequence[Tensor]]) -> DynamicCache:
-    """A cache of keys and values, by layer."""
+    """Return a cache with these keys and values, by layer."""
     cache = DynamicCache()
     for index, (key, value) in enumerate(layers):
         cache.update(key, value, index)
@@ -26,13 +26,13 @@ def cache_of(layers: Iterable[Sequence[Tensor]]) -> DynamicCache:
 
 
 def returned_cache(outputs: Any) -> Cache | None:
-    """The cache among a model's outputs, whose name there differs between versions of transformers; None if none is."""
+    """Return the cache in a model's outputs, whose name differs between versions of transformers; None without one."""
     values = outputs.values() if isinstance(outputs, Mapping) else ()
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def tensors_of(cache: Cache) -> dict[CacheSlot, Tensor]:
-    """What a cache holds of a decoder's own positions, by slot, in the order in which a graph takes the tensors."""
+    """Return a cache's tensors for the decoder's own positions, by slot, in the order of the graph's inputs."""
     own, part = (cache.self_attention_cache, "decoder") if isinstance(cache, EncoderDecoderCache) else (cache, "")
     kinds = kinds_shown(attributes_of(cache)).values()
     tensors: dict[CacheSlot, Tensor] = {}
@@ -48,13 +48,13 @@ def tensors_of(cache: Cache) -> dict[CacheSlot, Tensor]:
 
 
 def attributes_of(cache: Cache) -> set[str]:
-    """Return the names of what a cache and its layers hold, which are signs of features."""
+    """Return the attribute names of a cache and its layers, which tell the features that it needs."""
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     return {name for part in (own, *own.layers) for name in vars(part)}
 
 
 def with_tensors(like: Cache, tensors: Mapping[CacheSlot, Tensor]) -> Cache:
-    """A cache of the same layout with other tensors, in memory of their own."""
+    """Return a cache of the same layout with clones of other tensors."""
     source = like.self_attention_cache if isinstance(like, EncoderDecoderCache) else like
     states = next(iter(parts("cache layers", attributes_of(source))), None)
     cache = DynamicCache() if states is None else states.empty(source)
@@ -79,7 +79,7 @@ def with_tensors(like: Cache, tensors: Mapping[CacheSlot, Tensor]) -> Cache:
 
 
 def fresh_layer(cache: Cache, index: int) -> Any:
-    """Return an empty layer that keeps every position, of the kinds of state of a cache's layer."""
+    """Return an empty layer that keeps every position, with the kinds of state of a cache's layer."""
     for states in parts("cache layers", attributes_of(cache)):
         if (layer := states.fresh(cache, index)) is not None:
             return layer
@@ -88,27 +88,28 @@ def fresh_layer(cache: Cache, index: int) -> Any:
 
 
 def keeps_more(cache: Cache) -> bool:
-    """Return whether layers of a cache keep something beside keys and values."""
+    """Return whether layers of a cache keep more than keys and values."""
     is_indexed = any(isinstance(layer, DynamicIndexedLayer) for layer in cache.layers)
     return is_indexed or bool(parts("cache layers", attributes_of(cache)))
 
 
 def own_cache(cache: Cache) -> Cache:
-    """A new cache with the part that a trace takes: what is kept of the decoder's own positions."""
+    """Return a new cache with the tensors that a trace takes, those of the decoder's own positions."""
     return with_tensors(cache, tensors_of(cache))
 
 
 def empty_cache(like: Cache, batch: int) -> Cache:
-    """An empty cache for a number of rows: no positions, and states of zeros."""
+    """Return an empty cache for a number of rows: no positions, and zero states."""
     return with_tensors(
         like, {slot: t.new_zeros(slot.kind.shape(t.shape, batch, 0)) for slot, t in tensors_of(like).items()}
     )
 
 
 def fitted_cache(cache: Cache, example: Cache, batch: int) -> Cache:
-    """A cache as a trace takes it that keeps states: one that the model itself returned, or an empty one.
+    """Return a cache in the form that a trace with states takes; it must be empty or returned by the model.
 
-    Of a window of inputs a model may keep one more than the trace takes, the oldest, which is not read again.
+    A model may keep a window of inputs that is longer than the trace's by one; the oldest, never read again, is
+    dropped.
     """
     are_decoders = isinstance(cache, DynamicCache) and isinstance(example, DynamicCache)
     if not are_decoders or not keeps_state(tensors_of(example)):
@@ -136,23 +137,23 @@ def fitted_cache(cache: Cache, example: Cache, batch: int) -> Cache:
 
 
 def cached_length(cache: Cache) -> int | None:
-    """How many positions a cache holds; None of one with states alone, which do not tell."""
+    """Return the number of positions in a cache; None if it has only states, which do not tell."""
     tensors = tensors_of(cache)
     lengths = (t.shape[slot.kind.grows] for slot, t in tensors.items() if slot.kind.grows is not None)
     return next(lengths, None) if tensors else 0
 
 
 def cached_slots(inputs: Mapping[str, Any]) -> list[CacheSlot]:
-    """The slots of the decoder's cache among some inputs, in the order of the graph's inputs; none without one."""
+    """Return the slots of the decoder's cache in the inputs, in the order of the graph's inputs; empty without one."""
     return list(tensors_of(inputs[PAST])) if cache_layout(inputs) is CacheLayout.DECODER else []
 
 
 def positions(mask: Tensor, length: int | None = None) -> Tensor:
-    """Position of each of the last `length` positions in its row, padding not counted.
+    """Return the last `length` positions in each row, not counting padding.
 
     Args:
-        mask: `[batch, total]`, 0 where a position is padding.
-        length: How many; None for all.
+        mask: `[batch, total]`, 0 at padding.
+        length: Number of positions; None for all.
     """
     counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return counted if length is None else counted[:, counted.shape[1] - length :]
@@ -164,7 +165,7 @@ def default_of_step(name: str, ids: Tensor, inputs: Mapping[str, Any], *, counts
     Args:
         name: Name of the input.
         ids: `[batch, length]`.
-        inputs: The inputs given, a cache among them.
+        inputs: The given inputs, with a cache.
         counts_padding: Whether positions count the padding before them.
     """
     mask = inputs.get("attention_mask")
@@ -178,7 +179,7 @@ def check_step_shapes(inputs: Mapping[str, Any]) -> None:
     """Check that a decoder step's mask and cache fit its tokens, since the graph's own error would be obscure.
 
     Raises:
-        TraceError: The mask is not `[batch, past + length]`, or the cache has other rows than the tokens.
+        TraceError: The mask is not `[batch, past + length]`, or the cache's batch size is not that of the tokens.
     """
     ids, mask, cache = (inputs.get(name) for name in ("input_ids", "attention_mask", PAST))
     if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and isinstance(cache, DynamicCache)):

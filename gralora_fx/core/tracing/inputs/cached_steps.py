@@ -1,6 +1,6 @@
-"""Example inputs of a model with a cache: one step of a decoder, with ids, mask, positions and what it has cached.
+"""Example inputs of a model with a cache: one decoder step, with ids, mask, positions and cache.
 
-Of an encoder-decoder they are the encoder's inputs too.
+For an encoder-decoder they include the encoder's inputs.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ _REFUSED = {
 
 
 class NoStepError(TraceError):
-    """A decoder has no step that a graph can hold; the message says what traces it, if anything does."""
+    """A decoder has no step that a graph can hold; the message says how to trace it, if that is possible."""
 
 
 def check_has_step(model: PreTrainedModel) -> None:
-    """Check that a decoder's step takes new tokens and a cache, and gives logits and the cache's next state."""
+    """Check that a decoder's step takes new tokens and a cache, and returns logits and the next cache."""
     refused = _REFUSED.get(model.config.model_type)
     if getattr(model.config.get_text_config(), "ple_layer_ids", None):
         refused = "its embeddings of n-grams (ple_layer_ids) begin with end tokens, and states with zeros", _NOTHING
@@ -83,12 +83,13 @@ _BATCH, _PAST, _LENGTH = 2, 6, 3
 def cached_inputs(
     model: PreTrainedModel, *, batch: int = _BATCH, past: int = _PAST, length: int = _LENGTH, beside: bool = False
 ) -> dict[str, Any]:
-    """Inputs of one step: `length` new positions after `past` cached ones, one row padded on the left.
+    """Return the inputs of one step: `length` new positions after `past` cached ones, one row padded on the left.
 
     Returns:
-        `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` where the
-        model takes them, and a `DynamicCache` with what the model keeps of the cached positions: keys and values
-        `[batch, key heads, past, size]` or states; with `beside` what features put beside the ids (see `beside_ids`).
+        `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` if the
+            model takes them, and a `DynamicCache` with what the model keeps of the cached positions: keys and values
+            `[batch, key heads, past, size]`, or states. With `beside`, also the inputs that features add to the ids
+            (see `beside_ids`).
     """
     check_has_step(model)
     generator = torch.Generator().manual_seed(0)
@@ -113,9 +114,9 @@ def cached_inputs(
 
 
 def _first_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache as a model without states has it, of layers that keep every position; or one with states.
+    """Return an empty cache: a plain one whose layers keep every position, or the model's own kind if it has states.
 
-    Of a model with a class for its cache, such as MiniMax, it is one of that class.
+    A model with a cache class of its own, such as MiniMax, gets one of that class.
     """
     kinds = vars(sys.modules[type(model.base_model).__module__]).values()
     caches = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, DynamicCache))
@@ -132,7 +133,7 @@ def _first_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
-    """The cache that a model returns for some inputs; of windows of inputs it has those that are read again."""
+    """Return the cache that a model computes from inputs; of windows of inputs, only what is read again."""
     longer_by_one: set[tuple[int, int]] = set()
     layers = parts("cache layers", attributes_of(inputs[PAST])) if PAST in inputs else []
     try:
@@ -161,14 +162,14 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
 def decoder_step(
     model: PreTrainedModel, source: Mapping[str, Tensor], *, past: int = _PAST, length: int = _LENGTH
 ) -> dict[str, Any]:
-    """Inputs of one call: the encoder's inputs, and `length` new decoder positions after `past` cached ones.
+    """Return the inputs of one call: the encoder's inputs, and `length` new decoder positions after `past` cached ones.
 
     The cache holds the decoder's own keys and values. Those of the encoder's output are computed in every call of a
     trace, which holds encoder and decoder in one graph; an export splits the two and caches them.
 
     Returns:
         The source, `decoder_input_ids [batch, length]` and an `EncoderDecoderCache` with keys and values
-        `[batch, heads, past, size]` a layer.
+        `[batch, heads, past, size]` per layer.
     """
     generator = torch.Generator().manual_seed(0)
     size = getattr(model.config.get_text_config(decoder=True), "vocab_size", 100)
@@ -182,9 +183,10 @@ def decoder_step(
 
 
 def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a step with the inputs of a user's example, its sizes such that no axis is fixed.
+    """Return a step with the inputs that a user's example has, in sizes that fix no axis.
 
-    Of a decoder the example's values do not matter, and its sizes would have to be changed consistently.
+    For a decoder, only the names in the example matter: changing its sizes consistently would be harder than a new
+    step.
     """
     if model.config.is_encoder_decoder:
         source = {name: value for name, value in sample.items() if name not in (*DECODER_INPUTS, PAST)}
@@ -200,7 +202,7 @@ def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str,
 
 
 def other_steps(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield steps of other sizes, each with its description: one position after a long past, more after none."""
+    """Yield steps of other sizes, each with its description: one position after a long past, several after none."""
     if not model.config.is_encoder_decoder:
         beside = EMBEDS in sample
         yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1, beside=beside)
@@ -217,7 +219,7 @@ def other_steps(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[t
 
 
 def varying_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which axes of a step's cache and of what it takes beside its ids may vary, for `torch.export`."""
+    """Return which axes of a step's cache and extra inputs may vary, for `torch.export`."""
     auto = torch.export.Dim.AUTO
     varying: dict[str, Any] = {
         name: {each.axis: auto, each.axis + 1: auto} for name, each in beside_ids(inputs).items()

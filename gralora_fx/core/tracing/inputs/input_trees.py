@@ -1,4 +1,4 @@
-"""Inputs of a call: nested lists, tuples, dicts and dataclasses of tensors, by path; and the cache among them."""
+"""A call's inputs as trees of lists, tuples, dicts and dataclasses: tensors by path, and the cache among them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FixedAxes = Mapping[str, tuple[int | None, ...]]
 
 
 def leaf_paths(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every leaf of the inputs with its path, such as `pairs.0` or `options.scales.left`; a cache is one leaf."""
+    """Yield every leaf of the inputs with its path, such as `pairs.0` or `options.scales.left`; a cache is one leaf."""
     for name, value in inputs.items():
         leaves, _ = tree_flatten_with_path(value, is_leaf=lambda part: isinstance(part, Cache))
         for keys, leaf in leaves:
@@ -32,23 +32,23 @@ def leaf_paths(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def path_of(name: str, keys: KeyPath) -> str:
-    """The path of a leaf of an input, such as `pairs.0`."""
+    """Return the path of a leaf of an input, such as `pairs.0`."""
     return ".".join((name, *map(key_text, keys)))
 
 
 def tensor_paths(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of the inputs by its path; caches are left out."""
+    """Return every tensor of the inputs by its path, without those of caches."""
     return {path: leaf for path, leaf in leaf_paths(inputs) if isinstance(leaf, Tensor)}
 
 
 def has_tensor(value: Any) -> bool:
-    """Whether a value is a tensor, a cache, or holds either."""
+    """Return whether a value is or contains a tensor or a cache."""
     leaves = tree_leaves(value, is_leaf=lambda part: isinstance(part, Cache))
     return any(isinstance(leaf, (Tensor, Cache)) for leaf in leaves)
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Whether two arguments other than tensors are equal for a model, a bool differing from a number."""
+    """Return whether two non-tensor arguments are the same to a model; a bool differs from a number."""
     if one is other:
         return True
     if isinstance(one, Tensor) or isinstance(other, Tensor) or isinstance(one, bool) is not isinstance(other, bool):
@@ -60,13 +60,13 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its `repr` if it is short, else its type."""
+    """Return a value for a message: its `repr` if short, else its type."""
     text = repr(value) if isinstance(value, (bool, int, float, str, type(None))) else ""
     return text if text and len(text) <= 60 else kind_of(value)
 
 
 def key_text(key: Any) -> str:
-    """The text of one entry of a key path."""
+    """Return the text of one entry of a key path."""
     if isinstance(key, SequenceKey):
         return str(key.idx)
     if isinstance(key, MappingKey):
@@ -83,11 +83,11 @@ def kind_of(value: Any) -> str:
 
 
 class CacheLayout(Enum):
-    """What a model keeps between its steps.
+    """The layout of a model's cache between steps.
 
     Attributes:
-        NONE: Nothing.
-        DECODER: What a decoder keeps of its positions, by layer: keys and values, or states.
+        NONE: No cache.
+        DECODER: A decoder's tensors for its own positions, by layer: keys and values, or states.
         ENCODER_DECODER: Those of the decoder's positions, and those of the encoder's output.
     """
 
@@ -97,7 +97,7 @@ class CacheLayout(Enum):
 
 
 def cache_layout(inputs: Mapping[str, Any]) -> CacheLayout:
-    """Return the layout of the cache among some inputs."""
+    """Return the layout of the cache in the inputs."""
     cache = inputs.get(PAST)
     if isinstance(cache, EncoderDecoderCache):
         return CacheLayout.ENCODER_DECODER
@@ -105,14 +105,14 @@ def cache_layout(inputs: Mapping[str, Any]) -> CacheLayout:
 
 
 def batch_of(values: Iterable[Any]) -> int:
-    """Return the number of rows of the first tensor."""
+    """Return the batch size of the first tensor."""
     return next((value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim > 0), 1)
 
 
 def by_own_names(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Name the inputs of a step as a forward's own arguments.
+    """Return a step's inputs under the names of a forward's arguments.
 
-    transformers' newer name of the cache is `cache`. Most models take the older one too; some would not see it.
+    transformers' newer name of the cache is `cache`. Most models take the older one too; some would ignore it.
     """
     taken = inspect.signature(forward).parameters
     if PAST not in inputs or PAST in taken or "cache" not in taken:

@@ -1,4 +1,4 @@
-"""Example inputs of transformers' models: made for a task from the model's configuration."""
+"""Example inputs of transformers' models, made for a task from the configuration."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
 
 
 def main_input(model: PreTrainedModel) -> str:
-    """The name of the input that holds a text or another signal.
+    """Return the name of the input that holds a text or another signal.
 
-    Where the class names one that may be any of them, it is the first of their usual names that its forward takes.
+    If the class's own main input is none of the usual names, this is the first usual name that the forward takes.
     """
     name: str = model.main_input_name
     if name == IDS:
@@ -41,7 +41,7 @@ def main_input(model: PreTrainedModel) -> str:
 
 
 def infer_task(model: PreTrainedModel) -> str:
-    """The task of a model by its class name; `feature-extraction` for a bare model."""
+    """Return a model's task by its class name; `feature-extraction` for a bare model."""
     task = task_of_class(type(model).__name__)
     if task != "text2text-generation":
         return task
@@ -75,7 +75,7 @@ def _check_main_input(model: PreTrainedModel, task: str) -> None:
 
 
 def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
-    """Random inputs of the shapes that a task needs, read from the model's configuration."""
+    """Return random inputs of the shapes that a task needs, read from the model's configuration."""
     check_task(task)
     if is_decoder(task) and main_input(model) == IDS:
         from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
@@ -106,7 +106,7 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
 
 
 def _has_token_types(model: PreTrainedModel, task: str) -> bool:
-    """Whether token types are an input; an encoder alone with a single type needs none, nor do tokenizers give it."""
+    """Return whether token types are an input; not for a lone encoder with a single type, as in tokenizers."""
     known = find_task(task)
     count = getattr(model.config, "type_vocab_size", None) or 0
     return bool(count > 1 if known is not None and known.encoder_alone else count)
@@ -125,7 +125,7 @@ def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -
 
 
 def part_with(config: Any, field: str) -> Any:
-    """The part of a configuration that has a field; the configuration itself where none does."""
+    """Return the part of a configuration that has a field; the configuration itself if none has."""
     if hasattr(config, field):
         return config
     parts = [getattr(config, name, None) for name in config.sub_configs]

@@ -23,7 +23,7 @@ _RULES = ("attention_mask", "decoder_attention_mask", "token_type_ids", "positio
 
 @dataclasses.dataclass(frozen=True)
 class CallSignature:
-    """The signature of the source model's forward, and what became of each argument in the graph."""
+    """The source model's forward signature, and what became of each argument in the graph."""
 
     inputs: tuple[str, ...]  # arguments that the graph takes, in its order
     positional: tuple[str, ...]  # arguments that the source takes by position, in its order
@@ -45,19 +45,19 @@ class CallSignature:
 
     @property
     def image_sizes(self) -> Any:
-        """Heights and widths of images that the trace takes; None if it takes no images."""
+        """The heights and widths that the trace takes; None if it takes no images."""
         return self.facts.get("image_sizes")
 
     @property
     def may_be_left_out(self) -> tuple[str, ...]:
-        """Optional inputs of the source for which there is a default rule."""
+        """Optional inputs of the source that have a default rule."""
         return tuple(name for name in _RULES if name in self.inputs and name in self.defaults)
 
 
 def signature_of(
     model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any], *, has_cache: bool
 ) -> CallSignature:
-    """The call signature of a trace of a model."""
+    """Return the call signature of a model's trace."""
     from transformers import PreTrainedModel  # imports much that serving does not need
 
     parameters = inspect.signature(model.forward).parameters
@@ -81,7 +81,7 @@ def signature_of(
 
 
 def _answered_by_config(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a transformers model that default to its configuration.
+    """Return the arguments of a transformers model whose defaults are in its configuration.
 
     Decorators in transformers accept `return_dict` and the `output_...` flags for any forward.
     """
@@ -92,7 +92,7 @@ def _answered_by_config(config: Any, defaults: Mapping[str, Any]) -> dict[str, A
 
 
 def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool = False) -> torch.Tensor | None:
-    """The default value of an input, or None if it is required."""
+    """Return an input's default value, or None if it is required."""
     if name == IDS and isinstance(inputs.get(EMBEDS), torch.Tensor):  # all of them are given
         return torch.full(inputs[EMBEDS].shape[:2], GIVEN, device=inputs[EMBEDS].device)
     ids = inputs.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids")
@@ -112,7 +112,7 @@ def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool 
 
 
 def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the inputs for a run that may modify them: a model appends to the cache it gets."""
+    """Copy the inputs for a run that may modify them, as a model appends to its cache."""
     own = {
         name: value if isinstance(value, Cache) else tree_map_only(Tensor, torch.clone, value)
         for name, value in inputs.items()

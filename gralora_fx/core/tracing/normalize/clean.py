@@ -1,4 +1,4 @@
-"""The normalizing stage of a trace: which passes run over a fresh graph, in their order, and those that clean it."""
+"""The normalizing stage of a trace: the passes over a fresh graph, in order, and those that clean it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def drop_guards(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def drop_empty_parts(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Remove concatenations with empty tensors, as from a cache that starts empty.
+    """Remove concatenations with empty tensors, as those with a cache that starts empty.
 
     Before: `keys = cat([detach_(lift_fresh_copy(empty)), new_keys], -2)`
     After:  `keys = new_keys`
@@ -74,7 +74,7 @@ def _is_empty(node: fx.Node) -> bool:
 
 @contract(needs={_UNGUARDED})
 def drop_dead_scalars(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Erase size comparisons that were only used by the guards."""
+    """Erase size comparisons that only guards used."""
     changed = 0
     for node in reversed(graph.nodes):
         is_size = node.target is torch.ops.aten.sym_size.int or getattr(node.target, "__module__", "") == "_operator"
@@ -85,7 +85,7 @@ def drop_dead_scalars(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def drop_unread_writes(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Erase writes into fresh memory that nothing reads, such as initial weights of a layer that a forward makes.
+    """Erase writes into fresh memory that nothing reads, such as initial weights of a layer created in a forward.
 
     Before: `w = empty([8, 8]); u = uniform_(w, -1, 1)`, and no more
     After:  nothing
@@ -101,7 +101,7 @@ def drop_unread_writes(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _users(node: fx.Node) -> set[fx.Node]:
-    """Return what reads a node, and what reads that, as far as they write into its memory."""
+    """Return the nodes that read a node, directly or through others that write into its memory."""
     found = set(node.users)
     for user in node.users:
         found |= _users(user) if _only_writes(user) else set()
@@ -109,12 +109,12 @@ def _users(node: fx.Node) -> set[fx.Node]:
 
 
 def _only_writes(node: fx.Node) -> bool:
-    """Return whether a node gives its first argument's memory again, or only writes into it."""
+    """Return whether a node returns its first argument's memory, or only writes into it."""
     return is_mutable(node.target) or node.target is torch.ops.aten.detach.default
 
 
 def drop_unread_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Erase what a model computes and no output reads, such as BERT's pooler where its states alone are asked for."""
+    """Erase calls that no output reads, such as BERT's pooler if only its hidden states are returned."""
     changed = 0
     for node in reversed(graph.nodes):  # parameters stay, as those of a layer that a model does not call
         if node.op == "call_function" and not node.users and not node.is_impure():
@@ -149,7 +149,7 @@ def _has_subgraphs(graph_module: fx.GraphModule) -> bool:
 
 
 def inlining_passes() -> tuple[Pass[fx.Graph], ...]:
-    """Return the passes that inline subgraphs, and settle the regions that these were."""
+    """Return the passes that inline subgraphs and finish the regions that these were."""
     from gralora_fx.core.tracing.normalize.inline import inline_subgraphs
     from gralora_fx.core.tracing.normalize.regions import drop_idle_grad_regions, leave_after_errors
 
@@ -157,7 +157,7 @@ def inlining_passes() -> tuple[Pass[fx.Graph], ...]:
 
 
 def normalize(draft: Captured) -> Captured:
-    """The draft with the graph of a live module normalized and in evaluation mode, and what it does in either mode."""
+    """Return the draft with a live module's graph normalized, in evaluation mode, and what it does in either mode."""
     passes: tuple[Pass[fx.Graph], ...] = (
         *cleaning_passes(draft.graph_module),
         restore_aten,
@@ -172,7 +172,7 @@ def normalize(draft: Captured) -> Captured:
 
 
 def _masks(draft: Captured) -> tuple[Pass[fx.Graph], ...]:
-    """Return the passes for the masks of a decoder's step, which the operators of its attention read."""
+    """Return the passes for a decoder step's masks, which its attention operators read."""
     if cache_layout(draft.sample) is not CacheLayout.DECODER:
         return ()
     from gralora_fx.core.operators.attention import padding_as_argument, without_empty_blocks
@@ -181,14 +181,14 @@ def _masks(draft: Captured) -> tuple[Pass[fx.Graph], ...]:
 
 
 def run_passes(draft: Captured, passes: tuple[Pass[fx.Graph], ...]) -> Captured:
-    """The draft with a copy of its graph, exported or symbolic, on which passes have run."""
+    """Run passes over a copy of the draft's graph, exported or symbolic, and return the draft with it."""
     log = PassLog()
     graph_module = normalized(draft.graph_module, passes, log)
     return dataclasses.replace(draft, graph_module=graph_module, passes=tuple(log.reports))
 
 
 def normalized(graph_module: fx.GraphModule, passes: tuple[Pass[fx.Graph], ...], log: PassLog) -> fx.GraphModule:
-    """A copy of an exported or symbolic graph on which passes have run, over the same parameters and buffers."""
+    """Run passes over a copy of an exported or symbolic graph, and return it over the same parameters and buffers."""
     graph = copy_graph(graph_module)
     graph.owning_module = graph_module
     given = frozenset() if _has_subgraphs(graph_module) else frozenset({INLINED})

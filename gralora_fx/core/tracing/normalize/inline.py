@@ -1,4 +1,4 @@
-"""Inlining: of subgraphs that run exactly once, and of leaf modules of a symbolic trace, to show their layers."""
+"""Inlines subgraphs that run exactly once, and leaf modules of a symbolic trace, to expose their layers."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def inline_subgraphs(graph: fx.Graph) -> PassResult[fx.Graph]:
     Before: `y = wrap_with_set_grad_enabled(False, self.submod, x, w)[0]`
     After:  `before = enter_grad_mode(False); y = linear(x, w); leave_grad_mode(before)`
 
-    So linear calls in them can be found. Regions without gradients or under autocast are kept; a checkpoint computes
-    the same but saves no memory. Branches and loops (`torch.cond` and the like) stay subgraphs.
+    This exposes their linear calls. Regions without gradients or under autocast are kept; a checkpoint computes the
+    same but saves no memory. Branches and loops (`torch.cond` and the like) stay subgraphs.
     """
     count = 0
     waiting = deque(graph.nodes)
@@ -91,12 +91,12 @@ def inline_call(node: fx.Node, inner: fx.Graph, operands: Sequence[Any], path: s
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks, which its graph does not show."""
+    """Return whether a module has hooks, which its graph does not show."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _operands(module: nn.Module, node: fx.Node) -> Sequence[Any] | None:
-    """The operands of a nested `GraphModule`'s placeholders in a call; None if they cannot be determined."""
+    """Return a call's operands for the placeholders of a nested `GraphModule`; None if they cannot be determined."""
     if not isinstance(module, fx.GraphModule) or has_hooks(module):
         return None
     placeholders = module.graph.find_nodes(op="placeholder")
@@ -112,7 +112,7 @@ def _operands(module: nn.Module, node: fx.Node) -> Sequence[Any] | None:
 
 
 def _meta_within(call: fx.Node, part: fx.Node, path: str) -> dict[str, Any]:
-    """The metadata of an inlined node; module paths of a separately traced subgraph are prefixed with the call's."""
+    """Return an inlined node's metadata; module paths of a separately traced subgraph get the call's path as prefix."""
     meta = dict(part.meta)
     if "custom" in meta:
         meta["custom"] = dict(meta["custom"])
@@ -123,7 +123,7 @@ def _meta_within(call: fx.Node, part: fx.Node, path: str) -> dict[str, Any]:
 
 
 def _replace_value(node: fx.Node, value: Any) -> None:
-    """Replace a node by its value, which may be a tuple of nodes whose items the readers take, and erase it."""
+    """Replace a node by its value and erase it; the items of a tuple value replace the nodes that take them."""
     for user in list(node.users):
         if user.target is operator.getitem and not isinstance(value, fx.Node):
             _replace_value(user, value[user.args[1]])
@@ -148,7 +148,8 @@ def inline_leaves(graph: fx.Graph) -> PassResult[fx.Graph]:
     Before: `y = self.fc(x); z = self.feed_forward(y)`
     After:  `y = linear(x, self.fc.weight, self.fc.bias); ...; z = linear(h, self.feed_forward.2.weight, ...)`
 
-    A module that cannot be traced by itself, or has hooks, stays a call annotated with why (see `out_of_reach`).
+    A module that cannot be traced by itself, or has hooks, stays a call, annotated with the reason (see
+    `out_of_reach`).
     """
     root, count = module_of(graph), 0
     skipped: list[Skip] = []
@@ -175,12 +176,12 @@ def inline_leaves(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def holds_linear(module: nn.Module) -> bool:
-    """Whether a module is or contains a linear layer."""
+    """Return whether a module is or contains a linear layer."""
     return any(isinstance(part, LINEAR_TYPES) for part in module.modules())
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer: without overrides, hooks or parametrizations."""
+    """Return whether a module is a linear layer without overrides, hooks or parametrizations."""
     is_linear = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in LINEAR_TYPES)
     return is_linear and not has_hooks(module) and not parametrize.is_parametrized(module)
 
@@ -202,7 +203,7 @@ def _inline_linear(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
 
 
 class _Untraced(Exception):
-    """A module cannot be traced by itself; the message says why."""
+    """Raised if a module cannot be traced by itself; the message says why."""
 
 
 class _Tracer(fx.Tracer):
@@ -213,7 +214,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Call(nn.Module):
-    """The call of a module with given arguments, in which nodes are placeholders for values."""
+    """A module call with given arguments, whose nodes become placeholders."""
 
     def __init__(self, module: nn.Module, template: Any) -> None:
         super().__init__()
@@ -234,7 +235,7 @@ def _nodes_of(template: Any) -> list[fx.Node]:
 
 
 def _traced(module: nn.Module, template: Any) -> fx.Graph:
-    """Trace a module for one call of it, with a placeholder for each node that the call reads."""
+    """Trace a module for one of its calls, with a placeholder for each node that the call reads."""
     if has_hooks(module):
         raise _Untraced("it has hooks")
     graphs = []

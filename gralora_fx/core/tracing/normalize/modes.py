@@ -1,4 +1,4 @@
-"""Training and evaluation mode of a traced graph: annotation and switching of arguments that a trace bakes in."""
+"""Training and evaluation mode of a traced graph: annotates and switches the arguments that a trace bakes in."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _FUNCTIONAL = {
 @contract(needs={COMPUTING}, leaves={MODES})
 @dataclass(frozen=True)
 class AnnotateModes:
-    """Annotate every node whose behaviour depends on the mode with its argument in training and in evaluation.
+    """Annotate every node that depends on the mode with its argument in training and in evaluation.
 
     The annotation is in `node.meta["custom"]`, which copies and re-exports keep. An attention node has its dropout only
     in a graph traced in training mode: a trace in evaluation mode has lost it.
@@ -58,7 +58,7 @@ class AnnotateModes:
     known: Collection[str] = ()  # names of nodes that were annotated before, or do not depend on the mode
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Annotate them."""
+        """Annotate the nodes."""
         changed = 0
         for node in graph.nodes:
             switch = None if node.name in self.known else _mode_argument_values(node)
@@ -71,13 +71,13 @@ class AnnotateModes:
 
 
 def is_in_training(graph: fx.Graph) -> bool:
-    """Return whether a graph is in training mode, as far as its annotated nodes tell."""
+    """Return whether a graph is in training mode, by its annotated nodes."""
     switches = ((node, node.meta.get("custom", {}).get(_KEY)) for node in graph.nodes)
     return any(switch is not None and _read(node, switch["argument"]) == switch["train"] for node, switch in switches)
 
 
 def find_rng_op(graph: fx.Graph) -> str | None:
-    """An operator that draws random numbers in either mode and the line of its call, as text; None if there is none.
+    """Return an operator that draws random numbers in either mode, with the line of its call; None if there is none.
 
     A model that does so only in training, like some routers, has no mode argument for it in a training trace.
     """
@@ -138,7 +138,7 @@ def evaluate(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def mode_argument(node: fx.Node) -> int | str | None:
-    """Position or keyword of a node's mode-dependent argument, whatever its current value, or None."""
+    """Return the position or keyword of a node's mode-dependent argument, whatever its value; None if it has none."""
     if node.op == "call_function" and (position := _probability(node.target)) is not None:
         return position
     switch = _mode_argument_values(node)
@@ -146,7 +146,7 @@ def mode_argument(node: fx.Node) -> int | str | None:
 
 
 def updated_buffers(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """Names of buffers that a graph updates in either mode, unlike batch norm's, which change only in training."""
+    """Return names of buffers that a graph updates in either mode; batch norm's change only in training."""
     names = set(dict(graph_module.named_buffers(remove_duplicate=False)))
     updated = []
     for node in graph_module.graph.nodes:
@@ -161,7 +161,7 @@ def updated_buffers(graph_module: fx.GraphModule) -> tuple[str, ...]:
 
 
 def _mode_argument_values(node: fx.Node) -> tuple[int | str, Any, Any] | None:
-    """A node's mode-dependent argument with its values in training and in evaluation."""
+    """Return a node's mode-dependent argument with its values in training and in evaluation; None if it has none."""
     if node.op != "call_function":
         return None
     if (flag := _FLAGS.get(node.target, TRAIN_FLAGS.get(node.target))) is not None:

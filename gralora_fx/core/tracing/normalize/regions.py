@@ -60,8 +60,8 @@ def drop_idle_grad_regions(graph: fx.Graph) -> PassResult[fx.Graph]:
     Before: `before = enter_grad_mode(False); y = cos(position_ids); leave_grad_mode(before); z = linear(x, w) * y`
     After:  `y = cos(position_ids); z = linear(x, w) * y`
 
-    Rotary angles and masks, which transformers computes like this, need no region. Values that depend on a parameter or
-    on a float input do.
+    Rotary angles and masks, which transformers computes in such regions, need none. Values that depend on a parameter
+    or on a float input do.
     """
     if not any(node.target is enter_grad_mode for node in graph.nodes):
         return PassResult(0)
@@ -84,7 +84,7 @@ def drop_idle_grad_regions(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def drop_regions_for_inference(graph: fx.Graph) -> None:
-    """Drop regions that change no values: those without gradients or with autocast off; in place."""
+    """Drop regions that change no values, without gradients or with autocast off, in place."""
     enters = [node for node in graph.nodes if node.target in LEAVE]
     _drop_regions(graph, {node for node in enters if node.target is enter_grad_mode or not node.args[2]})
     for enter in enters:
@@ -96,20 +96,20 @@ def drop_regions_for_inference(graph: fx.Graph) -> None:
 
 
 def _is_source(node: fx.Node) -> bool:
-    """Whether a node may require gradients by itself: an input, a parameter, or a module call."""
+    """Return whether a node may require gradients by itself: an input, a parameter, or a module call."""
     if node.op == "get_attr":
         return isinstance(tensor_at(module_of(node.graph), str(node.target)), nn.Parameter)
     return node.op in ("placeholder", "call_module")
 
 
 def _may_need_gradient(node: fx.Node) -> bool:
-    """Whether a node is a float or complex tensor, as far as its traced value tells."""
+    """Return whether a node may be a float or complex tensor, by its traced value."""
     values = [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
     return "val" not in node.meta or any(value.is_floating_point() or value.is_complex() for value in values)
 
 
 def _place_after(enter: fx.Node) -> str:
-    """The path of the layer of the first operator in a region, or that operator's name."""
+    """Return the path of the layer of the first operator in a region, or that operator's name."""
     node = enter.next
     while node.target in LEAVE or node.op == "get_attr":
         node = node.next
@@ -141,7 +141,7 @@ def leave_after_errors(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """A body transformer that puts each region into a `try` block, after another transformer."""
+    """A code transformer that wraps each region in a `try` block, after another transformer."""
 
     before: Callable[[list[str]], list[str]] | None
 
