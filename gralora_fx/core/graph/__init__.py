@@ -1,1 +1,1 @@
-"""Vocabulary over `torch.fx`: the module tree, weight views, linear call sites, annotations, user passes."""
+"""Tools over `torch.fx`: the module tree, weight views, linear sites, annotations, user passes."""

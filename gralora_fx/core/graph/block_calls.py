@@ -1,4 +1,4 @@
-"""A flat graph as one that calls its blocks, each with a graph of its own."""
+"""Splits a flat graph into blocks with graphs of their own, and a graph that calls them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class BlockCall(NamedTuple):
 
     @property
     def structure(self) -> list[Any]:
-        """What its graph computes, whatever its nodes are called; equal for calls of which one graph is the other's."""
+        """Its graph's operations independent of node names; equal for calls that can share one graph."""
         places = {node: index for index, node in enumerate(self.graph.nodes)}
         nodes = [
             (
@@ -40,7 +40,7 @@ class BlockCall(NamedTuple):
 
 
 class NoBlock(Exception):
-    """The operations of a block cannot run together.
+    """A block's operations cannot run together.
 
     Attributes:
         path: Path of the block.
@@ -48,14 +48,14 @@ class NoBlock(Exception):
     """
 
     def __init__(self, path: str, reason: str) -> None:
-        """Note which block, and why."""
+        """Store the block's path and the reason."""
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
 
 
 def callable_blocks(flat: fx.GraphModule, found: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return which modules a graph can call as blocks, and why not the others."""
+    """Return the modules that a graph can call as blocks, and the reasons why it cannot call the others."""
     owners = {str(node.target) for node in flat.graph.find_nodes(op="get_attr") if node.users}
     owners |= {str(node.target) for node in flat.graph.find_nodes(op="call_module")}
     owners = {prefix for target in owners for prefix in _prefixes(target)}
@@ -72,17 +72,17 @@ def callable_blocks(flat: fx.GraphModule, found: Sequence[str]) -> tuple[list[st
 
 
 def call_blocks(flat: fx.GraphModule, paths: Collection[str]) -> tuple[fx.Graph, list[BlockCall]]:
-    """Return a copy of a graph that calls blocks as modules, and the blocks' own graphs; the flat graph stays.
+    """Return a copy of a graph that calls blocks as modules, and the blocks' own graphs; the flat graph is unchanged.
 
     Before: `w = self.layers.0.fc.weight; h = linear(x, w); y = gelu(h); z = norm(y)`
     After:  `y = self.layers.0(x); z = norm(y)`, and in the block `h = linear(x, self.fc.weight); return gelu(h)`
 
-    Every node keeps its place among those that draw random numbers or write into tensors. Tensors outside the block,
-    such as those of adapters, are its arguments.
+    Nodes that draw random numbers or write into tensors keep their order. Tensors outside the block, such as those of
+    adapters, are its arguments.
 
     Returns:
-        The graph, for the module of the flat one, in which the blocks are at their paths; and the calls in order. A
-        block that is called several times has the same graph in every call.
+        The graph, for the flat graph's module with blocks at their paths; and the calls in order. All calls of one
+            block have the same graph.
 
     Raises:
         NoBlock: The nodes of a block cannot run together.
@@ -105,13 +105,13 @@ def call_blocks(flat: fx.GraphModule, paths: Collection[str]) -> tuple[fx.Graph,
 
 
 def _prefixes(target: str) -> list[str]:
-    """The paths of the modules that a tensor is in."""
+    """Return the paths of a tensor's attributes from the outermost module to the tensor."""
     parts = target.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
 def _call_of(node: fx.Node, paths: Collection[str]) -> tuple[str, str] | None:
-    """The block that a node was traced in, and the number of its call, empty for the first."""
+    """Return the block that a node was traced in and its call's number, empty for the first; None outside blocks."""
     if node.op in ("placeholder", "output", "get_attr"):
         return None
     for key, entry in node.meta.get("nn_module_stack", {}).items():
@@ -123,7 +123,7 @@ def _call_of(node: fx.Node, paths: Collection[str]) -> tuple[str, str] | None:
 
 
 def _take_out(graph: fx.Graph, path: str, nodes: Sequence[fx.Node]) -> BlockCall:
-    """Move the operations of one call of a block into a graph of its own, and call it."""
+    """Move the operations of one block call into a graph of their own, and call it."""
     inside = set(nodes)
     body, copies, outside = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, str]()
     reads, arguments = _inputs_of(nodes, inside), list[fx.Node]()
@@ -155,7 +155,7 @@ def _take_out(graph: fx.Graph, path: str, nodes: Sequence[fx.Node]) -> BlockCall
 
 
 def _is_module(graph: fx.Graph, node: fx.Node) -> bool:
-    """Return whether an attribute is a module, such as a branch, which is called and not computed with."""
+    """Return whether an attribute is a module, such as a branch of `cond`, rather than a tensor."""
     found: Any = module_of(graph)
     for name in str(node.target).split("."):
         found = getattr(found, name)
@@ -163,7 +163,7 @@ def _is_module(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _own_name(target: str, path: str, outside: dict[str, str]) -> str:
-    """The path of an attribute in a block; modules from elsewhere get a name there."""
+    """Return an attribute's path within a block; modules from outside get a new name there."""
     if is_within(target, path):
         return target[len(path) + 1 :]
     name = "outside_" + target.replace(".", "_")
@@ -172,7 +172,7 @@ def _own_name(target: str, path: str, outside: dict[str, str]) -> str:
 
 
 def _hand_over(graph: fx.Graph, call: fx.Node, writes: Sequence[fx.Node], inside: Collection[fx.Node]) -> None:
-    """Let the readers of a block's values read them from its call."""
+    """Redirect the readers of a block's values to its call."""
     after = call.next
     for index, node in enumerate(writes):
         value = call
@@ -184,7 +184,7 @@ def _hand_over(graph: fx.Graph, call: fx.Node, writes: Sequence[fx.Node], inside
 
 
 def _together(path: str, nodes: Sequence[fx.Node], others: Collection[fx.Node]) -> list[fx.Node]:
-    """The nodes that run in a block: its own, and those between them that depend on it or must keep their place."""
+    """Return the nodes that run in a block: its own, and others between them that depend on it or keep their order."""
     span = [nodes[0]]
     while span[-1] is not nodes[-1]:
         span.append(span[-1].next)
@@ -204,7 +204,7 @@ def _together(path: str, nodes: Sequence[fx.Node], others: Collection[fx.Node]) 
 
 
 def _inputs_of(nodes: Iterable[fx.Node], inside: Collection[fx.Node]) -> list[fx.Node]:
-    """The values that nodes read from outside, each once as they are read: activations, then tensors of modules."""
+    """Return the values that nodes read from outside, each once: activations first, then `get_attr` nodes."""
     reads = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
     return sorted(reads, key=lambda node: node.op == "get_attr")
 

@@ -1,4 +1,4 @@
-"""Blocks as modules: in the tree that owns the tensors, and in the module that runs."""
+"""Blocks as modules, in the tree that owns the tensors and in the module that runs."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ _OWN = (*_TENSORS, *_HOOKS, "training", "_is_full_backward_hook")  # what a bloc
 
 
 class GraphBlock(fx.GraphModule):
-    """A block of a rewritten model in the tree of its tensors: what is sharded and hooked.
+    """A block of a rewritten model in the module tree, where FSDP2 shards it and users add hooks.
 
-    Its graph and what it computes are those of the model's current state. The modules that run share its tensors and
-    its hooks.
+    Its graph and its results are those of the model's current state. The modules that run share its tensors and its
+    hooks.
     """
 
     _running: Callable[[], fx.GraphModule]
     _compiled_with: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def __new__(cls, *_: Any) -> Self:
-        """Create a block of the class itself; of other graph modules, each has a class of its own."""
+        """Create an object of this class; other graph modules get a class each."""
         return object.__new__(cls)
 
     def __init__(self, container: nn.Module, running: Callable[[], fx.GraphModule]) -> None:
-        """Take the place of a container, over the same tensors."""
+        """Replace a container, over the same tensors."""
         nn.Module.__init__(self)
         _share(self, container, (*_OWN, "_modules"))
         self.__dict__["_running"] = running
@@ -62,11 +62,11 @@ class GraphBlock(fx.GraphModule):
 
     @property
     def _code(self) -> str:
-        """The code of that graph, which torch's class prints."""
+        """The code of that graph, which `fx.GraphModule` prints."""
         return self._running().code
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Run the block by `torch.compile`, in every state; layers that compute the same share what is compiled.
+        """Run the block with `torch.compile` in every state; blocks that compute the same share the compiled code.
 
         Args:
             *args: As of `torch.compile`.
@@ -75,30 +75,30 @@ class GraphBlock(fx.GraphModule):
         self.__dict__["_compiled_with"] = (args, kwargs)
 
     def recompile(self) -> Any:
-        """Do nothing, since the code is that of the running block; a graph that is compiled calls this."""
+        """Do nothing, since the code is the running block's; graph modules call this after edits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block in the current state.
 
         Args:
-            *args: The inputs that its graph names: activations, then tensors of adapters.
+            *args: The inputs of its graph: activations, then tensors of adapters.
             **kwargs: The same by name.
         """
         running = self._running()
         return type(running).forward(running, *args, **kwargs)  # without its hooks, which have run
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:  # type: ignore[override]  # a copy calls no block
-        """A plain container with copies of the tensors, for the copy of a flat graph, which calls no block."""
+        """Return a plain container with copies of the tensors, for a copied flat graph, which calls no block."""
         return copy.deepcopy(without_blocks(self), memo)
 
     def __reduce_ex__(self, _: Any) -> Any:
-        """Return what pickle writes: a plain container of the tensors."""
+        """Return the state for pickle: a plain container of the tensors."""
         return _itself, (without_blocks(self),)
 
 
 @functools.cache
 def _class_of(kind: str) -> type[GraphBlock]:
-    """The class of all blocks whose source class has a name, by which tools find the layers to shard."""
+    """Return the class of all blocks of one source class, by whose name tools find the layers to shard."""
     return type(kind, (GraphBlock,), {"__module__": __name__})
 
 
@@ -107,7 +107,7 @@ def _itself(module: nn.Module) -> nn.Module:
 
 
 class _RunningBlock(fx.GraphModule):
-    """A block of one state's module; its hooks are those of the tree's block."""
+    """A block of the module of one state; it shares the hooks of the tree's block."""
 
     _tree_block: GraphBlock
 
@@ -132,18 +132,18 @@ class _RunningBlock(fx.GraphModule):
 
 
 def _share(module: nn.Module, other: nn.Module, attributes: Iterable[str]) -> None:
-    """Let a module have attributes of another one, tables of tensors and hooks among them."""
+    """Let a module share attributes of another one, such as tables of tensors and hooks."""
     module.__dict__.update({name: other.__dict__[name] for name in attributes})
 
 
 def install_blocks(tree: nn.Module, kinds: Mapping[str, str], running: Callable[[str], fx.GraphModule]) -> None:
-    """Make blocks of the containers at some paths of a tree, in place."""
+    """Replace the containers at some paths of a tree by blocks, in place."""
     for path, kind in kinds.items():
         replace_module(tree, path, _class_of(kind)(tree.get_submodule(path), functools.partial(running, path)))
 
 
 def without_blocks(tree: nn.Module) -> nn.Module:
-    """A copy of a tree's containers over the same tensors, in which blocks are plain containers again."""
+    """Return a copy of a tree's containers over the same tensors, with plain containers in the place of blocks."""
     is_block = isinstance(tree, GraphBlock)
     plain = nn.Module() if is_block else object.__new__(type(tree))
     _share(plain, tree, _OWN if is_block else tree.__dict__)
@@ -160,14 +160,14 @@ def running_module(
     checkpointing: Checkpointing | None,
     passes: Sequence[Pass[fx.Graph]] = (),
 ) -> fx.GraphModule:
-    """Return a module that computes what a flat graph computes, and calls its blocks.
+    """Return a module equivalent to a flat graph that calls blocks as submodules.
 
     Args:
-        flat: The flat graph, over the tensors of the tree or others in their place.
+        flat: The flat graph, over the tensors of the tree or replacements.
         tree: The tree, with the blocks.
         paths: Paths of the blocks.
         checkpointing: Which blocks are recomputed in the backward pass; None for none.
-        passes: Passes over the graph of each block, and over what is left of the whole.
+        passes: Passes over each block's graph and over the graph that calls them.
 
     Raises:
         NoBlock: The operations of a block cannot run together.
@@ -196,7 +196,7 @@ def running_module(
 def _running_block(
     call: BlockCall, flat: fx.GraphModule, tree: nn.Module, first: _RunningBlock | None
 ) -> _RunningBlock:
-    """The module of a block's graph; of another that computes the same, it takes the class with the compiled code."""
+    """Return the module of a block's graph, sharing class and compiled code with `first` if that computes the same."""
     container, owner = flat.get_submodule(call.path), tree.get_submodule(call.path)
     if not isinstance(owner, GraphBlock):
         raise RewriteError(

@@ -32,7 +32,7 @@ class Checkpointing(NamedTuple):
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None, every: int, *, offload: bool) -> Self:
-        """Check the options of a call, and complete them.
+        """Check a call's options, and fill in the defaults.
 
         Raises:
             RewriteError: An option is unknown, or `every` is no number of blocks.
@@ -48,7 +48,7 @@ class Checkpointing(NamedTuple):
 
 
 def offloaded_checkpoint(block: nn.Module, *args: Any, **options: Any) -> Any:
-    """Checkpoint a block, with its inputs kept in the host's memory."""
+    """Checkpoint a block, keeping its inputs in the host's memory."""
     device = next((value.device for value in args if isinstance(value, Tensor)), torch.device("cpu"))
     with save_on_cpu(pin_memory=device.type != "cpu", device_type=device.type):
         return checkpoint(block, *args, **options)
@@ -57,7 +57,7 @@ def offloaded_checkpoint(block: nn.Module, *args: Any, **options: Any) -> Any:
 def checkpoint_blocks(graph: fx.Graph, blocks: Iterable[BlockCall], checkpointing: Checkpointing) -> None:
     """Recompute blocks in the backward pass, instead of keeping their activations.
 
-    One that updates a buffer, as BatchNorm does, is left as it is, since it would update it twice.
+    A block that updates a buffer, as BatchNorm does, is not checkpointed, since it would update it twice.
 
     Before: `y = self.layers.0(x, mask)`
     After:  `y = checkpoint(self.layers.0, x, mask, use_reentrant=False)`

@@ -1,7 +1,7 @@
-"""Linear calls: nodes that multiply an activation by a weight parameter, or by one that was transposed or sliced.
+"""Linear calls: nodes that multiply an activation by a weight parameter, or by its transpose or some of its rows.
 
-They are in a graph itself, or in a branch or a loop. Of a layer called there, the weight is an operand of the node that
-runs the subgraph.
+They are in the graph itself, or in a branch or a loop. There, the layer's weight is an operand of the node that runs
+the subgraph.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _UNPACKED = "gralora_unpacked"  # of a node that computes a parameter from few b
 
 
 def mark_unpacked(node: fx.Node, name: str) -> None:
-    """Note that a node gives the values of a parameter, which a linear call may multiply by."""
+    """Mark a node as the unpacked values of a parameter, which a linear call may multiply by."""
     node.meta.setdefault("custom", {})[_UNPACKED] = name
 
 
 def is_unpacked(value: object) -> bool:
-    """Return whether a value is a node that gives the values of a parameter in few bits."""
+    """Return whether a value is a node marked by `mark_unpacked`."""
     return isinstance(value, fx.Node) and _UNPACKED in value.meta.get("custom", {})
 
 
@@ -49,7 +49,7 @@ class Origin:
 
 
 def origin_of(value: object) -> Origin | None:
-    """The parameter that a value is or views (transposed or some rows); None for anything else."""
+    """Return the parameter that a value is, or is a view of (transposed or some rows); None for anything else."""
     if not isinstance(value, fx.Node):
         return None
     if value.op == "get_attr" or is_unpacked(value):
@@ -71,7 +71,7 @@ def origin_of(value: object) -> Origin | None:
 
 
 def readers(source: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that read a parameter, directly or through views."""
+    """Yield the nodes that read a parameter, directly or through views."""
     for user in source.users:
         if is_view(user):
             yield from readers(user)
@@ -80,12 +80,12 @@ def readers(source: fx.Node) -> Iterator[fx.Node]:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a node is a view of a parameter, or a split of which views are items."""
+    """Return whether a node is a view of a parameter, or a split into such views."""
     return node.op != "get_attr" and (origin_of(node) is not None or _splits(node))
 
 
 def tensor_at(graph_module: nn.Module, target: str) -> torch.Tensor | None:
-    """The parameter or buffer that a `get_attr` node of this target reads."""
+    """Return the parameter or buffer that a `get_attr` node of this target reads; None for another attribute."""
     owner, _, name = target.rpartition(".")
     tensor = getattr(graph_module.get_submodule(owner), name, None)
     return tensor if isinstance(tensor, torch.Tensor) else None
@@ -113,7 +113,7 @@ def _axis(node: fx.Node, position: int) -> Any:
 
 
 def _row_range(node: fx.Node) -> tuple[object, int, int] | None:
-    """The source of a row slice, with its start and end; None if a node is not a row slice."""
+    """Return a row slice's source, start and end; None if a node is not a row slice."""
     source, rest = (node.args[0], node.args[1:]) if node.args else (None, ())
     if node.target is operator.getitem and isinstance(source, fx.Node) and _splits(source):
         sizes, index = _part_sizes(source), rest[0]
@@ -144,7 +144,7 @@ def _sliced(source: object, selection: slice) -> tuple[object, int, int] | None:
 
 
 def _part_sizes(node: fx.Node) -> Sequence[int] | None:
-    """Numbers of rows of a split's parts."""
+    """Return the numbers of rows of a split's parts."""
     split_arg = node.args[1] if len(node.args) > 1 else None
     if isinstance(split_arg, (list, tuple)):
         return [int(size) for size in split_arg] if all(isinstance(size, int) for size in split_arg) else None
@@ -156,7 +156,7 @@ def _part_sizes(node: fx.Node) -> Sequence[int] | None:
 
 
 def _height(value: object) -> int | None:
-    """Number of rows of a view of a parameter."""
+    """Return the number of rows of a parameter or of its view; None if it is unknown or transposed."""
     origin = origin_of(value)
     if origin is None or origin.is_transposed:
         return None
@@ -233,7 +233,7 @@ def match_linear_call(node: fx.Node, *, computed: bool = False) -> LinearCall | 
 
 
 def calls_at(node: fx.Node, path: str) -> tuple[LinearCall, ...]:
-    """The calls of the layer at a path made by a node, itself or in a subgraph that it runs."""
+    """Return a node's calls of the layer at a path, its own or in a subgraph that it runs."""
     positions = noted_weights(node, path)
     if positions:
         return tuple(_subgraph_call(node, (group, index)) for group, index in positions)
@@ -242,7 +242,7 @@ def calls_at(node: fx.Node, path: str) -> tuple[LinearCall, ...]:
 
 
 def subgraph_calls(node: fx.Node, root: nn.Module) -> Iterator[LinearCall]:
-    """The calls of layers in the subgraphs that a node runs: of parameters that those use only as weights."""
+    """Yield the layer calls in the subgraphs that a node runs, for parameters that these use only as weights."""
     if node.target not in _OPERATORS:
         return
     _, _, fixed = _OPERATORS[node.target]
@@ -266,7 +266,7 @@ def note_weight(node: fx.Node, path: str, position: tuple[int, int]) -> None:
 
 
 def noted_weights(node: fx.Node, path: str) -> Sequence[Sequence[int]]:
-    """Positions of the operands of a node that are a layer's weight."""
+    """Return the positions of a node's operands that are a layer's weight."""
     positions: Sequence[Sequence[int]] = node.meta.get("custom", {}).get(WEIGHTS, {}).get(path, ())
     return positions
 
@@ -280,12 +280,12 @@ def replace_operand(node: fx.Node, position: tuple[int, int], value: fx.Node) ->
 
 
 def _operands(node: fx.Node, group: int) -> list[Any]:
-    """A list of operands of a node that runs subgraphs, by its position among the arguments."""
+    """Return one list of operands of a node that runs subgraphs, by its position among the arguments."""
     return list(cast("Sequence[Any]", node.args[group]))
 
 
 def _uses(node: fx.Node, group: int, index: int, root: nn.Module) -> Iterator[bool]:
-    """For each reader of an operand in the subgraphs, whether it is a linear call on it as its weight."""
+    """Yield, for each reader of an operand in the subgraphs, whether it is a linear call with that weight."""
     subgraphs, groups, _ = _OPERATORS[node.target]
     slot = sum(len(_operands(node, before)) for before in groups if before < group) + index
     for position in subgraphs:

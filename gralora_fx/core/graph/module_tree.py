@@ -1,4 +1,4 @@
-"""The modules of a source model by path, which configurations name and a flat graph no longer shows."""
+"""The modules of a source model by path: configurations name them, and a flat graph no longer has them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class ModuleTree:
 
     @property
     def parameter_count(self) -> int:
-        """How many values the parameters hold; tied ones count once."""
+        """Number of values in the parameters; tied ones count once."""
         return sum({id(parameter): parameter.numel() for parameter in self.parameters.values()}.values())
 
     def __repr__(self) -> str:
-        """One line without tensors."""
+        """Return a line without tensors."""
         return f"ModuleTree({len(self.types)} modules, {len(self.linear)} linear layers)"
 
     @classmethod
     def of_module(cls, model: nn.Module) -> ModuleTree:
-        """The tree of a live module."""
+        """Return the tree of a live module."""
         first_path = {id(module): path for path, module in model.named_modules()}
         aliases = {
             path: first_path[id(module)]
@@ -61,7 +61,7 @@ class ModuleTree:
 
     @classmethod
     def of_graph(cls, graph_module: fx.GraphModule) -> ModuleTree:
-        """The tree, as far as it is recorded in the nodes of an exported graph."""
+        """Return the tree recorded in the nodes of an exported graph, as far as it goes."""
         types: dict[str, str] = {"": _qualified_name(type(graph_module))}
         linear: set[str] = set()
         for node in graph_module.graph.nodes:
@@ -78,39 +78,39 @@ class ModuleTree:
         )
 
     def canonical(self, path: str) -> str:
-        """The first path of the module that `path` reaches."""
+        """Return the first path of the module at `path`."""
         return self.aliases.get(path, path)
 
     def innermost(self, node: fx.Node, default: str) -> str:
-        """The first path of the innermost module that a node was traced in; a default where none is noted."""
+        """Return the first path of the innermost module that a node was traced in; the default if none is recorded."""
         stack = [path for path, _ in module_stack(node)]
         return self.canonical(stack[-1]) if stack else default
 
     def names_of(self, parameter: torch.Tensor) -> tuple[str, ...]:
-        """Every name of this parameter in the model."""
+        """Return every name of this parameter in the model."""
         return tuple(name for name, other in self.parameters.items() if other is parameter)
 
 
 def module_stack(node: fx.Node) -> Iterator[tuple[str, type | str]]:
-    """The modules that a node was traced in, outermost first, as path and class (or its qualified name)."""
+    """Yield path and class (or its qualified name) of the modules that a node was traced in, outermost first."""
     for entry in node.meta.get("nn_module_stack", {}).values():
         if isinstance(entry, tuple) and not entry[0].startswith("_empty_nn_module_stack"):
             yield entry[0].removeprefix("L['self'].").split("@")[0], entry[1]
 
 
 def innermost_path(node: fx.Node) -> str | None:
-    """The path of the innermost module that a node was traced in; None for the model itself, or where none is noted."""
+    """Return the path of the innermost module that a node was traced in; None for the model itself or if unknown."""
     return next((path for path, _ in reversed(list(module_stack(node))) if path), None)
 
 
 def is_within(path: str, module: str) -> bool:
-    """Whether a module is another one, or in it."""
+    """Return whether a path is that of a module, or of something inside it."""
     return path == module or path.startswith(f"{module}.")
 
 
 @contextmanager
 def kept_modes(module: nn.Module) -> Iterator[None]:
-    """Restore the mode of a module, and of each within it, when the block ends."""
+    """Restore the modes of a module and its submodules when the block ends."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         yield
@@ -120,7 +120,7 @@ def kept_modes(module: nn.Module) -> Iterator[None]:
 
 
 def _input_embeddings(model: nn.Module) -> Any:
-    """A transformers model's input embeddings, or None if it has none."""
+    """Return a transformers model's input embeddings, or None if it has none."""
     if not isinstance(model, PreTrainedModel):
         return None
     try:
@@ -134,7 +134,7 @@ def _qualified_name(kind: type) -> str:
 
 
 def _is_linear_type(kind: type | str) -> bool:
-    """Whether a class is a linear layer; a name is looked up in the imported modules, else judged by its spelling."""
+    """Return whether a class is a linear layer; a name is looked up in imported modules, else judged as text."""
     if isinstance(kind, str):
         module_name, _, class_name = kind.rpartition(".")
         resolved = getattr(sys.modules.get(module_name), class_name, None)

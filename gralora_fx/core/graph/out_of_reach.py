@@ -1,8 +1,8 @@
-"""The linear layers of a graph, and those where an adapter would not do what PEFT's does, with the reason.
+"""The linear layers of a graph, and reasons why an adapter at some of them would not do what PEFT's does.
 
-They must not count as adapted: layers that run where no adapter can be inserted, and layers whose forward computes more
-than the product. PEFT adds an adapter's output to the output of the whole layer. Adding it to the product is the same
-only if the layer's forward does no more than move, cast or add to the operands and the product.
+Such layers must not count as adapted: layers that run where no adapter can be inserted, and layers whose forward
+computes more than the product. PEFT adds an adapter's output to the output of the whole layer. Adding it to the product
+is the same only if the forward does no more than move, cast or add to the operands and the product.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Layers(NamedTuple):
 
 
 def layers_of(graph_module: fx.GraphModule, tree: ModuleTree) -> Layers:
-    """The linear layers of a traced graph."""
+    """Return the linear layers of a traced graph."""
     sites = find_sites(graph_module, tree)
     notes = ((node, node.meta.get("custom", {}).get(WEIGHTS, {})) for node in graph_module.graph.nodes)
     in_subgraphs = {path: str(node.target) for node, paths in notes for path in paths}
@@ -62,7 +62,7 @@ def note_opaque(node: fx.Node, reason: str) -> None:
 
 
 def why_out_of_reach(graph_module: fx.GraphModule, tree: ModuleTree, sites: Iterable[LinearSite]) -> dict[str, str]:
-    """Reasons why an adapter would not take effect at every call of a layer, by path of such layers."""
+    """Return reasons why an adapter would not take effect at every call of a layer, by the layer's path."""
     layers = {site.path: site for site in sites if site.path in tree.linear}
     owners: dict[int, list[str]] = {}
     for path, site in layers.items():
@@ -86,7 +86,7 @@ def why_out_of_reach(graph_module: fx.GraphModule, tree: ModuleTree, sites: Iter
 
 
 def _opaque(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
-    """A description of a node that runs code not visible in the graph; None for other nodes."""
+    """Describe a node that runs code not visible in the graph; None for other nodes."""
     if node.op == "call_module":
         kind = type(graph_module.get_submodule(str(node.target))).__name__
         reason = node.meta.get("custom", {}).get(_KEY)
@@ -104,7 +104,7 @@ def _opaque(node: fx.Node, graph_module: fx.GraphModule) -> str | None:
 def _layers_within(
     node: fx.Node, graph_module: fx.GraphModule, tree: ModuleTree, owners: Mapping[int, list[str]]
 ) -> Iterator[str]:
-    """Paths of the layers that an opaque node may call."""
+    """Return the paths of the layers that an opaque node may call."""
     if node.op == "call_module":
         parts = graph_module.get_submodule(str(node.target)).modules()
         for parameter in (p for part in parts if isinstance(part, LINEAR_TYPES) for p in part.parameters()):
@@ -117,7 +117,7 @@ def _layers_within(
 
 
 def why_more_than_products(graph_module: fx.GraphModule, tree: ModuleTree, calls: Mapping[str, str]) -> dict[str, str]:
-    """The layers where an adapter beside the product would differ from PEFT's, by path, with the reason."""
+    """Return why an adapter beside the product would differ from PEFT's, by the path of such layers."""
     reasons: dict[str, str] = {}
     carrying: dict[fx.Node, str] = {}  # nodes of a layer whose value holds its product
     for node in graph_module.graph.nodes:
@@ -146,7 +146,7 @@ def why_more_than_products(graph_module: fx.GraphModule, tree: ModuleTree, calls
 def _computed_before(
     product: fx.Node, path: str, tree: ModuleTree, calls: Mapping[str, str], graph_module: fx.GraphModule
 ) -> fx.Node | None:
-    """The node within a layer that computes the product's input from other values, if there is one."""
+    """Return the node within a layer that computes the product's input from other values, or None."""
     match = match_linear_call(product, computed=True)
     node = None if match is None else match.input
     while node is not None and node.op not in ("placeholder", "get_attr") and path in _stack(node, tree):
@@ -157,7 +157,7 @@ def _computed_before(
 
 
 def _keeps(node: fx.Node, sources: list[fx.Node], graph_module: fx.GraphModule) -> bool:
-    """Whether a node keeps a product's values, possibly with something added."""
+    """Return whether a node keeps a product's values, possibly with something added."""
     name = _operator(node, graph_module)
     if name in _MOVES:
         return True
@@ -169,7 +169,7 @@ def _keeps(node: fx.Node, sources: list[fx.Node], graph_module: fx.GraphModule) 
 
 
 def _operator(node: fx.Node, graph_module: fx.GraphModule) -> str:
-    """Name of the operator that a node calls, however it is spelled."""
+    """Return the name of the operator that a node calls, however it is spelled."""
     target = node.target
     if node.op == "call_module":
         module = graph_module.get_submodule(str(target))

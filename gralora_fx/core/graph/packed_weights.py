@@ -1,4 +1,4 @@
-"""Weights in few bits: in a model's graph a lazy parameter, in the graph that runs a node that unpacks it."""
+"""Packed weights: a lazy parameter in a model's graph, and a node that unpacks it in the graph that runs."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ _PREFIX = "packed"  # of the buffers of a layer
 
 
 class PackedWeight(ABC):
-    """The source of a lazy parameter whose values are in memory in few bits.
+    """The source of a lazy parameter whose values are packed in memory.
 
     Attributes:
-        tensors: What is in memory, by name. Nothing of it is a float, so that no conversion of a model changes it.
+        tensors: The packed data by name; integers only, so that no conversion of a model changes them.
     """
 
     tensors: Mapping[str, Tensor]
 
     @abstractmethod
     def unpacked(self, tensors: Mapping[str, Any]) -> Any:
-        """Return the values, `[out, in]` or as the parameter is; of a graph's proxies, a node that computes them."""
+        """Return the values in the parameter's shape; given a graph's proxies, the node that computes them."""
 
     def __call__(self) -> Tensor:
-        """Return the values in memory of their own."""
+        """Return the values in new memory."""
         values: Tensor = self.unpacked(self.tensors)
         return values
 
 
 def packed_of(parameter: object) -> PackedWeight | None:
-    """Return what a parameter is unpacked from; None of one that is not packed."""
+    """Return the packed source of a parameter; None if it is not packed."""
     source = source_of(parameter)
     return source if isinstance(source, PackedWeight) else None
 
 
 def packed_parameters(module: nn.Module) -> dict[str, PackedWeight]:
-    """Return the packed parameters of a module by name."""
+    """Return a module's packed parameters by name."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: packed for name, parameter in named if (packed := packed_of(parameter)) is not None}
 
 
 def hold_packed(root: nn.Module) -> None:
-    """Let the modules of a tree have buffers in the place of packed parameters."""
+    """Replace the packed parameters in a tree's modules by buffers."""
     for name, packed in packed_parameters(root).items():
         owner, _, key = name.rpartition(".")
         module = root.get_submodule(owner)
@@ -65,7 +65,7 @@ def _buffer(key: str, part: str) -> str:
 
 @dataclass(frozen=True)
 class UnpackWeights:
-    """Let a graph compute packed weights directly before they are read.
+    """Compute packed weights in a graph just before they are read.
 
     Before: `w = self.fc.weight; ...; y = linear(x, w)`
     After:  `c = self.fc.packed_weight_codes; ...; w = dequantize(c, ...); y = linear(x, w)`
@@ -75,7 +75,7 @@ class UnpackWeights:
     others: Collection[str] = ()  # names of those that the graph reads as they are, since they have other values
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Unpack them."""
+        """Unpack the weights."""
         changed, tracer = 0, GraphAppendingTracer(graph)
         for node in [node for node in graph.nodes if node.op == "get_attr"]:
             packed = self.packed.get(str(node.target))
@@ -106,7 +106,7 @@ def _after(node: fx.Node) -> Any:
 
 
 def runnable(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Return a graph that computes its packed weights; itself if there are none. It is made once."""
+    """Return a graph that computes its packed weights, built once; the graph itself if there are none."""
     made: tuple[fx.Graph, bool, fx.GraphModule] | None = graph_module.__dict__.get("_gralora_runnable")
     if made is not None and made[:2] == (graph_module.graph, graph_module.training):
         return made[2]

@@ -1,4 +1,4 @@
-"""Passes over a graph, and pipelines of them: what each pass needs and leaves, what it changed and what it did not."""
+"""Passes over a graph and pipelines of them: what each needs and leaves, changed and skipped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Skip(NamedTuple):
 
 @dataclass(frozen=True)
 class PassResult(Generic[Graph]):
-    """What a pass did."""
+    """The result of a pass."""
 
     changed: int  # how many places it changed
     skipped: tuple[Skip, ...] = ()  # places that it left unchanged, each with the reason
@@ -40,7 +40,7 @@ Pass = Callable[[Graph], PassResult[Graph]]  # a function, or a frozen dataclass
 
 @dataclass(frozen=True)
 class Contract:
-    """What must hold of a graph before a pass, and what holds after it; each fact is a short phrase."""
+    """Facts that a pass needs, establishes and ends; each is a short phrase."""
 
     needs: frozenset[str] = frozenset()  # facts that the pass relies on
     leaves: frozenset[str] = frozenset()  # facts that it establishes
@@ -50,7 +50,7 @@ class Contract:
 def contract(
     *, needs: Collection[str] = (), leaves: Collection[str] = (), ends: Collection[str] = ()
 ) -> Callable[[_Declared], _Declared]:
-    """Declare the contract of a pass, which is a function or a class; a pass without one may stand anywhere."""
+    """Declare the contract of a pass, a function or a class; a pass without one may stand anywhere."""
 
     def declare(graph_pass: _Declared) -> _Declared:
         attributes: Any = graph_pass
@@ -62,7 +62,7 @@ def contract(
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass of a pipeline did."""
+    """The report of one pass of a pipeline."""
 
     pipeline: str  # the pipeline it belongs to
     name: str
@@ -70,21 +70,21 @@ class PassReport:
     skipped: tuple[Skip, ...] = ()  # places that it left unchanged, each with the reason
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, as `gralora_export.json` holds it."""
+        """Return the report as plain values, as in `gralora_export.json`."""
         skipped = {"skipped": [skip._asdict() for skip in self.skipped]} if self.skipped else {}
         return {"pipeline": self.pipeline, "name": self.name, "changed": self.changed, **skipped}
 
 
 @dataclass
 class PassLog:
-    """What passes did, in order."""
+    """The reports of passes, in order."""
 
     dump: Path | None = None  # the directory to which the graph is written after each pass, or None
     reports: list[PassReport] = field(default_factory=list)  # a report for each pass that ran
     _summaries: list[object] = field(default_factory=list, init=False, repr=False)
 
     def add(self, pipeline: str, name: str, result: PassResult[Any], graph: object) -> None:
-        """Record the result of a pass, and dump its graph if asked to."""
+        """Record the result of a pass, and dump its graph if `dump` is set."""
         self.reports.append(PassReport(pipeline, name, result.changed, result.skipped))
         self._summaries.append(result.summary)
         if self.dump is not None:
@@ -92,13 +92,13 @@ class PassLog:
             path.write_text(f"{graph}\n", encoding="utf-8")
 
     def summaries(self, kind: type[Summary]) -> list[Summary]:
-        """What passes found besides, of a type, in order."""
+        """Return the summaries of one type that passes returned, in order."""
         return [summary for summary in self._summaries if isinstance(summary, kind)]
 
 
 @dataclass(frozen=True)
 class Pipeline(Generic[Graph]):
-    """An ordered sequence of passes, each of which finds what it needs when its turn comes."""
+    """An ordered sequence of passes, each of which searches the graph when its turn comes."""
 
     name: str  # its name in reports
     passes: tuple[Pass[Graph], ...]
@@ -106,7 +106,7 @@ class Pipeline(Generic[Graph]):
     error: type[GraloraError] = RewriteError  # what a failing pass is reported as
 
     def __post_init__(self) -> None:
-        """Check the order of the passes by their contracts."""
+        """Check the passes' order by their contracts."""
         holding, ended_by = set(self.given), dict[str, str]()
         for graph_pass in self.passes:
             name, declared = name_of(graph_pass), getattr(graph_pass, "contract", Contract())
@@ -117,7 +117,7 @@ class Pipeline(Generic[Graph]):
             ended_by |= dict.fromkeys(declared.ends, name)
 
     def run(self, graph: Graph, log: PassLog | None = None) -> Graph:
-        """Run every pass and lint its result: each node may read only what comes before it."""
+        """Run every pass and lint its result: each node may read only earlier ones."""
         for graph_pass in counted(self.passes, "changing the graph", "passes"):
             name = name_of(graph_pass)
             try:
@@ -134,7 +134,7 @@ class Pipeline(Generic[Graph]):
         return graph
 
     def problems(self, graph: Graph) -> Iterator[str]:
-        """Nodes that read values which no earlier node defines."""
+        """Describe nodes that read values which no earlier node defines."""
         assert isinstance(graph, fx.Graph)
         seen: set[fx.Node] = set()
         for node in graph.nodes:
@@ -143,7 +143,7 @@ class Pipeline(Generic[Graph]):
 
 
 def name_of(graph_pass: object) -> str:
-    """The name of a pass in snake case: that of its function or class."""
+    """Return the name of a pass in snake case, from its function or class."""
     name = getattr(graph_pass, "name", None) or getattr(graph_pass, "__name__", None) or type(graph_pass).__name__
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).lower()
 

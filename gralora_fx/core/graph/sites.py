@@ -1,4 +1,4 @@
-"""Linear sites: the layers whose weights a graph multiplies by, each with all of its calls; other parameters."""
+"""Linear sites: the layers whose weights a graph multiplies by, each with all of its calls; and other parameters."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class LinearSite:
         return self.kind == "conv1d"
 
     def __eq__(self, other: object) -> bool:
-        """Whether all fields are equal, the tensors being the same objects: `==` of tensors is a tensor."""
+        """Return whether all fields are equal, comparing tensors by identity: `==` of tensors is a tensor."""
         if not isinstance(other, LinearSite):
             return NotImplemented
         return self._identity() == other._identity()
@@ -67,16 +67,16 @@ class LinearSite:
         return tuple(id(value) if isinstance(value, torch.Tensor) else value for value in values)
 
     def __repr__(self) -> str:
-        """One line without tensors; calls are counted."""
+        """Return a line without tensors, with the number of calls."""
         facts = f"{self.path!r}, {self.kind!r}, in_features={self.in_features}, out_features={self.out_features}"
         tied = f", tied_with={self.tied_with}" if self.tied_with else ""
         return f"{type(self).__name__}({facts}, calls={len(self.calls)}{tied})"
 
 
 def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSite, ...]:
-    """Every linear layer of the model, in the order of its modules, with the calls that the graph makes to it.
+    """Return every linear layer of the model, in the order of its modules, with the graph's calls of it.
 
-    A layer called several times is one site; one that is never called is a site without calls, so that adapters and
+    A layer called several times is one site. One that is never called is a site without calls, so that adapters and
     checkpoints cover the same layers as in PEFT.
     """
     tensors = {**dict(graph_module.named_parameters(remove_duplicate=False)), **tree.parameters}
@@ -129,13 +129,13 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
 
 
 def names_of_site(site: LinearSite, tree: ModuleTree) -> tuple[str, ...]:
-    """The names that a configuration can use for a site: its path, and for a functional call its weight's name."""
+    """Return the names for a site in configurations: its path, and for a functional call its weight's name."""
     weights = tree.names_of(site.weight) if site.kind == "functional" else ()
     return tuple(dict.fromkeys((site.path, *weights)))
 
 
 def other_readers(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, tuple[str, ...]]:
-    """Names of other nodes that read a site's weight, such as a tied embedding."""
+    """Return the names of other nodes that read a site's weight, such as a tied embedding."""
     sources: dict[int, list[fx.Node]] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         sources.setdefault(id(tensor_at(graph_module, str(node.target))), []).append(node)
@@ -150,7 +150,7 @@ def other_readers(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> 
 
 
 def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> tuple[str, ...]:
-    """Paths of the sites whose weight is computed in the graph, as by a parametrization."""
+    """Return the paths of sites whose weight is computed in the graph, as by a parametrization."""
     by_name = {node.name: node for node in graph_module.graph.nodes}
     return tuple(
         site.path
@@ -165,7 +165,7 @@ def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) ->
 
 
 def site_table(sites: Sequence[LinearSite], notes: Mapping[str, Mapping[str, str]]) -> str:
-    """A table with a line for each site: its path, kind and sizes, and what else is said of it."""
+    """Return a table with a row for each site: its path, kind and sizes, and a column for each kind of note."""
     columns = {name: texts for name, texts in notes.items() if texts}
     rows = [("site", "kind", "in", "out", "calls", *columns)]
     for site in sites:
@@ -183,7 +183,7 @@ def site_table(sites: Sequence[LinearSite], notes: Mapping[str, Mapping[str, str
 
 
 def _layer_of(weight: object, tree: ModuleTree) -> str | None:
-    """Path of the linear layer that owns a weight, if there is exactly one."""
+    """Return the path of the linear layer that owns a weight; None unless there is exactly one."""
     if not isinstance(weight, torch.Tensor):
         return None
     names = tree.names_of(weight)
@@ -195,7 +195,7 @@ def _layer_of(weight: object, tree: ModuleTree) -> str | None:
 def _computed_calls(
     graph_module: fx.GraphModule, tree: ModuleTree, known: Collection[str]
 ) -> dict[str, list[LinearCall]]:
-    """Calls of linear layers whose weight is computed in the graph, by path of the layer.
+    """Return calls of linear layers whose weight is computed in the graph, by the layer's path.
 
     A layer that uses several computed weights in one call is left out.
     """
@@ -213,7 +213,7 @@ def _computed_calls(
 
 
 def _original(path: str, call: LinearCall | None, tree: ModuleTree) -> nn.Parameter | None:
-    """The parameter from which a layer's weight is computed: the one with the weight's shape."""
+    """Return the parameter that a layer's weight is computed from: the largest of the weight's shape."""
     noted = None if call is None else call.weight.meta.get("val")
     candidates = [p for name, p in tree.parameters.items() if name.startswith(f"{path}.") and p.ndim == 2]
     if isinstance(noted, torch.Tensor):
@@ -242,7 +242,7 @@ def _site(
 def _owner(
     call: LinearCall, weight: nn.Parameter, innermost: str, names: Sequence[str], tree: ModuleTree, called: set[str]
 ) -> str:
-    """Path of the linear layer to which a call belongs, or of the module around a functional call.
+    """Return the path of the linear layer that a call belongs to, or of the module around a functional call.
 
     If a layer is never called itself, a use of its weight counts as its call, as `nn.MultiheadAttention` uses its
     `out_proj`.
@@ -261,7 +261,7 @@ def _owner(
 
 
 def _weight_name(path: str, weight: nn.Parameter, tree: ModuleTree) -> str:
-    """The weight's name, for a functional site whose module makes several such calls."""
+    """Return the weight's name, as the path of a functional site whose module makes several such calls."""
     names = tree.names_of(weight)
     return next((name for name in names if name.rpartition(".")[0] == path), names[0] if names else path)
 
@@ -277,19 +277,19 @@ def _is_own_name(name: str, path: str, tree: ModuleTree) -> bool:
 class ParameterSite(LinearSite):
     """A parameter of 2 or 3 dimensions that an adapter can change, whatever the graph computes with it.
 
-    One of 3 dimensions is a stack of matrices. `path` is the parameter's name, `kind` is `"parameter"`, and
-    `calls` are the names of the nodes that read the parameter itself (`get_attr`).
+    One of 3 dimensions is a stack of matrices. `path` is the parameter's name, `kind` is `"parameter"`, and `calls` are
+    the names of the nodes that read the parameter itself (`get_attr`).
 
     Attributes:
-        is_transposed: Whether its matrices are stored `[in, out]`, as the `is_transposed` of the module says that owns
-            it (gpt-oss), rather than `[out, in]`.
+        is_transposed: Whether its matrices are stored `[in, out]` rather than `[out, in]`, by the attribute
+            `is_transposed` of the module that owns it (gpt-oss).
     """
 
     is_transposed: bool = False
 
     @property
     def stack(self) -> int | None:
-        """How many matrices it holds; None for a single one, of 2 dimensions."""
+        """Number of its matrices; None for a parameter of 2 dimensions."""
         return self.weight.shape[0] if self.weight.ndim == 3 else None
 
     @property
@@ -301,7 +301,7 @@ class ParameterSite(LinearSite):
 def parameter_sites(
     graph_module: fx.GraphModule, tree: ModuleTree, sites: Iterable[LinearSite]
 ) -> tuple[ParameterSite, ...]:
-    """Every parameter of 2 or 3 dimensions that no linear layer multiplies by, in the order of the model's modules."""
+    """Return every parameter of 2 or 3 dimensions that is no linear layer's weight, in the modules' order."""
     weights = {id(site.weight) for site in sites}
     reads: dict[int, list[str]] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):

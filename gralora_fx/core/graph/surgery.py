@@ -1,7 +1,7 @@
-"""Copies of graphs and of module trees, trees that overlay others, and annotations of the nodes that a pass created.
+"""Copies of graphs and of module trees, overlays of trees, and annotations of the nodes that a pass created.
 
-An annotation is in `node.meta["custom"]["gralora"]`, which copies and re-exports keep. Overlaid trees share tables of
-tensors, but a replacement in one stays there.
+An annotation is in `node.meta["custom"]["gralora"]`, which copies and re-exports keep. An overlay shares the tree's
+tables of tensors, but a replacement in one of them does not show in the other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _KEY = "gralora"
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.Graph:
-    """A copy of a graph with the node names, metadata and calling convention of the original."""
+    """Return a copy of a graph with the original's node names, metadata and calling convention."""
     copy = fx.Graph(tracer_cls=getattr(graph_module, "_tracer_cls", None))
     val_map: dict[fx.Node, fx.Node] = {}
     output = copy.graph_copy(graph_module.graph, val_map)
@@ -46,7 +46,7 @@ def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def add_tuple_input(graph: fx.Graph, name: str, count: int) -> list[fx.Node]:
-    """Add an input to a graph, a tuple of so many values, and return the node of each."""
+    """Add an input to a graph, a tuple of `count` values, and return the node of each."""
     placeholders = graph.find_nodes(op="placeholder")
     with graph.inserting_after(placeholders[-1]):
         added = [graph.placeholder(f"{name}_{index}") for index in reversed(range(count))][::-1]
@@ -60,18 +60,18 @@ def add_tuple_input(graph: fx.Graph, name: str, count: int) -> list[fx.Node]:
 
 
 def module_of(graph: fx.Graph) -> fx.GraphModule:
-    """The module whose tensors and submodules a graph names."""
+    """Return the module that a graph's attribute and module names refer to."""
     assert graph.owning_module is not None
     return graph.owning_module
 
 
 def annotate(node: fx.Node, **fields: Any) -> None:
-    """Annotate a node with the site and the adapter it belongs to."""
+    """Annotate a node with its site and its adapter."""
     node.meta.setdefault("custom", {})[_KEY] = fields
 
 
 def annotation_of(node: fx.Node) -> dict[str, Any] | None:
-    """The annotation of a node, or None if no pass created it."""
+    """Return the annotation of a node; None if no pass created it."""
     fields: dict[str, Any] | None = node.meta.get("custom", {}).get(_KEY)
     return fields
 
@@ -85,7 +85,7 @@ def remove_annotation(node: fx.Node) -> None:
 
 
 def annotated_nodes(graph: fx.Graph, adapter: str) -> Iterator[fx.Node]:
-    """The nodes that belong to an adapter, in graph order."""
+    """Yield the nodes of an adapter, in graph order."""
     for node in graph.nodes:
         fields = annotation_of(node)
         if fields is not None and fields["adapter"] == adapter:
@@ -96,10 +96,10 @@ ROOT = "gralora"  # attribute of a tree, below which it has the adapters' tensor
 
 
 class CountedGraph(fx.GraphModule):
-    """A graph module that counts how often it was compiled, so that an edit of its graph is noticed.
+    """A graph module that counts its compilations, so that edits of its graph are noticed.
 
     Attributes:
-        compilations: How often.
+        compilations: The count.
     """
 
     compilations: int = 0
@@ -111,21 +111,21 @@ class CountedGraph(fx.GraphModule):
 
 
 class FlatGraph:
-    """A graph module that is compiled when someone wants to read or run it, and whose edits are noticed.
+    """A graph module that is compiled when it is first read or run, and whose edits are counted.
 
     Attributes:
         module: The graph module.
     """
 
     def __init__(self, module: CountedGraph) -> None:
-        """Take a graph module that is not compiled yet."""
+        """Store a graph module that is not compiled yet."""
         self.module = module
         self._compilations = module.compilations
         self._is_compiled = False
         self._compiling = threading.Lock()
 
     def compiled(self) -> fx.GraphModule:
-        """The graph module with its code."""
+        """Return the graph module with its code."""
         with self._compiling:
             if not self._is_compiled:
                 fx.GraphModule.recompile(self.module)  # which does not count
@@ -134,12 +134,12 @@ class FlatGraph:
 
     @property
     def edits(self) -> int:
-        """How often someone has compiled it again, as after an edit."""
+        """Number of recompilations since, as after edits."""
         return self.module.compilations - self._compilations
 
 
 def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
-    """A plain module with the contents of a graph module, at the same paths.
+    """Return a plain module with the contents of a graph module, at the same paths.
 
     Containers are new; layers that the graph calls as modules are copies over the same tables of tensors.
     """
@@ -152,7 +152,7 @@ def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
 
 
 def copy_in_mode(root: nn.Module, graph: fx.Graph, training: bool, class_name: str) -> fx.GraphModule:
-    """A graph module over the tensors of a tree, with its own containers and mode."""
+    """Return a graph module over the tensors of a tree, with its own containers and mode."""
     graph_module = fx.GraphModule(root, graph, class_name)
     graph_module.training = training
     for path in _called(graph):
@@ -161,10 +161,10 @@ def copy_in_mode(root: nn.Module, graph: fx.Graph, training: bool, class_name: s
 
 
 def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> CountedGraph:
-    """A graph module over a tree's tensors, to be compiled when its graph is complete.
+    """Return a graph module over a tree's tensors, not compiled until its graph is complete.
 
-    The graph reads replacements of tensors in the tree. What `replace_parameters` puts into the result, and an adapter
-    removed from the tree, affects only the one and not the other.
+    The graph sees replacements of tensors in the tree. A tensor that `replace_parameters` puts into the result, and an
+    adapter removed from the tree, affect only that one of the two.
     """
     graph_module = CountedGraph(nn.Module(), fx.Graph(), "GraloraGraph")
     for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -180,7 +180,7 @@ def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> CountedGraph:
 
 
 def share_adapters(graph_module: fx.GraphModule, tree: nn.Module) -> None:
-    """Update a graph module's adapters to those of a tree."""
+    """Point a graph module's adapter tensors to those of a tree."""
     if (adapters := tree._modules.get(ROOT)) is not None:
         graph_module._modules[ROOT] = _shallow(adapters)
     else:
@@ -197,7 +197,7 @@ def replace_parameters(root: nn.Module, parameters: Mapping[str, nn.Parameter]) 
 
 
 def map_parameters(root: nn.Module, new: Callable[[nn.Parameter, str], nn.Parameter]) -> None:
-    """Let modules hold other parameters; one that has several places is made once, so that what is tied stays tied."""
+    """Replace the parameters in modules; one at several places is converted once, so that tied ones stay tied."""
     made: dict[nn.Parameter, nn.Parameter] = {}  # a tensor is equal to itself alone as a key
     for path, module in root.named_modules():
         for name, parameter in module._parameters.items():
@@ -209,7 +209,7 @@ def map_parameters(root: nn.Module, new: Callable[[nn.Parameter, str], nn.Parame
 
 @contextmanager
 def placeholder_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Replace parameters on the meta device by placeholders without memory, within the block, so that they are traced.
+    """Replace parameters on the meta device by placeholders without memory, within the block, for tracing.
 
     A trace needs only shapes, dtypes and a device. A placeholder has those and a single zero as its storage, so that a
     model is traced as with its weights. (Fake tensors would do as well, but fake parameters make `torch.export` corrupt
@@ -236,7 +236,7 @@ def placeholder_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.P
 
 
 def restore_parameters(module: nn.Module, originals: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Put a model's own parameters where a module, such as a trace, holds what stood in for them."""
+    """Replace placeholders in a module, such as a trace, by the model's own parameters."""
     map_parameters(module, lambda parameter, _: originals.get(parameter, parameter))
 
 
@@ -247,7 +247,7 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def container_at(root: nn.Module, path: str) -> nn.Module:
-    """Return the module at a path of a tree; missing ones are made."""
+    """Return the module at a path of a tree, creating missing ones."""
     module = root
     for name in path.split(".") if path else ():
         if name not in module._modules:
@@ -257,7 +257,7 @@ def container_at(root: nn.Module, path: str) -> nn.Module:
 
 
 def _in_mode(module: nn.Module, training: bool | None = None) -> nn.Module:
-    """A copy of a module tree over the same tables of tensors, with its own mode."""
+    """Return a copy of a module tree over the same tables of tensors, with its own mode."""
     copy = _shallow(module)
     copy.training = module.training if training is None else training
     for name, child in module._modules.items():
@@ -270,7 +270,7 @@ def _called(graph: fx.Graph) -> list[str]:
 
 
 def _own_container(root: nn.Module, path: str, copied: set[int]) -> nn.Module:
-    """The module at a path; each on the way is copied, unless it is among `copied`."""
+    """Return the module at a path, copying each module on the way that is not in `copied`."""
     module = root
     for name in path.split(".") if path else ():
         child = module._modules.get(name)
@@ -283,7 +283,7 @@ def _own_container(root: nn.Module, path: str, copied: set[int]) -> nn.Module:
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    """A copy of a module with its own table of submodules, sharing the tables of tensors."""
+    """Return a copy of a module with its own table of submodules, sharing the tables of tensors."""
     copy: nn.Module = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
     copy.__dict__["_modules"] = dict(copy.__dict__["_modules"])

@@ -1,4 +1,4 @@
-"""A user's pass over a graph module: run, linted, and explained by what it had changed where it fails."""
+"""Runs a user's pass over a graph module and lints it; an error lists what the pass had changed."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass) -> None:
 
 
 def _snapshot(graph: fx.Graph) -> dict[str, tuple[Any, ...]]:
-    """What each node computes, by its name."""
+    """Return the operation of each node, by name."""
     return {node.name: (node.op, node.target, node.args, node.kwargs) for node in graph.nodes}
 
 
 def _changes(before: Mapping[str, tuple[Any, ...]], after: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """The removed, added and changed nodes as lines of a diff."""
+    """Return the removed, added and changed nodes as lines of a diff."""
     names = list(dict.fromkeys([*before, *after]))
     lines = []
     for name in names:
