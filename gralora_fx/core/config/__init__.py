@@ -1,4 +1,4 @@
-"""What to adapt and how: the configurations, and PEFT's `adapter_config.json`."""
+"""The configurations of adapters: what to adapt and how, and PEFT's `adapter_config.json`."""
 
 from typing import TYPE_CHECKING
 

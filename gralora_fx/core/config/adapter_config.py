@@ -1,4 +1,4 @@
-"""What the configurations of all methods share: PEFT's fields for targets, layers and biases, with their checks."""
+"""The base class of all methods' configurations: PEFT's fields for targets, layers and biases, with their checks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TASK_HEADS = {
 
 
 class AdapterConfig(ABC):
-    """The configuration of an adapter, of whatever method: a frozen dataclass with at least the fields below.
+    """The configuration of an adapter of any method: a frozen dataclass with at least the fields below.
 
     A subclass lists its fields in PEFT's order, names those that set its sizes, and checks its own in `check_sizes`.
 
@@ -47,12 +47,12 @@ class AdapterConfig(ABC):
         PEFT_TYPE: PEFT's name of the method, as in the files.
         TITLE: The method's name in texts.
         BIAS_MODES: Values of `bias`.
-        ADAPTED_BIASES: The one that trains the biases of the adapted layers alone.
+        ADAPTED_BIASES: The value of `bias` that trains only the biases of adapted layers.
         PATTERNS: Fields that give a size by the path of a layer, with the check of each value.
-        PATTERN_OF: Such a field by the one that it overrides.
+        PATTERN_OF: The pattern field that overrides a field, by that field's name.
         SIZE_FIELDS: Fields without which an adapter's tensors have no meaning: sizes and scale.
-        BEYOND_PEFT: Fields that PEFT does not have; they are saved only where they are used.
-        SAVED_IF_USED: Other fields that are saved only where they are used.
+        BEYOND_PEFT: Fields that PEFT does not have; saved only if used.
+        SAVED_IF_USED: Other fields that are saved only if used.
         DROPOUT, ALPHA: Names of the fields for the dropout and for the numerator of the scale.
     """
 
@@ -83,7 +83,7 @@ class AdapterConfig(ABC):
     target_parameters: list[str] | None = None  # likewise
 
     def __new__(cls, *_: Any, **fields: Any) -> Self:
-        """Create an object of the class that the fields ask for."""
+        """Create an object of the class that the fields select (see `form_of`)."""
         form = cls.form_of(fields)
         known = [entry.name for entry in dataclasses.fields(form)]  # type: ignore[arg-type]
         if not fields.keys() <= set(known):
@@ -94,7 +94,7 @@ class AdapterConfig(ABC):
 
     @classmethod
     def form_of(cls, fields: Mapping[str, Any]) -> type[Self]:
-        """Return the class that fields ask for: this one, or a subclass where PEFT has one class for several."""
+        """Return the class that fields select: this one, or a subclass where PEFT has one class for several."""
         return cls
 
     def __post_init__(self) -> None:
@@ -143,14 +143,14 @@ class AdapterConfig(ABC):
 
     @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
-        """The fields of a file in terms of this class, where another program or another form of the method wrote them.
+        """Return a file's fields in terms of this class, if another program or another form of the method wrote them.
 
         Args:
             fields: The fields.
-            origin: Where they come from, for messages.
+            origin: Their source, for messages.
 
         Raises:
-            ConfigError: They mean something that this class cannot express.
+            ConfigError: This class cannot express what they mean.
         """
         return fields
 
@@ -161,27 +161,27 @@ class AdapterConfig(ABC):
 
     @property
     def dropout(self) -> float:
-        """Probability with which an adapter input is zeroed in training."""
+        """Probability of zeroing an adapter's input value in training."""
         return getattr(self, self.DROPOUT)  # type: ignore[no-any-return]
 
     @property
     def trains_adapted_biases(self) -> bool:
-        """Whether the biases of the adapted layers train, and no others."""
+        """Whether exactly the biases of the adapted layers train."""
         return self.bias == self.ADAPTED_BIASES
 
     @property
     def acts_from(self) -> tuple[int, ...]:
-        """The tokens from whose last occurrence in a row on the adapter acts; none for one that acts everywhere."""
+        """The token ids from whose last occurrence in a row on the adapter acts; empty if it acts on all tokens."""
         return tuple(getattr(self, ACTING, None) or ())
 
     @property
     def used_patterns(self) -> list[str]:
-        """The fields that give sizes by path, as far as there is something in them."""
+        """The non-empty fields that give sizes by path."""
         return [name for name in self.PATTERNS if getattr(self, name)]
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """The fields that give tensors their meaning, which their names and shapes alone would not show."""
+        """The fields that give the tensors their meaning, which names and shapes alone do not."""
         return {name: getattr(self, name) for name in self.SIZE_FIELDS}
 
     @property
@@ -198,7 +198,7 @@ class AdapterConfig(ABC):
 
     @property
     def layer_patterns(self) -> tuple[str, ...]:
-        """The names of `layers_pattern`; empty where any container counts."""
+        """The names in `layers_pattern`; empty if any container counts."""
         patterns = self.layers_pattern
         return (patterns,) if isinstance(patterns, str) and patterns else tuple(patterns or ())
 
@@ -213,10 +213,10 @@ class AdapterConfig(ABC):
         return _TASK_HEADS.get(self.task_type or "", ())
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `adapter_config.json` in PEFT's format, keys and sets sorted; an older one is replaced at once.
+        """Write `adapter_config.json` in PEFT's format, keys and sets sorted; an older file is replaced atomically.
 
         Args:
-            directory: Where to write; made if it does not exist.
+            directory: The directory, created if it does not exist.
 
         Raises:
             ConfigError: It cannot be written.
@@ -230,7 +230,7 @@ class AdapterConfig(ABC):
         path.write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
-        """The text of PEFT's `adapter_config.json`, keys and sets sorted."""
+        """Return the text of PEFT's `adapter_config.json`, keys and sets sorted."""
         values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}  # type: ignore[arg-type]
         optional = {*self.BEYOND_PEFT, *self.SAVED_IF_USED}
         fields = {name: value for name, value in values.items() if value or name not in optional}
@@ -263,7 +263,7 @@ class AdapterConfig(ABC):
         """Convert a live object of PEFT's class of the same name, without importing peft.
 
         Args:
-            peft_config: The object that PEFT made.
+            peft_config: The PEFT object.
 
         Raises:
             ConfigError: It is a configuration of another method, or of none.
@@ -274,11 +274,11 @@ class AdapterConfig(ABC):
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], origin: str) -> Self:
-        """Build a configuration from a file's fields, with the meaning they have in PEFT (or in the paper's code).
+        """Build a configuration from a file's fields, with their meaning in PEFT (or in the paper's code).
 
         Args:
             fields: The fields.
-            origin: Where they come from, for messages.
+            origin: Their source, for messages.
 
         Raises:
             ConfigError: They are a configuration of another method, or cannot be used.
@@ -289,7 +289,7 @@ class AdapterConfig(ABC):
         return config
 
     def changed(self, **changes: Any) -> Self:
-        """A copy with some fields changed, unchecked: values that PEFT wrote may be refused by the constructor."""
+        """Return a copy with some fields changed, unchecked: the constructor may refuse values that PEFT wrote."""
         config = copy.copy(self)
         for name, value in changes.items():
             object.__setattr__(config, name, value)

@@ -1,6 +1,6 @@
-"""Names that PEFT's files have, and checks of values, of names and of regular expressions, each with a remedy.
+"""Names in PEFT's files, and checks of values, names and regular expressions, whose errors say what to do.
 
-Regular expressions have Python's syntax and meaning, and a match that cannot hang the process.
+Regular expressions have Python's syntax and meaning, and matching is limited in time, so that it cannot hang.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_integer(name: str, value: object, least: int) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number in the range of a float."""
+    """Return whether a value is a finite number in the range of a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) <= 1e300 and math.isfinite(value)
@@ -48,21 +48,21 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_alpha(name: str, value: Any) -> None:
-    """Check that a value is a positive number: with 0 an adapter would never have an effect."""
+    """Check that a value is a positive number; with 0 an adapter would never have an effect."""
     check_number(name, value)
     if value <= 0:
         raise ConfigError(f"{name} must be positive, but got {shown(value)}: it scales the adapter's output")
 
 
 def check_dropout(name: str, value: Any) -> None:
-    """Refuse what is not a probability below 1."""
+    """Check that a value is a probability below 1."""
     check_number(name, value)
     if not 0 <= value < 1:
         raise ConfigError(f"{name} must be in [0, 1), but got {value}; take 0 for none")
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuse what is not True or False."""
+    """Check that a value is True or False."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False, but got {shown(value)}")
 
@@ -77,7 +77,7 @@ def check_names(name: str, values: Iterable[object]) -> None:
 
 
 def check_parameters(names: object, dropout: str, probability: float) -> None:
-    """Check `target_parameters`: a list of names, beside which there is no dropout."""
+    """Check `target_parameters`: a list of names, which excludes dropout."""
     if names is None:
         return
     if not isinstance(names, list):
@@ -91,13 +91,13 @@ def check_parameters(names: object, dropout: str, probability: float) -> None:
 
 
 def acts_from(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the tokens from which on an adapter with these fields of a file acts; none for everywhere."""
+    """Return the token ids from which on an adapter with these fields of a file acts; empty for all tokens."""
     check_tokens(tokens := fields.get(ACTING))
     return tuple(tokens or ())
 
 
 def check_tokens(tokens: Any, parameters: list[str] | None = None) -> None:
-    """Check the ids of the tokens from which on an adapter acts; an adapter of parameters acts on no single tokens."""
+    """Check the token ids from which on an adapter acts, which an adapter of parameters cannot have."""
     if tokens is None:
         return
     if not isinstance(tokens, list) or not tokens:
@@ -119,7 +119,7 @@ def check_tokens(tokens: Any, parameters: list[str] | None = None) -> None:
 
 
 def check_acts_everywhere(tokens: tuple[int, ...], adapter: object, purpose: str, error: type[Exception]) -> None:
-    """Check that an adapter acts on all tokens (`acts_from` none), for a purpose such as "merging"."""
+    """Check that an adapter acts on all tokens (`acts_from` is empty), for a purpose such as "merging"."""
     if tokens:
         raise error(
             f"{adapter} acts from its tokens {shown(list(tokens))} on, and on none before them; {purpose} would let it "
@@ -128,7 +128,7 @@ def check_acts_everywhere(tokens: tuple[int, ...], adapter: object, purpose: str
 
 
 def _unfit_name(name: object) -> ConfigError:
-    """The error for a name that cannot be one of an adapter."""
+    """Return the error for an invalid adapter name."""
     return ConfigError(
         f"{name!r} cannot name an adapter; use letters, digits, _ and -, no dots, no attribute of nn.Module and no "
         "Python keyword"
@@ -136,7 +136,7 @@ def _unfit_name(name: object) -> ConfigError:
 
 
 def check_adapter_letters(name: object) -> None:
-    """Check that a name can be part of an attribute path, of code and of a file path, as far as its letters tell."""
+    """Check that a name's letters can be part of an attribute path, of code and of a file path."""
     is_fit = (
         isinstance(name, str)
         and bool(name)
@@ -152,14 +152,14 @@ BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
 def check_row_names(adapter_names: object, count: int | None = None) -> list[str]:
-    """Check the names of rows.
+    """Check the adapter names of rows.
 
     Args:
-        adapter_names: As of a call: a name for each row.
+        adapter_names: A call's argument: a name for each row.
         count: Number of rows; None if it is not known.
 
     Raises:
-        RewriteError: It is no list of names, or one of another length.
+        RewriteError: It is not a list of names, or has another length.
     """
     if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
         raise RewriteError(
@@ -202,7 +202,7 @@ _LITERAL = re.compile(r"\\.|\{(?!\d*,\d*\}|\d+\})|(?<=\[):", re.DOTALL)
 
 
 def within(template: str, name: str) -> str:
-    """A rule's expression with a name inserted."""
+    """Return a rule's expression with a name inserted."""
     return template.replace("{}", name)
 
 
@@ -239,12 +239,12 @@ def check_pattern(field: str, value: object, check_value: Callable[[str, Any], N
 
 
 def fullmatch(expression: str, text: str) -> bool:
-    """Whether an expression matches a whole text, as `re.fullmatch` does."""
+    """Return whether an expression matches a whole text, as `re.fullmatch` does."""
     return _Matcher.of(expression).match(text, whole=True) is not None
 
 
 def match(expression: str, text: str) -> regex.Match[str] | None:
-    """The match of an expression at the beginning of a text, as `re.match` finds it."""
+    """Return the match of an expression at the beginning of a text, as `re.match` does."""
     return _Matcher.of(expression).match(text, whole=False)
 
 
@@ -258,11 +258,11 @@ class _Matcher:
     @classmethod
     @functools.lru_cache(maxsize=4096)
     def of(cls, expression: str) -> _Matcher:
-        """The cached matcher of an expression, which keeps the time it has spent."""
+        """Return the cached matcher of an expression, which keeps the time it has spent."""
         return cls(expression)
 
     def match(self, text: str, *, whole: bool) -> regex.Match[str] | None:
-        """The match of a whole text, or at its beginning."""
+        """Match a whole text, or the beginning of it."""
         find = self.compiled.fullmatch if whole else self.compiled.match
         began = time.thread_time()
         try:
@@ -278,7 +278,7 @@ class _Matcher:
 
 
 def _compiled(expression: str) -> regex.Pattern[str]:
-    """Compile an expression with `regex`, with the meaning that it has in Python's `re`."""
+    """Compile an expression with `regex`, with its meaning in Python's `re`."""
     if len(expression) > _LONGEST:
         raise ValueError(f"it has {len(expression):,} characters, and {_LONGEST:,} are the most")
     try:
@@ -294,7 +294,7 @@ def _compiled(expression: str) -> regex.Pattern[str]:
 
 
 def pattern_key(keys: Iterable[str], path: str) -> str | None:
-    """The pattern key that applies to a path: the path itself, else the first that matches.
+    """Return the pattern key that applies to a path: the path itself, else the first that matches.
 
     A key matches as in PEFT's LoRA: as a regular expression for a path, or for its end after a dot.
     """

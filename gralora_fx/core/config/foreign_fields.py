@@ -1,4 +1,4 @@
-"""Fields that a configuration does not have: what they mean elsewhere, and what to take instead."""
+"""Unknown fields of a configuration: what they mean in other programs, and which field to use instead."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _WITHOUT_EFFECT = {
 
 
 def check_known(fields: Mapping[str, Any], known: Collection[str], origin: str, method: str) -> None:
-    """Check that every field of a file that is not known there says nothing: it is null, False, zero or empty."""
+    """Check that every unknown field of a file has no effect: it is null, False, zero or empty."""
     ignored = {name: value for name, value in fields.items() if name not in known and name not in _WITHOUT_EFFECT}
     said = [f"{_key(name)}={shown(value)}{_hint(name, known)}" for name, value in sorted(ignored.items()) if value]
     if said:
@@ -91,7 +91,7 @@ def _hint(name: str, known: Collection[str]) -> str:
 
 
 def _same(name: str) -> tuple[str, ...]:
-    """The names of one thing, by one of them."""
+    """Return all names of the same setting, given one of them."""
     return next((names for names in _SAME if name in names), (name,))
 
 
@@ -100,7 +100,7 @@ def _form(name: str) -> str | None:
 
 
 def _meant(name: str, known: Collection[str]) -> str | None:
-    """The field that a name stands for elsewhere, or that is spelled alike."""
+    """Return the field that a name stands for in another program, or that is spelled alike; None if there is none."""
     same = next((field for field in _same(name) if field in known), None)
     if same or _form(name):
         return same

@@ -1,4 +1,4 @@
-"""`GraloraConfig`: what to adapt and how, as PEFT's `adapter_config.json` of a GraLoRA adapter says it."""
+"""`GraloraConfig`: what to adapt and how, with the fields of PEFT's `adapter_config.json` for GraLoRA."""
 
 from __future__ import annotations
 
@@ -132,11 +132,11 @@ class GraloraConfig(AdapterConfig):
 
     @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
-        """Return the fields of a file of the paper's own code in PEFT's terms; those that PEFT wrote as they are.
+        """Return fields of the paper's own code in PEFT's terms; fields that PEFT wrote stay unchanged.
 
         Args:
             fields: The fields.
-            origin: Where they come from, for messages.
+            origin: Their source, for messages.
         """
         if "gralora_alpha" not in fields or "alpha" in fields:
             return fields

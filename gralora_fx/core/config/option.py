@@ -1,6 +1,6 @@
 """An option, declared once as the field of a frozen record: its type, its default, its text and its check.
 
-    precision: Annotated[Literal["fp32", "fp16"], Option("Precision of weights and cache.")] = "fp32"
+precision: Annotated[Literal["fp32", "fp16"], Option("Precision of weights and cache.")] = "fp32"
 
 The rest is derived from the declaration: the check of a value (`check_options`), the parameter of a command
 (`cli.values`) and the row of a table in the documentation.
@@ -30,7 +30,7 @@ MODEL, ADAPTERS, NUMBERS, WRITTEN, COMPARISON = (
 
 @dataclass(frozen=True)
 class Option:
-    """What an option is, beside its type and its default."""
+    """The declaration of an option, beside its type and its default."""
 
     help: str = ""  # what it means, for the command line and the documentation; empty for an option of Python alone
     group: str = ""  # the heading in a command's help under which it is listed; empty for that of all others
@@ -44,7 +44,7 @@ class Option:
 
 @dataclass(frozen=True)
 class DeclaredOption:
-    """An option as a record declares it."""
+    """An option with its field in a record."""
 
     name: str  # name of the field, which is that of the Python argument
     type: Any
@@ -53,18 +53,18 @@ class DeclaredOption:
 
     @property
     def types(self) -> tuple[Any, ...]:
-        """The types that a union joins, or the only one."""
+        """The types of a union, or the only one."""
         is_union = typing.get_origin(self.type) in (Union, types.UnionType)
         return typing.get_args(self.type) if is_union else (self.type,)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The texts that it takes, where it takes no others."""
+        """The texts that it takes, if it takes no others."""
         return tuple(text for one in self.types if typing.get_origin(one) is Literal for text in typing.get_args(one))
 
     @property
     def is_flag(self) -> bool:
-        """Whether it is either true or false."""
+        """Whether it is a boolean."""
         return self.types == (bool,)
 
     @property
@@ -78,7 +78,7 @@ class DeclaredOption:
         return self.option.metavar or f"[{'|'.join(self.choices)}]"
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, and what to give instead; None if nothing is."""
+        """Return what is wrong with a value, and what to give instead; None if it is valid."""
         is_optional = types.NoneType in self.types
         if (value is None and is_optional) or (isinstance(value, bool) and bool in self.types):
             return None
@@ -97,7 +97,7 @@ class DeclaredOption:
 
 
 def declared_options(record: type) -> tuple[DeclaredOption, ...]:
-    """The options that a record declares, in the order of its fields."""
+    """Return the options of a record, in the order of its fields."""
     hints = typing.get_type_hints(record, include_extras=True)
     found = []
     for field in dataclasses.fields(record):

@@ -1,4 +1,4 @@
-"""Configuration fields as PEFT and other programs write them, in the terms of this package."""
+"""Reads configuration fields as PEFT and other programs write them, in the terms of this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gralora_fx.errors import ConfigError, marked, shown, warn_caller
 
 
 def config_fields(directory: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], str]:
-    """The fields of an adapter's `adapter_config.json`, of whatever method, and the path that they come from."""
+    """Return the fields of an adapter's `adapter_config.json`, of any method, and the file's path."""
     from gralora_fx.base.sources.atomic_save import read_together
     from gralora_fx.base.sources.model_directories import resolve_directory
 
@@ -22,7 +22,7 @@ def config_fields(directory: str | Path, *, revision: str | None = None) -> tupl
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a configuration file."""
+    """Read the fields of a configuration file."""
     try:
         data = path.read_bytes() if path.is_file() else None
     except OSError as error:
@@ -52,7 +52,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def peft_fields(peft_config: Any, wanted: str) -> tuple[dict[str, Any], str]:
-    """The fields of a live PEFT configuration as its file would have them, and a name for it."""
+    """Return the fields of a live PEFT configuration as in its file, and a name for messages."""
     if not hasattr(peft_config, "peft_type") or not hasattr(peft_config, "__dict__"):
         raise ConfigError(f"{shown(peft_config)} is not a PEFT configuration; give {wanted}")
     if isinstance(peft_config, type):

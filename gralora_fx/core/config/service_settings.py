@@ -1,4 +1,4 @@
-"""The settings of a service, and what OpenTelemetry's environment variables say of its spans."""
+"""The settings of a service, and those for spans in OpenTelemetry's environment variables."""
 
 from __future__ import annotations
 
@@ -230,12 +230,12 @@ class ServiceSettings:
 
     @property
     def adapter_bytes(self) -> int | None:
-        """The most bytes of all adapters in memory."""
+        """The most bytes of all adapters in memory; None for no limit."""
         return read_size(self.max_adapter_memory)
 
     @property
     def rows(self) -> int:
-        """The most rows of a batch, where there are batches."""
+        """The most rows of an encoder's batch."""
         return self.max_batch or _ROWS
 
     @property
@@ -245,12 +245,12 @@ class ServiceSettings:
 
     @property
     def prompt_tokens(self) -> int:
-        """The most tokens of prompts that a step reads, where there are steps."""
+        """The most tokens of prompts that a decoder's step reads."""
         return self.chunk or _CHUNK
 
     @property
     def proposed(self) -> int | None:
-        """The most tokens of an answer that are proposed for a step; None for as many as pay."""
+        """The most tokens of an answer that are proposed for a step; None to choose by measured benefit."""
         return self.speculative_tokens
 
     @property
@@ -260,7 +260,7 @@ class ServiceSettings:
 
     @property
     def prefix_bytes(self) -> int | None:
-        """The most bytes of the prefix cache, where there is one; None for none."""
+        """The most bytes of the prefix cache; None for no cache."""
         if self.prefix_cache in _NO_CACHE:
             return None
         size = read_size(self.prefix_cache or _PREFIX_CACHE)
@@ -274,7 +274,7 @@ class ServiceSettings:
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Within which bounds clients are served.
+    """The bounds on connections.
 
     Attributes:
         connections: The most connections; requests on others are answered with 503.
@@ -290,7 +290,7 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT
 
 
 def span_exporters() -> list[str]:
-    """The names of the exporters of spans that the environment asks for; empty where it asks for none."""
+    """Return the names of the span exporters set in the environment; empty if spans are off."""
     names = [name for text in os.environ.get(EXPORTER, "").split(",") if (name := text.strip())]
     is_disabled = "none" in names or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     if is_disabled or _asking() is None:
@@ -299,7 +299,7 @@ def span_exporters() -> list[str]:
 
 
 def warn_of_missing_spans() -> bool:
-    """Warn if the environment asks for spans, and OpenTelemetry is not installed; return whether that is so."""
+    """Warn if the environment asks for spans and OpenTelemetry is not installed; return whether that is so."""
     if not span_exporters() or "opentelemetry-sdk" not in missing_packages("otel"):
         return False
     warn_caller(
@@ -310,5 +310,5 @@ def warn_of_missing_spans() -> bool:
 
 
 def _asking() -> str | None:
-    """The variable that asks for spans."""
+    """Return the environment variable that asks for spans; None if none does."""
     return next((name for name in (EXPORTER, *_ENDPOINTS) if os.environ.get(name, "").strip(" ,")), None)
