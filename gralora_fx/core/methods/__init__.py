@@ -1,4 +1,4 @@
-"""Adapter mathematics, one method a file, behind one protocol."""
+"""The mathematics of adapters, one method per file, behind one protocol."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""What the formulas of an update ask of arrays: the same of numpy's arrays as of torch's tensors.
+"""Array functions that numpy and torch call by different names, for the formulas of an update.
 
-So each formula is written once, and a saved adapter is folded into files without importing torch. Both have indexing,
-`.T`, `@`, `.reshape` and `.shape`; what they call by other names is here.
+Each formula is written once, and a saved adapter is folded into files without importing torch. Both libraries have
+indexing, `.T`, `@`, `.reshape` and `.shape`; the rest is here.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_numpy(array: Array) -> bool:
-    """Whether it is numpy's, rather than torch's."""
+    """Return whether an array is numpy's rather than torch's."""
     return isinstance(array, np.ndarray)
 
 
 def zeros(shape: Sequence[int], like: Array) -> Array:
-    """Zeros of the library, dtype and device of another array."""
+    """Return zeros of another array's library, dtype and device."""
     return np.zeros(shape, like.dtype) if is_numpy(like) else like.new_zeros(tuple(shape))
 
 
 def identity(size: int, like: Array) -> Array:
-    """The identity matrix, of the library and dtype of another array."""
+    """Return the identity matrix, in another array's library and dtype."""
     if is_numpy(like):
         return np.eye(size, dtype=like.dtype)
     import torch
@@ -42,7 +42,7 @@ def identity(size: int, like: Array) -> Array:
 
 
 def concatenated(parts: Sequence[Array], axis: int = 0) -> Array:
-    """Arrays of one library, one after the other along an axis."""
+    """Concatenate arrays of one library along an axis."""
     if is_numpy(parts[0]):
         return np.concatenate(parts, axis)
     import torch
@@ -51,7 +51,7 @@ def concatenated(parts: Sequence[Array], axis: int = 0) -> Array:
 
 
 def accumulator_of(*arrays: Array) -> Any:
-    """The dtype to add values up in: float32, or that of the arrays if it is wider."""
+    """Return the dtype to add values up in: float32, or the arrays' own if it is wider."""
     if is_numpy(arrays[0]):
         return functools.reduce(np.promote_types, (array.dtype for array in arrays), np.dtype(np.float32))
     import torch
@@ -60,22 +60,22 @@ def accumulator_of(*arrays: Array) -> Any:
 
 
 def cast(array: Array, dtype: Any) -> Array:
-    """An array in another dtype of its library; itself if it has that."""
+    """Return an array in another dtype of its library; the array itself if it has that dtype."""
     return array.astype(dtype, copy=False) if is_numpy(array) else array.to(dtype)
 
 
 def moved(array: Array, source: int, target: int) -> Array:
-    """An array with an axis at another place. A proxy will do too."""
+    """Return an array with an axis moved to another place; works on proxies too."""
     return np.moveaxis(array, source, target) if is_numpy(array) else array.movedim(source, target)
 
 
 def contiguous(array: Array) -> Array:
-    """An array whose values follow each other; itself if they do."""
+    """Return a contiguous array; the array itself if it is contiguous."""
     return np.ascontiguousarray(array) if is_numpy(array) else array.contiguous()
 
 
 def to_numpy(array: Array) -> NDArray[Any]:
-    """A tensor as a numpy array, of bfloat16 too; numpy's own is returned as it is."""
+    """Return a tensor, bfloat16 included, as a numpy array; a numpy array is returned unchanged."""
     if is_numpy(array):
         return array  # type: ignore[no-any-return]
     import torch
@@ -88,7 +88,7 @@ def to_numpy(array: Array) -> NDArray[Any]:
 
 
 def to_torch(array: Array) -> Tensor:
-    """A numpy array as a tensor, of bfloat16 too; a tensor is returned as it is."""
+    """Return a numpy array, bfloat16 included, as a tensor; a tensor is returned unchanged."""
     if not is_numpy(array):
         return array  # type: ignore[no-any-return]
     import torch
@@ -100,7 +100,7 @@ def to_torch(array: Array) -> Tensor:
 
 
 def row_norms(matrix: Array) -> Array:
-    """Euclidean norms `[n]` of the rows of a matrix `[n, m]`; no gradient goes through them. A proxy will do too."""
+    """Return Euclidean norms `[n]` of the rows of a matrix `[n, m]`, without gradients; works on proxies too."""
     if is_numpy(matrix):
         return np.linalg.norm(matrix, axis=1)
     import torch
@@ -109,10 +109,10 @@ def row_norms(matrix: Array) -> Array:
 
 
 def without_gradients(function: F) -> F:
-    """A function that records no gradients of tensors; numpy's arrays have none.
+    """Make a function record no gradients of tensors; numpy's arrays have none.
 
-    numpy is as silent about an overflow or a division by zero as torch: whoever writes the values checks that they are
-    finite.
+    numpy is made as silent about overflow and division by zero as torch: the code that writes the values checks that
+    they are finite.
     """
 
     @functools.wraps(function)

@@ -3,7 +3,7 @@
     A [r, in], B [out, r], magnitude [out]        W' = magnitude / ||W + scale * B @ A|| * (W + scale * B @ A)
 
 where `||.||` is the norm of each row of `[out, in]`, and the scale is LoRA's. In training the norm is a constant: no
-gradient goes through it (section 4.3). What the method does depends on the weight, so it has no LoRA form.
+gradient goes through it (section 4.3). The update depends on the weight, so it has no LoRA form.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DoraConfig(LoraConfig, asked_for_by="use_dora"):
 
     @classmethod
     def describes(cls, fields: Mapping[str, Any]) -> bool:
-        """Whether the fields of a file are those of a DoRA adapter.
+        """Return whether the fields of a file are those of a DoRA adapter.
 
         Args:
             fields: The fields.
@@ -74,7 +74,7 @@ class DoraConfig(LoraConfig, asked_for_by="use_dora"):
 
 
 class DoraFactors(NamedTuple):
-    """Tensors of one DoRA adapter at one layer.
+    """Tensors of a DoRA adapter at one layer.
 
     Attributes:
         A: `[r, in]`.
@@ -93,11 +93,11 @@ class DoraFactors(NamedTuple):
 
     @property
     def is_zero(self) -> bool:
-        """False: whether the magnitudes are the weight's own norms cannot be told without it."""
+        """False: without the weight it is not known whether the magnitudes are its norms."""
         return False
 
     def new_weight(self, weight: Array, scale: float) -> Array:
-        """The layer's weight `[out, in]` with the adapter; gradients reach the tensors, but not through the norm."""
+        """Return the layer's weight `[out, in]` with the adapter; no gradient goes through the norm."""
         return _new_weight(weight, DoraFactors(*(cast(tensor, weight.dtype) for tensor in self)), scale)
 
 
@@ -107,7 +107,7 @@ def _new_weight(weight: Array, factors: DoraFactors, scale: float) -> Array:
 
 
 class Dora(AdapterMethod):
-    """DoRA."""
+    """The DoRA method."""
 
     config = DoraConfig
     tensors = DoraFactors
@@ -116,11 +116,11 @@ class Dora(AdapterMethod):
     RUNS_ON_NUMPY = True
 
     def sizes(self, config: DoraConfig, value_of: Callable[[str], Any]) -> tuple[LoraSizes, float]:
-        """Rank and scale of the adapter at a layer."""
+        """Return rank and scale of the adapter at a layer."""
         return _LORA.sizes(config, value_of)
 
     def shapes(self, in_features: int, out_features: int, sizes: LoraSizes) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors at a layer."""
+        """Return the shapes of the tensors at a layer."""
         return {**_LORA.shapes(in_features, out_features, sizes), "magnitude": (out_features,)}
 
     def initial(
@@ -132,7 +132,7 @@ class Dora(AdapterMethod):
         weight: Callable[[], Tensor],
         scale: float,
     ) -> DoraFactors:
-        """Fresh tensors: A and B are LoRA's, and the magnitudes are the norms of the weight with them."""
+        """Return new tensors: A and B are LoRA's, and the magnitudes are the norms of the weight with them."""
         A, B = _LORA.initial(features, sizes, config)
         base = weight().detach()
         base = base.to("cpu", accumulator_of(base))
@@ -141,10 +141,10 @@ class Dora(AdapterMethod):
     def forward(
         self, call: LayerCall, factors: DoraFactors, scale: float, *, sizes: LoraSizes, dropout: float = 0.0
     ) -> Tensor:
-        """`y + (ratio - 1) * (x @ W.T) + ratio * scale * x @ A.T @ B.T`, with the ratio of the magnitudes to the norms.
+        """Compute `y + (ratio - 1) * (x @ W.T) + ratio * scale * x @ A.T @ B.T`, with the ratio of magnitudes to norms.
 
-        As in PEFT, with dropout `x` is the input after it in both products, and only the layer's own output `y` is of
-        the whole input. Without, the first product is `y` less the bias.
+        As in PEFT, dropout applies to `x` in both products, while the layer's own output `y` is of the whole input.
+        Without dropout, the first product is `y` minus the bias.
         """
         from torch.nn.functional import linear
 
@@ -164,10 +164,10 @@ class Dora(AdapterMethod):
         return result.type_as(call.y)
 
     def new_weight(self, weight: Tensor, factors: DoraFactors, scale: float, **_: Any) -> Tensor:
-        """The new weight; see `DoraFactors`."""
+        """Return the new weight (see `DoraFactors`)."""
         new: Tensor = _new_weight(weight, factors, scale)
         return new
 
     def text(self, sizes: LoraSizes) -> str:
-        """Sizes in words, such as `r=8 and magnitudes`."""
+        """Return the sizes in words, such as `r=8 and magnitudes`."""
         return f"{_LORA.text(sizes)} and magnitudes"

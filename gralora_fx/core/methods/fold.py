@@ -1,4 +1,4 @@
-"""Weight updates folded into a weight, whatever their method."""
+"""Folds weight updates of any method into a weight."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @without_gradients
 def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False, out: Tensor | None = None) -> Tensor:
-    """Fold updates into a weight, block by block, without a tensor of the weight's size beside the result.
+    """Fold updates into a weight, block by block, without another tensor of the weight's size beside the result.
 
     Half-precision weights are accumulated in float32 one block at a time and rounded once.
 
     Args:
-        weight: `[out, in]`, or `[in, out]` if `transposed`; read only. Of a stack, with its axis before these.
+        weight: `[out, in]`, or `[in, out]` if `transposed`, read only; a stack has its axis before these.
         updates: The updates; their methods and sizes may differ.
         transposed: Whether the weight is stored `[in, out]`.
-        out: Where to write, of the weight's shape and dtype; the weight itself folds in place. None makes a tensor.
+        out: The result's memory, of the weight's shape and dtype; the weight itself folds in place. None allocates it.
     """
     import torch
 
@@ -47,7 +47,7 @@ def fold_region(part: Array, updates: Sequence[Update], rows: slice, columns: sl
 
     Args:
         part: `[rows, columns]` of the weight; it may be a view.
-        updates: The updates of the whole weight; of one that is not of low rank the part must be the whole weight.
+        updates: The updates of the whole weight; with one that is not of low rank, the part must be the whole weight.
         rows: Output features of the part, with start and stop.
         columns: Input features of the part, with start and stop.
         shape: `[out, in]` of the whole weight.
@@ -58,7 +58,7 @@ def fold_region(part: Array, updates: Sequence[Update], rows: slice, columns: sl
 def _fold_region(
     source: Array, target: Array, updates: Sequence[Update], region: tuple[slice, slice], shape: Sequence[int]
 ) -> None:
-    """Fold into `target` what `source` holds of a region.
+    """Fold updates into a region of a weight, from `source` to `target`.
 
     Updates of low rank are added one block of their grid at a time; others need the whole weight, and come first.
     """
@@ -78,14 +78,14 @@ def _fold_region(
 
 
 def _new_weight(weight: Array, factors: WeightTensors, scale: float) -> Array:
-    """The new weight, of the library of the old one, whichever the tensors are of."""
+    """Return the new weight, in the old one's library whichever the tensors are of."""
     if is_numpy(weight) == is_numpy(first_tensor(factors)):
         return factors.new_weight(weight, scale)
     return to_numpy(factors.new_weight(to_torch(weight), scale))
 
 
 def _add_products(block: Array, terms: Sequence[tuple[Array, Array, float]], accumulator: Any, into: Array) -> None:
-    """`into = block + sum of scale * left @ right`, added up in the accumulator's dtype and rounded once."""
+    """Compute `into = block + sum of scale * left @ right`, accumulated in the accumulator's dtype and rounded once."""
     if is_numpy(block):
         sums = block.astype(accumulator)
         for left, right, scale in terms:

@@ -1,4 +1,4 @@
-"""Other forms of updates: in GraLoRA's terms, with other blocks, several as one, of less rank, as dense matrices."""
+"""Updates in other forms: as GraLoRA, with other blocks, summed, truncated to a rank, as dense matrices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def as_gralora(factors: AdapterTensors) -> Factors:
-    """The same update in GraLoRA's form, exactly; of another method it is a plain LoRA beside blocks of rank 0."""
+    """Return the same update in GraLoRA's form, exactly; other methods become a plain LoRA beside blocks of rank 0."""
     if isinstance(factors, Factors):
         return factors
     assert is_low_rank(factors)
@@ -37,7 +37,7 @@ def as_gralora(factors: AdapterTensors) -> Factors:
 
 
 def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
-    """The blocks of the same update for another `k`, exactly: a multiple of the current one, or 1.
+    """Return the blocks of the same update for another `k`, exactly: a multiple of the current one, or 1.
 
     For a multiple `K = m*k` every block pair is cut into `m*m`, each with the rank of the whole one: block column
     `n*m + a` takes rows a of `A[n]` in every column group `j*m + b` that belongs to group j.
@@ -60,7 +60,7 @@ def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
 
 @without_gradients
 def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybrid_r: int = 0) -> Factors:
-    """Factors of scale 1 whose update is the sum of several, exactly (up to the rounding of `scale * B`).
+    """Return factors of scale 1 whose update is the sum of several, exactly (up to the rounding of `scale * B`).
 
     With the same `k` the ranks of the block pairs add up: each pair `(j, n)` has its own `s` columns of `A[n]` and rows
     of `B[j]`, which are concatenated. Updates with another `k` are converted to this one first.
@@ -90,7 +90,7 @@ def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybri
 
 @without_gradients
 def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
-    """A plain LoRA pair of scale 1 whose update is the sum of several, exactly (up to the rounding of `scale * B`).
+    """Return a plain LoRA pair of scale 1 whose update is the sum of several, exactly (up to rounding `scale * B`).
 
     Returns:
         `A [R, in]` and `B [out, R]`, in float32 or better, with R the sum of the ranks, or `r` if that is more.
@@ -107,10 +107,10 @@ def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
 
 @without_gradients
 def as_update(difference: Array) -> Update:
-    """A change of a whole weight as the plain LoRA that it equals, of rank `min(in, out)`: one factor is the identity.
+    """Return a change of a whole weight as an equal plain LoRA of rank `min(in, out)`, with an identity factor.
 
     Args:
-        difference: `[out, in]`, what the change adds to the weight.
+        difference: `[out, in]`, added to the weight.
     """
     outs, ins = difference.shape
     if outs <= ins:
@@ -120,11 +120,12 @@ def as_update(difference: Array) -> Update:
 
 @without_gradients
 def as_data(update: Update, k: int) -> tuple[Array, ...]:
-    """The same update as the tensors that an exported model takes (see `gralora_fx.format.adapter_inputs`).
+    """Return the same update as tensors for an exported model (see `gralora_fx.format.adapter_inputs`).
 
     Returns:
         `A [k, in/k, r]`, `B [k, r, out/k]`, `A_general [in, hybrid_r]` and `B_general [hybrid_r, out]`, in float32 or
-        better; a part that the update lacks has rank 0. In LoRA's form the last two alone, of rank `k*r + hybrid_r`.
+        better; a part that the update lacks has rank 0. In LoRA's form (`k = 0`) only the last two, of rank `k*r +
+        hybrid_r`.
     """
     if k == 0:
         A, B = update.lora_form()
@@ -146,11 +147,11 @@ def as_data(update: Update, k: int) -> tuple[Array, ...]:
 
 @without_gradients
 def block_norms(tensors: AdapterTensors, scale: float) -> Tensor:
-    """Frobenius norms of the `k x k` blocks of a weight update, without the dense update.
+    """Return Frobenius norms of the `k x k` blocks of a weight update, without the dense update.
 
     Block (j, n) is `L @ R`, with `L` the columns of `B[j]` that meet input block n beside the rows of `B_general`, and
     `R` the matching columns of `A[n]` above those of `A_general`. Its squared norm is the sum over `(L.T @ L) * (R @
-    R.T)`, two matrices of side `r/k + hybrid_r`. They are float64, for their entries are squares.
+    R.T)`, two matrices of side `r/k + hybrid_r`. They are float64, since their entries are squares.
 
     Returns:
         `[k, k]` float64 on the CPU: row j is an output block, column n an input block.
@@ -177,12 +178,12 @@ def block_norms(tensors: AdapterTensors, scale: float) -> Tensor:
 
 
 class Truncated(NamedTuple):
-    """A truncated update.
+    """An update truncated to a rank.
 
     Attributes:
         A: `[rank, in]`, float32.
         B: `[out, rank]`, float32; `B @ A` is the approximation.
-        lost: Frobenius norm of what was cut off.
+        lost: Frobenius norm of the truncated part.
         norm: Frobenius norm of the whole update.
     """
 
@@ -193,16 +194,16 @@ class Truncated(NamedTuple):
 
 
 def truncate(A: Array, B: Array, scale: float, rank: int) -> Truncated:
-    """The update of `rank` nearest to `scale * B @ A` in the Frobenius norm, by its singular values.
+    """Return the update of `rank` nearest to `scale * B @ A` in the Frobenius norm, by its singular values.
 
-    With `B = Q R` and `A.T = P S` the singular values of `B @ A` are those of the small `R @ S.T` (Eckart and Young,
-    1936, for why cutting them off is best). Everything is computed in float64.
+    With `B = Q R` and `A.T = P S` the singular values of `B @ A` are those of the small `R @ S.T` (truncating them is
+    best by Eckart and Young, 1936). Everything is computed in float64.
 
     Args:
         A: `[R, in]`.
         B: `[out, R]`.
         scale: Factor of the update.
-        rank: Rank of the result; less where the update's own rank cannot be that large.
+        rank: Rank of the result; less if the update's own rank cannot be that large.
     """
     Q, left = np.linalg.qr(_float64(B) * scale)
     P, right = np.linalg.qr(_float64(A).T)
@@ -219,7 +220,7 @@ def truncate(A: Array, B: Array, scale: float, rank: int) -> Truncated:
 
 
 def update_norm(A: Array, B: Array, scale: float) -> float:
-    """Frobenius norm of `scale * B @ A`, in float64, without the dense update."""
+    """Return the Frobenius norm of `scale * B @ A`, in float64, without the dense update."""
     left, right = _float64(B), _float64(A)
     squared = ((left.T @ left) * (right @ right.T)).sum()
     return abs(scale) * float(np.sqrt(max(squared, 0.0)))
@@ -232,7 +233,7 @@ def _float64(array: Array) -> NDArray[Any]:
 
 @without_gradients
 def delta_weight(update: Update, *, transposed: bool = False, weight: Tensor | None = None) -> Tensor:
-    """What an update adds to a weight, as a dense matrix.
+    """Return the dense matrix that an update adds to a weight.
 
     Args:
         update: The update.
@@ -240,7 +241,7 @@ def delta_weight(update: Update, *, transposed: bool = False, weight: Tensor | N
         weight: The layer's weight as it is stored, for an update that depends on it.
 
     Returns:
-        `[out, in]`, or `[in, out]` if `transposed`; of a stack, with its axis before these.
+        `[out, in]`, or `[in, out]` if `transposed`; for a stack, with its axis before these.
     """
     import torch
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class GraloraSizes(NamedTuple):
-    """Sizes of one adapter: rank `r`, blocks `k` in each direction, and the rank of a plain LoRA beside them."""
+    """Sizes of an adapter: rank `r`, `k` blocks in each direction, and the rank of a plain LoRA beside them."""
 
     r: int
     k: int = 1
@@ -37,7 +37,7 @@ class GraloraSizes(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Tensors of one adapter at one site.
+    """Tensors of an adapter at one site.
 
     Attributes:
         A: `[k, in/k, r]`.
@@ -64,17 +64,17 @@ class Factors(NamedTuple):
 
     @property
     def grid(self) -> int:
-        """Blocks in each direction."""
+        """Number of blocks in each direction."""
         return self.A.shape[0]
 
     @property
     def is_zero(self) -> bool:
-        """Whether the update is zero since a factor of each product is, as before training."""
+        """Whether the update is zero because one factor of each product is, as before training."""
         pairs = ((self.A, self.B), (self.A_general, self.B_general))
         return not any(all(tensor is not None and bool(tensor.any()) for tensor in pair) for pair in pairs)
 
     def products(self, rows: slice, columns: slice, shape: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs whose products are the unscaled update on a block that lies within one output and one input block."""
+        """Yield pairs whose products add up to the unscaled update on a block within one output and one input block."""
         r, k, _ = self.sizes
         s, out_block, in_block = r // k, shape[0] // k, shape[1] // k
         j, n = rows.start // out_block, columns.start // in_block
@@ -86,7 +86,7 @@ class Factors(NamedTuple):
             yield self.B_general[rows], self.A_general[:, columns]
 
     def lora_form(self) -> tuple[Tensor, Tensor]:
-        """The same update as a plain LoRA pair of rank `k*r + hybrid_r` with block-sparse factors, exactly.
+        """Return the same update, exactly, as a plain LoRA pair of rank `k*r + hybrid_r` with block-sparse factors.
 
         Row `n*r + j*s + i` of the result's `A` is column `j*s + i` of `A[n]`, placed on input block n; the matching
         column of `B` is row `n*s + i` of `B[j]`, placed on output block j.
@@ -114,7 +114,7 @@ def initial_factors(
     *,
     zero_update: bool = True,
 ) -> Factors:
-    """Fresh tensors: `A` uniform as in a linear layer of `in/k` inputs, `B` zero so that the update is zero.
+    """Return new tensors: `A` uniform as in a linear layer of `in/k` inputs, `B` zero so that the update is zero.
 
     The draws are those of `peft.tuners.gralora`, in its order: the same seed gives the same tensors.
     """
@@ -141,7 +141,7 @@ def initial_factors(
 
 
 class Gralora(AdapterMethod):
-    """GraLoRA, as PEFT's `GraloraConfig` describes it."""
+    """The GraLoRA method, with the fields of PEFT's `GraloraConfig`."""
 
     config = GraloraConfig
     tensors = Factors
@@ -154,12 +154,12 @@ class Gralora(AdapterMethod):
     RUNS_ON_NUMPY = True
 
     def sizes(self, config: GraloraConfig, value_of: Callable[[str], Any]) -> tuple[GraloraSizes, float]:
-        """Sizes and scale, `alpha / (r + hybrid_r)`, of the adapter at a site."""
+        """Return sizes and scale, `alpha / (r + hybrid_r)`, of the adapter at a site."""
         sizes = GraloraSizes(value_of("r"), value_of("gralora_k"), config.hybrid_r)
         return sizes, value_of("alpha") / (sizes.r + sizes.hybrid_r)
 
     def shapes(self, in_features: int, out_features: int, sizes: GraloraSizes) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors at a layer."""
+        """Return the shapes of the tensors at a layer."""
         r, k, hybrid_r = sizes
         shapes: dict[str, tuple[int, ...]] = {"A": (k, in_features // k, r), "B": (k, r, out_features // k)}
         if hybrid_r:
@@ -173,13 +173,13 @@ class Gralora(AdapterMethod):
         config: GraloraConfig,
         **_: Any,
     ) -> Factors:
-        """Fresh tensors; `init_weights=False` draws `B` at random too."""
+        """Return new tensors; `init_weights=False` draws `B` at random too."""
         return initial_factors(*features, sizes, zero_update=config.init_weights)
 
     def forward(
         self, call: LayerCall, factors: Factors, scale: float, *, sizes: GraloraSizes, dropout: float = 0.0
     ) -> Tensor:
-        """`y + scale * adapter(x)`; see `accumulate` for when `y` is overwritten."""
+        """Return `y + scale * adapter(x)`; see `accumulate` for when `y` is overwritten."""
         import torch
 
         from gralora_fx.core.methods.low_rank import accumulate, add_low_rank, drop_inputs, project
@@ -205,7 +205,7 @@ class Gralora(AdapterMethod):
         sizes: GraloraSizes,
         stack: int | None = None,
     ) -> Tensor:
-        """`weight + scale * dW`, with dW as one matrix; that of each matrix [e] of a stack likewise."""
+        """Return `weight + scale * dW`, with dW as one matrix; for a stack, that of each matrix [e]."""
         import torch
 
         r, k, _ = sizes
@@ -224,7 +224,7 @@ class Gralora(AdapterMethod):
         return torch.add(weight, update, alpha=scale)
 
     def problems(self, in_features: int, out_features: int, sizes: GraloraSizes) -> list[str]:
-        """Whether `k` divides the rank and the widths."""
+        """Describe where `k` does not divide the rank or the widths."""
         r, k, _ = sizes
         problems = []
         if r % k:
@@ -239,11 +239,11 @@ class Gralora(AdapterMethod):
         return problems
 
     def text(self, sizes: GraloraSizes) -> str:
-        """Sizes in words, such as `r=32 k=2 hybrid_r=8`."""
+        """Return the sizes in words, such as `r=32 k=2 hybrid_r=8`."""
         return f"r={sizes.r} k={sizes.k}" + (f" hybrid_r={sizes.hybrid_r}" if sizes.hybrid_r else "")
 
     def config_of(self, config: AdapterConfig, sizes: GraloraSizes) -> GraloraConfig:
-        """A configuration of these sizes at every site and scale 1, otherwise as one of whatever method."""
+        """Return a configuration with these sizes at every site and scale 1, and the other fields of a given one."""
         values = {
             field.name: getattr(config, field.name) for field in fields(GraloraConfig) if hasattr(config, field.name)
         }

@@ -1,10 +1,10 @@
-"""Plain LoRA (Hu et al., 2021, "LoRA: Low-Rank Adaptation of Large Language Models"), as PEFT's `LoraConfig` says it.
+"""Plain LoRA (Hu et al., 2021, "LoRA: Low-Rank Adaptation of Large Language Models"), with PEFT's `LoraConfig`.
 
     A [r, in], B [out, r]        dW = scale * B @ A
 
 with the scale `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA (Kalajdzievski, 2023, "A Rank Stabilization
-Scaling Factor for Fine-Tuning with LoRA"). DoRA is in `dora.py`. The other forms that
-PEFT's `LoraConfig` has compute something else and are refused by name (`core/config/foreign_fields.py`).
+Scaling Factor for Fine-Tuning with LoRA"). DoRA is in `dora.py`. The other forms in PEFT's `LoraConfig` compute
+something else and are refused by name (`core/config/foreign_fields.py`).
 """
 
 from __future__ import annotations
@@ -114,14 +114,14 @@ class LoraConfig(AdapterConfig):
     _FORMS: ClassVar[dict[str, type[LoraConfig]]] = {}  # by the field that asks for one
 
     def __init_subclass__(cls, asked_for_by: str | None = None, **kwargs: Any) -> None:
-        """Make a form of LoRA known by the field that asks for it."""
+        """Register a form of LoRA by the field that selects it."""
         super().__init_subclass__(**kwargs)
         if asked_for_by is not None:
             LoraConfig._FORMS[asked_for_by] = cls
 
     @classmethod
     def form_of(cls, fields: Mapping[str, Any]) -> type[Self]:
-        """The form that the fields ask for, since PEFT has one class for all forms.
+        """Return the form that the fields select, since PEFT has one class for all forms.
 
         Args:
             fields: Arguments by name.
@@ -134,11 +134,11 @@ class LoraConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """Factor of the adapter's output where no pattern says otherwise."""
+        """Factor of the adapter's output, unless a pattern overrides it."""
         return self.scale_of(self.r, self.lora_alpha)
 
     def scale_of(self, r: int, alpha: float) -> float:
-        """`alpha / r`, or `alpha / sqrt(r)` for rsLoRA.
+        """Return `alpha / r`, or `alpha / sqrt(r)` for rsLoRA.
 
         Args:
             r: The rank of a layer's adapter.
@@ -171,14 +171,14 @@ class LoraConfig(AdapterConfig):
 
     @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
-        """The fields with PEFT's other ways of saying the same, and of drawing a fresh adapter, as they are here.
+        """Return the fields with PEFT's other spellings, and its other initializations, in terms of this class.
 
         Args:
             fields: The fields.
-            origin: Where they come from, for messages.
+            origin: Their source, for messages.
 
         Raises:
-            ConfigError: Fresh tensors were drawn from the base's weights, which then changed.
+            ConfigError: The initial tensors were computed from the base's weights, which then changed.
         """
         kept = {**fields, **{name: {} for name in cls.PATTERNS if fields.get(name, {}) is None}}
         initial = kept.get("init_lora_weights", True)
@@ -200,13 +200,13 @@ class LoraConfig(AdapterConfig):
 
 
 class LoraSizes(NamedTuple):
-    """Sizes of one LoRA adapter: its rank."""
+    """Sizes of a LoRA adapter: its rank."""
 
     r: int
 
 
 class LoraFactors(NamedTuple):
-    """Tensors of one LoRA adapter at one site.
+    """Tensors of a LoRA adapter at one site.
 
     Attributes:
         A: `[r, in]`.
@@ -228,20 +228,20 @@ class LoraFactors(NamedTuple):
 
     @property
     def is_zero(self) -> bool:
-        """Whether the update is zero since a factor is, as before training."""
+        """Whether the update is zero because a factor is, as before training."""
         return not (bool(self.A.any()) and bool(self.B.any()))
 
     def products(self, rows: slice, columns: slice, shape: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pair whose product is the unscaled update on a block."""
+        """Yield the pair whose product is the unscaled update on a block."""
         yield self.B[rows], self.A[:, columns]
 
     def lora_form(self) -> tuple[Tensor, Tensor]:
-        """The tensors themselves."""
+        """Return the tensors themselves."""
         return self.A, self.B
 
 
 class Lora(SummableMethod):
-    """LoRA and rsLoRA."""
+    """The LoRA method, including rsLoRA."""
 
     config = LoraConfig
     tensors = LoraFactors
@@ -250,22 +250,22 @@ class Lora(SummableMethod):
     RUNS_ON_NUMPY = True
 
     def sizes(self, config: LoraConfig, value_of: Callable[[str], Any]) -> tuple[LoraSizes, float]:
-        """Rank and scale of the adapter at a site."""
+        """Return rank and scale of the adapter at a site."""
         r = value_of("r")
         return LoraSizes(r), config.scale_of(r, value_of("lora_alpha"))
 
     def shapes(self, in_features: int, out_features: int, sizes: LoraSizes) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors at a layer."""
+        """Return the shapes of the tensors at a layer."""
         return {"A": (sizes.r, in_features), "B": (out_features, sizes.r)}
 
     def initial(self, features: tuple[int, int], sizes: LoraSizes, config: LoraConfig, **_: Any) -> LoraFactors:
-        """Fresh tensors; the draws are those of `peft.tuners.lora`, in its order: one seed gives the same tensors."""
+        """Return new tensors, drawn as in `peft.tuners.lora`: one seed gives the same tensors."""
         return self.initial_of_stack(features, sizes, config, 1)
 
     def initial_of_stack(
         self, features: tuple[int, int], sizes: LoraSizes, config: LoraConfig, stack: int, /, **_: Any
     ) -> LoraFactors:
-        """Fresh tensors of stacked matrices, by PEFT's draws."""
+        """Return new tensors for stacked matrices, with PEFT's draws."""
         from torch import nn
 
         # PEFT makes two linear layers, whose initial draws are those of `init_lora_weights=False`, and draws A again
@@ -283,7 +283,7 @@ class Lora(SummableMethod):
     def forward(
         self, call: LayerCall, factors: LoraFactors, scale: float, *, sizes: LoraSizes, dropout: float = 0.0
     ) -> Tensor:
-        """`y + scale * x @ A.T @ B.T`; see `add_low_rank`."""
+        """Return `y + scale * x @ A.T @ B.T` (see `add_low_rank`)."""
         from gralora_fx.core.methods.low_rank import add_low_rank
 
         return add_low_rank(call, factors.A, factors.B, scale, dropout=dropout)
@@ -291,7 +291,7 @@ class Lora(SummableMethod):
     def new_weight(
         self, weight: Tensor, factors: LoraFactors, scale: float, *, stack: int | None = None, **_: Any
     ) -> Tensor:
-        """`weight + scale * B @ A`."""
+        """Return `weight + scale * B @ A`."""
         import torch
 
         if stack is not None:
@@ -301,24 +301,24 @@ class Lora(SummableMethod):
     def stored_shapes(
         self, in_features: int, out_features: int, sizes: LoraSizes, stack: int | None
     ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors as they are stored, of a stack `A [stack * r, in]` and `B [out, r * stack]`."""
+        """Return the shapes of the tensors as stored; for a stack `A [stack * r, in]` and `B [out, r * stack]`."""
         return self.shapes(in_features, out_features, LoraSizes(sizes.r * (stack or 1)))
 
     def of_stack(self, factors: LoraFactors, stack: int) -> LoraFactors:
-        """`A [stack, r, in]` and `B [stack, out, r]`: in PEFT's tensors that axis comes first in A, last in B."""
+        """Return `A [stack, r, in]` and `B [stack, out, r]`; in PEFT's tensors the stack is first in A, last in B."""
         A, B = factors
         rows, columns = A.shape[0] // stack, A.shape[1]
         return LoraFactors(A.reshape(stack, rows, columns), moved(B.reshape(-1, rows, stack), -1, 0))
 
     def text(self, sizes: LoraSizes) -> str:
-        """Sizes in words, such as `r=8`."""
+        """Return the sizes in words, such as `r=8`."""
         return f"r={sizes.r}"
 
     def from_lora_form(self, A: Tensor, B: Tensor) -> LoraFactors:
-        """The tensors of the update `B @ A`: these."""
+        """Return these tensors, whose update is `B @ A`."""
         return LoraFactors(A, B)
 
     def config_of(self, config: LoraConfig, rank: int) -> LoraConfig:
-        """A configuration of this rank at every layer and scale 1, otherwise as another one."""
+        """Return a configuration with this rank at every layer and scale 1, and the other fields of a given one."""
         patterns: dict[str, Any] = {name: {} for name in LoraConfig.PATTERNS}
         return config.changed(r=rank, lora_alpha=rank, use_rslora=False, **patterns)

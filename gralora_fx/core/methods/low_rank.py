@@ -1,4 +1,4 @@
-"""Products of low rank: the two steps that every method's forward is made of, each one node; for some rows, too."""
+"""Products of low rank: the two steps of every method's forward, one node each, and their forms for some rows."""
 
 from __future__ import annotations
 
@@ -16,31 +16,29 @@ Rows = slice | Tensor  # of a batch: those of a slice, or with these indices
 
 
 def add_low_rank(call: LayerCall, A: Tensor, B: Tensor, scale: float, *, dropout: float = 0.0) -> Tensor:
-    """Add a low-rank pair's output to a layer's own: `y + scale * x @ A.T @ B.T`.
-
-    It runs on `torch.fx` proxies as on tensors.
+    """Add a low-rank pair's output to a layer's own: `y + scale * x @ A.T @ B.T`; works on `torch.fx` proxies too.
 
     Args:
         call: The layer's input and output; see `accumulate` for when the latter is overwritten.
         A: `[r, in]`.
         B: `[out, r]`.
         scale: Factor of the product.
-        dropout: Probability with which input values are zeroed (training).
+        dropout: Probability of zeroing input values in training.
     """
     return accumulate(call.y, project(drop_inputs(call.x, dropout), A), call.of_rows(B), scale)
 
 
 def drop_inputs(x: Tensor, probability: float) -> Tensor:
-    """Dropout of an adapter's input; the graph's mode decides later whether it acts."""
+    """Apply dropout to an adapter's input; the graph's mode decides later whether it acts."""
     return nn.functional.dropout(x, probability, training=True) if probability else x
 
 
 def at_tokens(x: Tensor, acting: Tensor) -> Tensor:
-    """Return a layer's input as an adapter reads it that acts on some tokens: zeros at the others, so it adds nothing.
+    """Return a layer's input with zeros at tokens on which the adapter does not act, so that it adds nothing there.
 
     Args:
         x: `[batch, tokens, in]`, or `[batch * tokens, in]`.
-        acting: `[batch, tokens]`, whether it acts on each.
+        acting: `[batch, tokens]`, true where it acts.
     """
     return torch.where(acting.reshape(*x.shape[:-1], 1), x, 0)
 
@@ -50,11 +48,11 @@ def project(x: Tensor, A: Tensor) -> Tensor:
 
     Args:
         x: `[..., in]`.
-        A: `[r, in]`; or `[k (input block), in/k, r]`, of which columns `[j*s:(j+1)*s]`, with `s = r/k`, are for output
+        A: `[r, in]`; or `[k (input block), in/k, r]`, whose columns `[j*s:(j+1)*s]`, with `s = r/k`, are for output
             block j.
 
     Returns:
-        `[T, r]`; or `[k (output block), T, r]`, of which columns `[n*s:(n+1)*s]` come from input block n.
+        `[T, r]`; or `[k (output block), T, r]`, whose columns `[n*s:(n+1)*s]` come from input block n.
     """
     if has_torch_function((x, A)):  # so that running on the proxies of a graph makes a node of the call
         result: Tensor = handle_torch_function(project, (x, A), x, A)
@@ -67,14 +65,14 @@ def project(x: Tensor, A: Tensor) -> Tensor:
 def accumulate(y: Tensor, hidden: Tensor, B: Tensor, scale: float, *, in_place: bool = True) -> Tensor:
     """Multiply by the second factor, and add the product to a layer's output: in place where that is correct and fast.
 
-    In training it makes a new tensor, since writing into a view costs autograd a copy of the whole gradient; under
-    `torch.compile` and `torch.export` too, which cannot undo the write; and under autocast, which gives the result its
-    own dtype.
+    It allocates a new tensor in training, since writing into a view costs autograd a copy of the whole gradient; under
+    `torch.compile` and `torch.export`, which cannot undo the write; and under autocast, which gives the result its own
+    dtype.
 
     Args:
         y: The output, `[..., out]`, contiguous; overwritten where no gradient is recorded.
         hidden: `[T, r]`, or `[k, T, r]`.
-        B: `[out, r]`, or `[k, r, out/k]`, of which block j adds `scale * hidden[j] @ B[j]` to block j of `y`.
+        B: `[out, r]`, or `[k, r, out/k]`, whose block j adds `scale * hidden[j] @ B[j]` to block j of `y`.
         scale: Factor of the product.
         in_place: False never overwrites, for a `y` with other readers.
     """
@@ -94,12 +92,12 @@ def accumulate(y: Tensor, hidden: Tensor, B: Tensor, scale: float, *, in_place: 
 
 
 def in_blocks(x: Tensor, k: int) -> Tensor:
-    """Return `[..., width]` as `[k, T, width/k]`, a view where `x` is contiguous."""
+    """Return `[..., width]` as `[k, T, width/k]`, a view if `x` is contiguous."""
     return x.reshape(-1, k, x.shape[-1] // k).transpose(0, 1)
 
 
 def swapped(hidden: Tensor) -> Tensor:
-    """Sort `[k (input block), T, r]` by output block instead, or the other way round."""
+    """Regroup `[k (input block), T, r]` by output block, or the other way round."""
     k, _, r = hidden.shape
     return hidden.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)
 
@@ -109,8 +107,8 @@ def take_rows(x: Tensor, rows: Rows, batch: int | None = None) -> Tensor:
 
     Args:
         x: `[batch, ...]`; or `[batch * n, ...]`, n consecutive entries for each row.
-        rows: Which rows.
-        batch: Number of rows, where each has several places in the first axis.
+        rows: The rows.
+        batch: Batch size, if each row has several entries in the first axis.
     """
     return x[rows] if batch is None else torch.unflatten(x, 0, (batch, -1))[rows].flatten(0, 1)
 
@@ -118,12 +116,12 @@ def take_rows(x: Tensor, rows: Rows, batch: int | None = None) -> Tensor:
 def set_rows(
     y: Tensor, rows: Sequence[Rows], values: Sequence[Tensor], batch: int | None = None, *, in_place: bool = True
 ) -> Tensor:
-    """Return a batch in which some rows have other values: written in place where no gradient is recorded.
+    """Return a batch with some rows replaced: written in place where no gradient is recorded.
 
     Args:
         y: `[batch, ...]`, or `[batch * n, ...]` as for `take_rows`.
-        rows: Which rows; no two have one in common.
-        values: Their values.
+        rows: The rows of each value, disjoint.
+        values: The values.
         batch: As for `take_rows`.
         in_place: False never overwrites, for a `y` with other readers.
     """
@@ -143,7 +141,7 @@ def set_rows(
 
 
 def _with_rows(y: Tensor, rows: Sequence[Rows], values: Sequence[Tensor]) -> Tensor:
-    """Return a batch with other rows in a new tensor, by one operation that autograd differentiates."""
+    """Return a batch with some rows replaced, in a new tensor, by one operation that autograd differentiates."""
     if isinstance(rows[0], slice):
         parts, end = [], 0
         for chosen, value in sorted(zip(rows, values, strict=True), key=lambda pair: pair[0].start):  # type: ignore[union-attr]

@@ -1,12 +1,12 @@
-"""What a method of adaptation is made of: its tensors at a layer, and what is done with them.
+"""The protocol of an adapter method: its tensors at a layer, and the functions over them.
 
-A method changes what a linear layer computes, by tensors that train: it gives the layer's new output from its input,
-and the layer's new weight from the old one. It is one file with three parts: a configuration (`AdapterConfig`), a named
-tuple of tensors (`AdapterTensors`) and the methods of `AdapterMethod`; a line in `registry.py` makes it known.
-Everything else in the package (plans, graph nodes, training, checkpoints, merging, export) asks these.
+A method changes a linear layer by trainable tensors: it computes the layer's new output from its input, and the layer's
+new weight from the old one. It is one file with three parts: a configuration (`AdapterConfig`), a named tuple of
+tensors (`AdapterTensors`) and the functions of `AdapterMethod`; a line in `registry.py` registers it. Everything else
+in the package (plans, graph nodes, training, checkpoints, merging, export) calls these.
 
-A method whose updates are plain LoRA in another form says so (`LowRankTensors`). Its adapters can be data of an export,
-be converted to LoRA and be summed; those of other methods are folded into weights.
+A method whose updates are plain LoRA in another form implements `LowRankTensors`. Its adapters can be data of an
+export, be converted to LoRA and be summed; those of other methods are folded into weights.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Sizes = Hashable  # a frozen record of the method's own type, such as `GraloraSi
 
 
 class AdapterTensors(Protocol):
-    """Tensors of one adapter at one layer: a named tuple, of which some fields may be None.
+    """Tensors of an adapter at one layer: a named tuple, of which some fields may be None.
 
     Unless it has a LoRA form (`LowRankTensors`), it has `new_weight` too (`WeightTensors`).
 
     Attributes:
         features: Widths `in` and `out` of the layer.
-        is_zero: Whether they change nothing for sure, as before training.
+        is_zero: Whether they certainly change nothing, as before training.
     """
 
     @property
@@ -54,17 +54,17 @@ class AdapterTensors(Protocol):
 
 
 class LowRankTensors(AdapterTensors, Protocol):
-    """Tensors whose update is added to the weight, and is that of a plain LoRA.
+    """Tensors whose update is added to the weight, and equals that of a plain LoRA.
 
     Attributes:
-        grid: Number of blocks in each direction, within each of which `products` takes the same tensors.
+        grid: Number of blocks in each direction; within a block `products` uses the same tensors.
     """
 
     @property
     def grid(self) -> int: ...  # noqa: D102
 
     def products(self, rows: slice, columns: slice, shape: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of matrices whose products add up to the unscaled update on a block of the weight.
+        """Yield pairs of matrices whose products add up to the unscaled update on a block of the weight.
 
         Args:
             rows: Output features of the block, within one of the `grid`.
@@ -74,15 +74,15 @@ class LowRankTensors(AdapterTensors, Protocol):
         ...
 
     def lora_form(self) -> tuple[Tensor, Tensor]:
-        """The same update as a plain LoRA pair, exactly: `A [R, in]` and `B [out, R]`, with `B @ A` the update."""
+        """Return the same update as a plain LoRA pair, exactly: `A [R, in]`, `B [out, R]`; `B @ A` is the update."""
         ...
 
 
 class WeightTensors(AdapterTensors, Protocol):
-    """Tensors of whatever update, which needs the whole weight."""
+    """Tensors of any other update, which needs the whole weight."""
 
     def new_weight(self, weight: Array, scale: float) -> Array:
-        """The layer's weight with the adapter.
+        """Return the layer's weight with the adapter.
 
         Args:
             weight: `[out, in]`, the layer's own, in float32 or better; read only.
@@ -92,28 +92,28 @@ class WeightTensors(AdapterTensors, Protocol):
 
 
 def is_low_rank(factors: AdapterTensors) -> TypeGuard[LowRankTensors]:
-    """Whether tensors have a LoRA form, by their type."""
+    """Return whether tensors have a LoRA form, by their type."""
     return hasattr(type(factors), "lora_form")
 
 
 def needs_weight(factors: AdapterTensors) -> TypeGuard[WeightTensors]:
-    """Whether tensors make the new weight from the whole old one, by their type."""
+    """Return whether tensors compute the new weight from the whole old one, by their type."""
     return not is_low_rank(factors)
 
 
 def first_tensor(factors: AdapterTensors) -> Tensor:
-    """One of an adapter's tensors at a layer; all of them have its dtype and device."""
+    """Return one of an adapter's tensors at a layer; all of them have its dtype and device."""
     return next(tensor for tensor in factors if tensor is not None)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter does to a weight: its tensors and the factor they are scaled by.
+    """An adapter's effect on a weight: its tensors and their scale.
 
     Attributes:
-        factors: The tensors; of stacked matrices, each with an axis of the stack before the others.
+        factors: The tensors; for stacked matrices, each with an axis of the stack before the others.
         scale: The factor.
-        stack: Number of matrices that the weight, of 3 dimensions, holds; None for a single one, of 2.
+        stack: Number of matrices in a weight of 3 dimensions; None for a single one, of 2.
     """
 
     factors: AdapterTensors
@@ -126,33 +126,33 @@ class Update:
         return is_low_rank(self.factors)
 
     def lora_form(self) -> tuple[Tensor, Tensor]:
-        """The unscaled update as a plain LoRA pair; `AdapterMethod.check_lora_form` says first that there is one."""
+        """Return the unscaled update as a plain LoRA pair; call `AdapterMethod.check_lora_form` first."""
         assert is_low_rank(self.factors)
         return self.factors.lora_form()
 
     def matrix(self, index: int) -> Update:
-        """The update of one matrix of a stack."""
+        """Return the update of one matrix of a stack."""
         factors = {name: None if t is None else t[index] for name, t in self.factors._asdict().items()}
         return Update(type(self.factors)(**factors), self.scale)
 
     def __repr__(self) -> str:
-        """One line without tensors."""
+        """Return a line without tensors."""
         in_features, out_features = self.factors.features
         shapes = " ".join(f"{name}{list(t.shape)}" for name, t in self.factors._asdict().items() if t is not None)
         return f"Update({in_features} -> {out_features}, {shapes}, scale={self.scale:.4g})"
 
 
 class LayerCall(NamedTuple):
-    """One call of a linear layer, as tensors or as the proxies of a graph.
+    """A call of a linear layer, as tensors or as the proxies of a graph.
 
     Attributes:
         x: Its input, `[..., in]`; any number of leading axes, zero rows included.
-        y: Its output, `[..., out]`, contiguous, or the columns `rows` of it.
+        y: Its output, `[..., out]`, contiguous, or only the columns `rows` of it.
         features: Widths `in` and `out` of the layer.
         weight: Its weight as it is stored.
-        bias: What `y` has of a bias, `[out]`; None for none.
+        bias: The bias in `y`, `[out]`; None for none.
         is_transposed: Whether the weight is stored `[in, out]`.
-        rows: First output feature of `y` and the one after its last, where `y` is a part of the layer's output only.
+        rows: Start and end of the output features in `y`; None for all.
     """
 
     x: Tensor
@@ -170,24 +170,24 @@ class LayerCall(NamedTuple):
         return self.weight.t() if self.is_transposed else self.weight
 
     def of_rows(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor `[out, ...]` that belongs to `y`."""
+        """Return the part of a tensor `[out, ...]` that belongs to `y`."""
         return tensor if self.rows is None else tensor[slice(*self.rows)]
 
     def cast(self, dtype: torch.dtype) -> LayerCall:
-        """The same call in another dtype."""
+        """Return the same call in another dtype."""
         weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (self.weight, self.bias))
         return self._replace(x=self.x.to(dtype), y=self.y.to(dtype), weight=weight, bias=bias)
 
 
 class AdapterMethod(StackedTensors):
-    """A method of adaptation; `shapes`, `initial` and those of stacks are of `StackedTensors`.
+    """A method of adaptation; `shapes`, `initial` and those of stacks are in `StackedTensors`.
 
     Attributes:
-        config: Its configuration.
+        config: Its configuration class.
         tensors: The named tuple of its tensors at a layer.
-        keys: The rest of each tensor's key in a checkpoint, after the path of the layer, by field of `tensors`. What
-            comes before `.weight` is its name in the graph module.
-        IS_ADDITIVE: Whether what it adds to a layer's output does not depend on the layer's weight and output, so that
+        keys: The end of each tensor's key in a checkpoint, after the path of the layer, by field of `tensors`. The part
+            before `.weight` is its name in the graph module.
+        IS_ADDITIVE: Whether its addition to a layer's output is independent of the layer's weight and output, so that
             several adapters of a layer act beside each other in any order.
         RUNS_ON_NUMPY: Whether its tensors' own functions run on numpy arrays as on torch's tensors (see `arrays`), so
             that saved adapters are folded without torch.
@@ -201,24 +201,24 @@ class AdapterMethod(StackedTensors):
 
     @abstractmethod
     def sizes(self, config: Any, value_of: Callable[[str], Any]) -> tuple[Any, float]:
-        """Sizes and scale of the adapter at a layer.
+        """Return sizes and scale of the adapter at a layer.
 
         Args:
             config: The configuration, of this method.
-            value_of: The value of a field for the layer, what a pattern says of it included: `value_of("r")` looks into
+            value_of: Returns a field's value for the layer, overrides by patterns included: `value_of("r")` looks into
                 `rank_pattern` first.
         """
 
     @abstractmethod
     def forward(self, call: LayerCall, factors: Any, scale: float, *, sizes: Any, dropout: float = 0.0) -> Tensor:
-        """The layer's output with the adapter, of the shape of `call.y`; it runs on `torch.fx` proxies as on tensors.
+        """Return the layer's output with the adapter, in the shape of `call.y`; works on `torch.fx` proxies too.
 
         Args:
             call: The layer's input and own output; the latter may be overwritten as `low_rank.accumulate` does.
             factors: The adapter's tensors.
             scale: Factor of its update.
             sizes: Its sizes.
-            dropout: Probability with which its input values are zeroed (training).
+            dropout: Probability of zeroing its input values in training.
         """
 
     @abstractmethod
@@ -232,11 +232,11 @@ class AdapterMethod(StackedTensors):
         sizes: Any,
         stack: int | None = None,
     ) -> Tensor:
-        """The layer's weight `[out, in]` with the adapter, on proxies too; gradients reach the adapter's tensors.
+        """Return the layer's weight `[out, in]` with the adapter; works on proxies, and gradients reach the adapter.
 
         Args:
-            weight: The weight; of a stack, `[stack, out, in]`.
-            factors: The adapter's tensors, of a stack as `of_stack` gives them.
+            weight: The weight; for a stack, `[stack, out, in]`.
+            factors: The adapter's tensors; for a stack, the result of `of_stack`.
             scale: Factor of its update.
             features: Widths `in` and `out`.
             sizes: The adapter's sizes.
@@ -244,18 +244,18 @@ class AdapterMethod(StackedTensors):
         """
 
     def problems(self, in_features: int, out_features: int, sizes: Any) -> list[str]:
-        """Why a layer of these widths cannot have an adapter of these sizes, and what to do."""
+        """Describe why a layer of these widths cannot have an adapter of these sizes, and what to do."""
         return []
 
     @abstractmethod
     def text(self, sizes: Any) -> str:
-        """Sizes in words, such as `r=32 k=2`."""
+        """Return the sizes in words, such as `r=32 k=2`."""
 
     def settings(self, config: Any) -> dict[str, Any]:
-        """What a configuration says of its adapter by the names of its fields, for tables: sizes, scale, dropout.
+        """Return a configuration's sizes, scale and dropout by field name, for tables.
 
-        Patterns that are not used are left out, as are tokens from which on it acts, where it acts everywhere; `scale`
-        is the factor where no pattern says otherwise.
+        Unused patterns are left out, and so are the start tokens of an adapter that acts on all tokens; `scale` is the
+        factor where no pattern overrides it.
         """
         unused = set(config.PATTERNS) - set(config.used_patterns)
         names = [name for name in config.SIZE_FIELDS if name not in unused]
@@ -265,11 +265,11 @@ class AdapterMethod(StackedTensors):
         return {**sizes, "scale": scale, config.DROPOUT: config.dropout, **acting}
 
     def parameter_count(self, in_features: int, out_features: int, sizes: Any) -> int:
-        """Number of trainable values at a layer."""
+        """Return the number of trainable values at a layer."""
         return sum(math.prod(shape) for shape in self.shapes(in_features, out_features, sizes).values())
 
     def names(self) -> dict[str, str]:
-        """Names of the tensors in a graph module, below the path of the layer, by field of `tensors`."""
+        """Return the names of the tensors in a graph module, below the layer's path, by field of `tensors`."""
         return {field: key.removesuffix(".weight") for field, key in self.keys.items()}
 
     @property
@@ -278,7 +278,7 @@ class AdapterMethod(StackedTensors):
         return hasattr(self.tensors, "lora_form")
 
     def check_lora_form(self, adapter: object, purpose: str, error: type[Exception]) -> None:
-        """Check that updates have a LoRA form.
+        """Raise if updates have no LoRA form.
 
         Args:
             adapter: The adapter, for the message.
@@ -295,14 +295,14 @@ class AdapterMethod(StackedTensors):
     def add_output(
         self, call: LayerCall, factors: Any, scale: float, *, dtype: torch.dtype | None = None, **options: Any
     ) -> Tensor:
-        """`forward`, in the adapter's dtype where that differs from the layer's.
+        """Run `forward`, in the adapter's dtype if that differs from the layer's.
 
         Args:
             call: The layer's input and output.
             factors: The adapter's tensors.
             scale: Factor of the adapter's update.
-            dtype: Dtype of the adapter, if it is another one: what the adapter reads is cast to it, and what it adds
-                (or, where that depends on the layer, the whole output) is cast back to that of `y`.
+            dtype: Dtype of the adapter, if it differs: the adapter's input is cast to it, and its output (or, if that
+                depends on the layer, the whole output) is cast back to that of `y`.
             options: As for `forward`.
 
         Returns:
@@ -319,11 +319,11 @@ class AdapterMethod(StackedTensors):
 
 
 class SummableMethod(AdapterMethod):
-    """A method in which any update of low rank can be written, so that a sum of its adapters is one of them."""
+    """A method that can express any update of low rank, so that a sum of its adapters is one of them."""
 
     @abstractmethod
     def from_lora_form(self, A: Tensor, B: Tensor) -> AdapterTensors:
-        """The tensors of this method with the update `B @ A`.
+        """Return tensors of this method with the update `B @ A`.
 
         Args:
             A: `[R, in]`.
@@ -332,4 +332,4 @@ class SummableMethod(AdapterMethod):
 
     @abstractmethod
     def config_of(self, config: Any, rank: int) -> AdapterConfig:
-        """A configuration of this rank at every layer and scale 1, otherwise as another one of this method."""
+        """Return a configuration with this rank at every layer and scale 1, and the other fields of a given one."""

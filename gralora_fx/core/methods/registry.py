@@ -1,4 +1,4 @@
-"""The methods that are known: one line each. Another one is added with `register`."""
+"""The known methods, one line each; `register` adds another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _loading = threading.Lock()
 def __getattr__(name: str) -> Any:
     """Load every method on first use of `METHODS`, the list of all, to which `register` adds.
 
-    GraLoRA, granular low-rank adaptation, comes first: blocks, and a plain LoRA beside them (hybrid).
+    GraLoRA comes first: granular low-rank adaptation, in blocks, with a plain LoRA beside them in the hybrid form.
     """
     if name != "METHODS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -41,7 +41,7 @@ def known_methods() -> list[AdapterMethod]:
 
 
 def register(method: AdapterMethod) -> AdapterMethod:
-    """Make another method known, to plans, checkpoints and exports alike.
+    """Register another method, for plans, checkpoints and exports.
 
     Args:
         method: The method; its `config` tells its adapters from those of the others.
@@ -61,7 +61,7 @@ def register(method: AdapterMethod) -> AdapterMethod:
 
 
 def method_of(config: AdapterConfig) -> AdapterMethod:
-    """The method of a configuration."""
+    """Return the method of a configuration."""
     if type(config) is GRALORA.config:
         return GRALORA
     for method in reversed(known_methods()):

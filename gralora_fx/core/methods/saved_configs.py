@@ -1,4 +1,4 @@
-"""Configurations from files, from PEFT's objects and from what else is given for one, of whatever method."""
+"""Configurations of any method from files and from PEFT's objects, and errors for other objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gralora_fx.core.methods.registry import known_methods, unknown_method
 
 
 def method_described(fields: Mapping[str, Any], origin: str) -> AdapterMethod:
-    """The method that the fields of an `adapter_config.json` describe."""
+    """Return the method that the fields of an `adapter_config.json` describe."""
     for method in reversed(known_methods()):
         if method.config.describes(fields):
             return method
@@ -20,26 +20,26 @@ def method_described(fields: Mapping[str, Any], origin: str) -> AdapterMethod:
 
 
 def config_from_fields(fields: Mapping[str, Any], origin: str) -> AdapterConfig:
-    """The configuration that the fields of a file mean, of the method that they name."""
+    """Return the configuration with the fields of a file, in the class of their method."""
     return method_described(fields, origin).config.from_fields(fields, origin)
 
 
 def read_config(directory: str | Path, *, revision: str | None = None) -> AdapterConfig:
-    """The configuration of a saved adapter, of whatever method."""
+    """Read the configuration of a saved adapter of any method."""
     from gralora_fx.core.config.reading import config_fields
 
     return config_from_fields(*config_fields(directory, revision=revision))
 
 
 def config_from_peft(peft_config: Any) -> AdapterConfig:
-    """Convert a live PEFT configuration of whatever method, without importing peft."""
+    """Convert a live PEFT configuration of any method, without importing peft."""
     from gralora_fx.core.config.reading import peft_fields
 
     return config_from_fields(*peft_fields(peft_config, "one such as a peft.GraloraConfig or peft.LoraConfig"))
 
 
 def not_a_config(value: object) -> str:
-    """What a value is that was given in place of a configuration of this package, and what to give, for a message."""
+    """Describe, for a message, a value given in place of a configuration of this package, and what to give."""
     names = [method.config.__name__ for method in known_methods()]
     if isinstance(value, type):
         return f"the class {value.__name__}; give an object of it, such as {value.__name__}()"

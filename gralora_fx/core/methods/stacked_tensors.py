@@ -1,4 +1,4 @@
-"""Adapters of stacked matrices: one parameter of 3 dimensions holds several, and each has an adapter of its own."""
+"""Adapters of stacked matrices: one parameter of 3 dimensions, with an adapter for each of its matrices."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 class StackedTensors(ABC):
     """Tensors of an adapter at a stack of matrices, made from those at a single one.
 
-    They are stored with an axis of the stack before the others, unless the method overrides these.
+    They are stored with an axis of the stack before the others, unless the method overrides these functions.
 
     Attributes:
         NESTS_PARAMETERS: Whether PEFT has adapters of parameters in this method (`target_parameters`): the keys of
-            several in one module then say their order there, and not their names (see `parameter_keys`).
+            several in one module then tell their order there instead of their names (see `parameter_keys`).
     """
 
     NESTS_PARAMETERS: ClassVar[bool] = False
@@ -25,37 +25,37 @@ class StackedTensors(ABC):
 
     @abstractmethod
     def shapes(self, in_features: int, out_features: int, sizes: Any) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors at a layer, by field of `tensors`."""
+        """Return the shapes of the tensors at a layer, by field of `tensors`."""
 
     @abstractmethod
     def initial(
         self, features: tuple[int, int], sizes: Any, config: Any, *, weight: Callable[[], Tensor], scale: float
     ) -> Any:
-        """Fresh float32 tensors on the CPU, which change nothing unless the configuration says otherwise.
+        """Return new float32 tensors on the CPU, which change nothing unless the configuration says otherwise.
 
         Args:
             features: Widths `in` and `out` of the layer.
             sizes: The adapter's sizes.
             config: Its configuration.
-            weight: Gives the layer's weight `[out, in]`, for a method that starts from it.
+            weight: Returns the layer's weight `[out, in]`, for a method that starts from it.
             scale: Factor of its update.
         """
 
     def stored_shapes(
         self, in_features: int, out_features: int, sizes: Any, stack: int | None
     ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors as they train and are stored, of a stack or (None) of a single matrix."""
+        """Return the shapes of the tensors as they train and are stored, for a stack or (None) for a single matrix."""
         shapes = self.shapes(in_features, out_features, sizes)
         return shapes if stack is None else {name: (stack, *shape) for name, shape in shapes.items()}
 
     def of_stack(self, factors: Any, stack: int) -> Any:
-        """Stored tensors of a stack as those of a matrix, with an axis of the stack before the others."""
+        """Return a stack's stored tensors with an axis of the stack before those of a single matrix."""
         return factors
 
     def initial_of_stack(
         self, features: tuple[int, int], sizes: Any, config: Any, stack: int, /, **options: Any
     ) -> Any:
-        """Fresh tensors of a stack of matrices, as they are stored; the other arguments are those of `initial`."""
+        """Return new tensors of a stack of matrices, as they are stored; the other arguments are those of `initial`."""
         import torch
 
         drawn = [self.initial(features, sizes, config, **options) for _ in range(stack)]
