@@ -1,1 +1,1 @@
-"""Matching of a configuration with the sites of a model: `plan` and `RewritePlan`."""
+"""Matches a configuration with the sites of a model: `plan` and `RewritePlan`."""

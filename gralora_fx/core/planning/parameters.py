@@ -15,7 +15,7 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 def chosen_parameters(
     config: AdapterConfig, rule: TargetRule, traced: TracedModel, others: Iterable[ParameterSite], saved: Iterable[str]
 ) -> ChosenParameters:
-    """The parameters that a configuration names."""
+    """Return the parameters that a configuration names."""
     names = config.target_parameters or []
     parameters = {site.path: site for site in others}
     layers = {id(site.weight): site for site in traced.sites}
@@ -59,7 +59,7 @@ def _unfit(name: str, shape: tuple[int, ...]) -> str:
 
 
 def _unfit_layer(name: str, site: LinearSite, rule: TargetRule) -> str | None:
-    """Why the weight of a linear layer cannot be named as a parameter."""
+    """Return why a linear layer's weight cannot be named as a parameter."""
     if site.kind == "conv1d":
         return f"target_parameters names {name}, which is stored [in, out]; name {site.path} in target_modules instead"
     if rule.rejection(site.path, is_linear_layer=site.kind == "linear") is None:
@@ -71,7 +71,7 @@ def _unfit_layer(name: str, site: LinearSite, rule: TargetRule) -> str | None:
 
 
 def _unfit_values(site: ParameterSite) -> str | None:
-    """Why a parameter cannot have an adapter."""
+    """Return why a parameter cannot have an adapter."""
     if site.tied_with:
         return f"it is also {', '.join(site.tied_with)}, which would change with it"
     if not site.weight.is_floating_point() or site.weight.dtype.itemsize < 2:

@@ -1,4 +1,4 @@
-"""`plan`: matching of a configuration with the sites of a model, before anything is changed."""
+"""`plan`: matches a configuration with the sites of a model, before anything is changed."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _chosen_parameters(
 def _reason_against(
     site: LinearSite, rule: TargetRule, saved: Iterable[str], traced: TracedModel, config: AdapterConfig
 ) -> str | None:
-    """Why a site gets no adapter, or None if it gets one."""
+    """Return why a site gets no adapter, or None if it gets one."""
     is_layer = site.kind != "functional"
     reasons = [rule.rejection(name, is_linear_layer=is_layer) for name in names_of_site(site, traced.tree)]
     if any(rule.is_excluded(name) for name in names_of_site(site, traced.tree)):
@@ -106,7 +106,7 @@ def _reason_against(
 
 
 def _is_stack_of_layers(site: ParameterSite) -> bool:
-    """Return whether a parameter is stacked matrices of layers, not of a convolution or of other code."""
+    """Return whether a parameter is stacked matrices of layers, rather than of a convolution or other code."""
     if (site.stack or 0) < 2 or "conv" in site.path:
         return False
     from gralora_fx.base.features import parts
@@ -149,7 +149,7 @@ def _joined(problems: list[str]) -> str:
 
 
 def planned_for(traced: TracedModel, config_or_plan: AdapterConfig | RewritePlan) -> RewritePlan:
-    """The plan of a configuration, or a given plan once it is known to be for this model."""
+    """Return the plan of a configuration, or a given plan after checking that it is for this model."""
     if isinstance(config_or_plan, AdapterConfig):
         return plan(traced, config_or_plan)
     if not isinstance(config_or_plan, RewritePlan):

@@ -33,13 +33,13 @@ UNNAMED = "it is a parameter of stacked matrices, which target_parameters does n
 
 
 def trains_whole(path: str, saved: Iterable[str]) -> str | None:
-    """Why a site inside a saved module gets no adapter; `modules_to_save` matches the end of a path."""
+    """Return why a site inside a saved module gets no adapter; `modules_to_save` matches the end of a path."""
     module = next((module for module in saved if is_within(path, module)), None)
     return None if module is None else f"{module} trains as a whole, since modules_to_save selects it"
 
 
 def out_of_reach(site: LinearSite, traced: TracedModel, config: AdapterConfig) -> str | None:
-    """Why a site cannot have an adapter at all: it would have no effect, or not at every call."""
+    """Return why an adapter at a site would have no effect, or not at every call; None if it would."""
     if site.path in traced.out_of_reach:
         return traced.out_of_reach[site.path]
     if site.path in traced.in_subgraphs:
@@ -56,7 +56,7 @@ def out_of_reach(site: LinearSite, traced: TracedModel, config: AdapterConfig) -
 def problems_of(
     rule: TargetRule, config: AdapterConfig, traced: TracedModel, saved: Iterable[str], selected: Sequence[PlannedSite]
 ) -> list[str]:
-    """Every problem of a configuration with a model; empty if there is none."""
+    """Return every problem of a configuration with a model."""
     sites = {site.path: site for site in traced.sites}
     return [
         *([] if config.target_parameters else _missing(rule, config, traced, sites, saved)),
@@ -70,7 +70,7 @@ def problems_of(
 def _missing(
     rule: TargetRule, config: AdapterConfig, traced: TracedModel, sites: dict[str, LinearSite], saved: Iterable[str]
 ) -> list[str]:
-    """Problems of a rule that selects no module at all."""
+    """Describe why a rule selects no module at all."""
     paths = _paths(traced)
     named = [path for path in paths if rule.is_named(path)]
     if not named or (rule.all_linear and not sites):
@@ -97,7 +97,7 @@ def _missing(
 
 
 def _paths(traced: TracedModel) -> list[str]:
-    """All paths that a configuration can name: modules, and weights of functional calls."""
+    """Return all paths that a configuration can name: modules, and weights of functional calls."""
     functional = [name for site in traced.sites for name in names_of_site(site, traced.tree)]
     return [path for path in dict.fromkeys([*traced.tree.types, *functional]) if path]
 
@@ -131,7 +131,7 @@ def _ranges(indices: list[int]) -> str:
 
 
 def _unsupported(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearSite]) -> list[str]:
-    """Modules that are named, in full or by the end of their path, and are not linear layers."""
+    """Describe named modules, by path or by its end, that are not linear layers."""
     if rule.all_linear:
         return []
     problems = []
@@ -144,7 +144,7 @@ def _unsupported(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearS
 
 
 def _unused_exclusions(rule: TargetRule, traced: TracedModel) -> list[str]:
-    """Entries of `exclude_modules` that exclude nothing."""
+    """Describe entries of `exclude_modules` that exclude nothing."""
     paths = _paths(traced)
     if rule.excluded_pattern is not None and not any(rule.is_excluded(path) for path in paths):
         return [f"exclude_modules {rule.excluded_pattern!r} matches no whole module path; correct it or leave it out"]
@@ -158,7 +158,7 @@ def _unused_names(
     config: AdapterConfig,
     selected: Sequence[PlannedSite],
 ) -> list[str]:
-    """Names in those of the given fields, `exclude_modules` and patterns such as `rank_pattern`, that match nothing."""
+    """Describe names in the given fields, `exclude_modules` and patterns such as `rank_pattern`, that match nothing."""
     paths = [p.parameter for p in selected if p.parameter is not None]
     paths += [name for p in selected if p.parameter is None for name in names_of_site(p.site, traced.tree)]
     problems = _unused_exclusions(rule, traced) if "exclude_modules" in fields else []
@@ -173,7 +173,7 @@ def _unused_names(
 
 
 def _unfit_sizes(config: AdapterConfig, selected: Sequence[PlannedSite]) -> list[str]:
-    """Sites whose widths the method cannot adapt with their sizes, such as ones that `gralora_k` does not divide."""
+    """Describe sites whose widths the method cannot adapt with their sizes, as if `gralora_k` does not divide them."""
     method = method_of(config)
     return [
         f"{planned.site.path}: {problem}"
@@ -183,7 +183,7 @@ def _unfit_sizes(config: AdapterConfig, selected: Sequence[PlannedSite]) -> list
 
 
 def _unfit_tokens(config: AdapterConfig, traced: TracedModel) -> list[str]:
-    """Why an adapter cannot act from tokens on in a model."""
+    """Return why an adapter cannot act from certain tokens on in a model."""
     if not config.acts_from:
         return []
     from gralora_fx.base.features import parts
@@ -237,5 +237,5 @@ def warn_of_gaps(
 
 
 def stores_transposed(selected: Sequence[PlannedSite]) -> bool:
-    """The right `fan_in_fan_out` for the adapted layers: whether any of them stores `[in, out]`."""
+    """Return the right `fan_in_fan_out` for the adapted layers: whether any of them stores `[in, out]`."""
     return any(planned.site.kind == "conv1d" for planned in selected)

@@ -24,12 +24,12 @@ class PlannedSite:
 
     @property
     def stack(self) -> int | None:
-        """Number of matrices that its parameter holds; None for a single one."""
+        """Number of matrices in its parameter; None for a single one."""
         return self.site.stack if isinstance(self.site, ParameterSite) else None
 
     @property
     def r(self) -> int:
-        """Its rank, 0 of a method that has none; of GraLoRA, that of the block rows."""
+        """Its rank: 0 for a method without one; for GraLoRA, that of the block rows."""
         return getattr(self.sizes, "r", 0)
 
     @property
@@ -45,7 +45,7 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class ChosenParameters:
-    """What `target_parameters` selects of a model."""
+    """The parameters that `target_parameters` selects in a model."""
 
     # the sites by the names of the parameters, in the order of the model's modules; one whose parameter is the weight
     # of a linear layer is that layer
@@ -66,17 +66,17 @@ class RejectedSite:
 
 @dataclass(frozen=True)
 class RewritePlan:
-    """What a rewrite will do.
+    """The effect of a rewrite at every site.
 
     Attributes:
         config: The configuration.
         selected: The sites that get an adapter.
         rejected: Every other site, with the reason.
         saved_modules: Paths of the modules that train as copies.
-        saved_parameters: Number of values of those copies.
+        saved_parameters: Number of values in those copies.
         trained_biases: Names of the biases that train as copies, by the path of their module.
-        bias_parameters: Number of values of those biases.
-        base_parameters: Number of values of the base model.
+        bias_parameters: Number of values in those biases.
+        base_parameters: Number of values in the base model.
     """
 
     config: AdapterConfig
@@ -95,7 +95,7 @@ class RewritePlan:
 
     @property
     def total_parameters(self) -> int:
-        """Number of values of the rewritten model: the base's and those added."""
+        """Number of values in the rewritten model: the base's and those added."""
         return self.base_parameters + self.trainable_parameters
 
     def check_fits(self, sites: Iterable[LinearSite]) -> None:
@@ -113,11 +113,11 @@ class RewritePlan:
                 raise RewriteError(f"{planned.site.path} of the plan is not a site of this model; plan it again")
 
     def __repr__(self) -> str:
-        """One line; `print(plan)` shows the table."""
+        """Return a line; `print(plan)` shows the table."""
         return f"RewritePlan({type(self.config).__name__}, {self.totals})"
 
     def __str__(self) -> str:
-        """A table: every site, its shape, and its ranks or the reason why it gets no adapter."""
+        """Return a table of every site: its shape, and its ranks or the reason why it gets no adapter."""
         method = method_of(self.config)
         adapted = {planned.site.path: method.text(planned.sizes) for planned in self.selected}
         adapted |= {p.site.path: f"{adapted[p.site.path]}, {p.stack} matrices" for p in self.selected if p.stack}
@@ -134,7 +134,7 @@ class RewritePlan:
 
     @property
     def totals(self) -> str:
-        """How many sites get an adapter, and how many values train; one line."""
+        """Numbers of adapted sites and trainable values, in one line."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         return (
             f"{len(self.selected)} of {len(self.selected) + len(self.rejected)} sites adapted; trainable parameters: "

@@ -58,7 +58,7 @@ class TargetRule:
     layer_patterns: tuple[str, ...] = ()  # containers whose children are counted; empty for any
 
     def rejection(self, path: str, *, is_linear_layer: bool = True) -> str | None:
-        """Why the module at `path` is not selected, or None if it is."""
+        """Return why the module at `path` is not selected, or None if it is."""
         if self.is_excluded(path):
             return "exclude_modules names it"
         for name in self.saved:
@@ -79,7 +79,7 @@ class TargetRule:
         return None if index in self.indices else f"layer {index} is not in layers_to_transform"
 
     def is_named(self, path: str) -> bool:
-        """Whether the names, the pattern or `all-linear` cover a path, whatever its layer."""
+        """Return whether the names, the pattern or `all-linear` cover a path, whatever its layer."""
         if self.all_linear:
             return True
         if self.pattern is not None:
@@ -87,25 +87,25 @@ class TargetRule:
         return any(ends_with(path, name) for name in self.names)
 
     def is_excluded(self, path: str) -> bool:
-        """Whether `exclude_modules` covers a path."""
+        """Return whether `exclude_modules` covers a path."""
         if self.excluded_pattern is not None:
             return fullmatch(self.excluded_pattern, path)
         return any(ends_with(path, name) for name in self.excluded)
 
     def layer_index(self, path: str) -> int | None:
-        """The layer index of a path: its first number below a (matching) container."""
+        """Return the layer index of a path: its first number below a (matching) container."""
         for container in self.layer_patterns or (None,):
             if (index := counts_below(container, path)) is not None:
                 return index
         return None
 
     def _is_counted(self, path: str) -> bool:
-        """Whether the layer filter applies: PEFT selects a path that is named in full whatever its layer."""
+        """Return whether the layer filter applies: PEFT selects a path that is named in full whatever its layer."""
         return self.all_linear or path not in self.names
 
 
 def counts_below(container: str | None, path: str) -> int | None:
-    """The layer index of a path below a container (None: any), by PEFT's expressions; None if there is none."""
+    """Return the layer index of a path below a container (None: any), by PEFT's expressions; None if there is none."""
     layer = match(ANY_CONTAINER if container is None else within(CONTAINER, container), path)
     return None if layer is None else int(layer["index"])
 
@@ -122,7 +122,7 @@ def resolve_targets(config: AdapterConfig, tree: ModuleTree, model_type: str | N
 
 
 def rule_of(config: AdapterConfig, model_type: str | None) -> TargetRule:
-    """A configuration's targets by paths alone; of `all-linear`, without what it leaves out of a model."""
+    """Return a configuration's targets by paths alone; `all-linear` still includes the head, which needs the model."""
     targets = config.target_modules
     if targets is None:
         default = _DEFAULTS.get(model_type or "", ())
@@ -142,7 +142,7 @@ def rule_of(config: AdapterConfig, model_type: str | None) -> TargetRule:
 
 
 def exact_targets(paths: Iterable[str], tree: ModuleTree) -> set[str] | str:
-    """`target_modules` for exactly these paths: a set, or an expression if a path is also the end of another."""
+    """Return `target_modules` for exactly these paths: a set, or an expression if a path is also the end of another."""
     targets = set(paths)
     if any(ends_with(other, path) for path in targets for other in tree.types if other not in targets):
         return "|".join(re.escape(path) for path in sorted(targets))
@@ -150,13 +150,13 @@ def exact_targets(paths: Iterable[str], tree: ModuleTree) -> set[str] | str:
 
 
 def unmatched_names(names: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """The names that match no path, sorted."""
+    """Return the names that match no path, sorted."""
     remaining = list(paths)
     return sorted(name for name in names if not any(ends_with(path, name) for path in remaining))
 
 
 def nearest_names(name: str, paths: Iterable[str]) -> list[str]:
-    """Up to three module names similar to a misspelt one."""
+    """Return up to three module names similar to a misspelt one."""
     candidates: dict[str, None] = {}
     for path in paths:
         candidates.setdefault(path.rpartition(".")[2])
@@ -166,13 +166,13 @@ def nearest_names(name: str, paths: Iterable[str]) -> list[str]:
 
 
 def numbered_containers(paths: Iterable[str]) -> list[str]:
-    """Names of the containers whose children are numbered, sorted."""
+    """Return names of the containers whose children are numbered, sorted."""
     names = {match[1] for path in paths if (match := re.match(r"(?:.*?\.)?([^.]+)\.\d+(?:\.|$)", path))}
     return sorted(names)
 
 
 def saved_modules(config: AdapterConfig, tree: ModuleTree) -> tuple[str, ...]:
-    """Paths of the modules that `modules_to_save` selects, by PEFT's bare `endswith`, outermost first."""
+    """Return paths of the modules that `modules_to_save` selects, by PEFT's bare `endswith`, outermost first."""
     outermost: list[str] = []
     for path in tree.types:
         if path and any(path.endswith(name) for name in config.saved_module_names):
@@ -182,14 +182,14 @@ def saved_modules(config: AdapterConfig, tree: ModuleTree) -> tuple[str, ...]:
 
 
 def trains_whole_at(path: str, names: Iterable[str]) -> bool:
-    """Whether a module is one that names of `modules_to_save` select by PEFT's bare `endswith`, or lies in one."""
+    """Return whether a module is, or lies in, one that `modules_to_save` selects by PEFT's bare `endswith`."""
     parts = path.split(".")
     outer = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     return any(module.endswith(name) for module in outer for name in names)
 
 
 def ends_with(path: str, name: str) -> bool:
-    """Whether a name is that of a path, or of its end after a dot."""
+    """Return whether a name is a path, or its end after a dot."""
     return path == name or path.endswith(f".{name}")
 
 
