@@ -1,4 +1,4 @@
-"""What an adapter says of its base, without a model: its name, and the classes of a head that it brings."""
+"""Facts about an adapter's base without a model: its name, and the classes of a head in the adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.we
 
 
 def base_name(model: str | None, adapter: str | None, fields: Mapping[str, object] | None = None) -> str:
-    """The name of the base: the given one, or that in an adapter's configuration."""
+    """Return the name of the base: the given one, or that in an adapter's configuration."""
     if model is None and adapter is None:
         raise ConfigError(
             f"no model was named; give {option(model=...)}, or an {option(adapter=...)} whose base_model_name_or_path "
@@ -35,13 +35,13 @@ def base_name(model: str | None, adapter: str | None, fields: Mapping[str, objec
 
 
 def head_classes(shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """The number of classes of the classification head that an adapter brings; None if it brings none."""
+    """Return the number of classes of the classification head in an adapter; None if it has none."""
     heads = [shape[0] for key, shape in shapes.items() if _HEAD_KEY.search(key) and len(shape) == 2]
     return heads[-1] if heads else None
 
 
 def needed_quantization(record: Any, name: str) -> BaseQuantization | None:
-    """How a base is rounded to be the one of a record; None where it needs no rounding, as its files are quantized."""
+    """Return the quantization that makes a base equal to a record's; None if none is needed, as for quantized files."""
     if not record:
         return None
     directory = BaseSource(name).directory  # of a hub id, its snapshot if it was downloaded

@@ -1,4 +1,4 @@
-"""A base model by name with its task and adapters: loaded, traced and rewritten."""
+"""Loads, traces and rewrites a base model by name, with its task and adapters."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_traced(
     others: Sequence[str] = (),
     base_quantization: BaseQuantization | Any = None,
 ) -> TracedModel | GraloraModel:
-    """A traced model, rewritten with an adapter if one is given."""
+    """Load and trace a model; rewrite it with an adapter if one is given."""
     how: dict[str, Any] = {"stream": stream, "strict_base": strict_base, "base_quantization": base_quantization}
     base = load_base(model, adapter, task, others=others, **how)
     base.check(allow_random_head=allow_random_head)
@@ -153,9 +153,9 @@ def load_base(
 def inferred_task(
     task: str | None, names: Iterable[str | None], *, is_asked: bool
 ) -> tuple[str | None, Mapping[str, Any]]:
-    """Return the task, and what `trace` is given for it.
+    """Return the task, and arguments of `trace` for it.
 
-    Where no task was asked for, the files of an adapter or a base may show it.
+    If no task was given, the files of an adapter or a base may determine it.
     """
     may_be_any = not is_asked and task in _BARE
     for infer in parts("inferred tasks", None if may_be_any else {task or ""}):
@@ -166,10 +166,10 @@ def inferred_task(
 
 
 def _check_bases(name: str, configs: Mapping[str, AdapterConfig], base_quantization: Any) -> None:
-    """Refuse adapters of another base before anything is loaded.
+    """Raise for adapters of another base before anything is loaded.
 
-    A hub id may not have been downloaded yet, or may have moved: of it, only what is proven is refused here, and the
-    rest when the adapter is added to what was loaded.
+    A hub id may not have been downloaded yet, or may have moved: for it only proven differences are refused here, and
+    the rest when the adapter is added to the loaded model.
     """
     used = BaseSource(name, record=base_quantization)
     for adapter, config in configs.items():
@@ -218,7 +218,7 @@ def trace_base(
 
 
 def _misfit(error: GraloraError, base: LoadedBase) -> str:
-    """The message for an adapter that does not fit its base: a headline, then a line for each problem."""
+    """Return the message for an adapter that does not fit its base: a headline, then a line for each problem."""
     lines = marked(error).splitlines()
     problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
     if base.config is not None and base.made_for:

@@ -33,7 +33,7 @@ class LoadReport:
 
     @classmethod
     def of(cls, name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> LoadReport:
-        """The report on a model loaded with `output_loading_info=True`."""
+        """Return the report on a model loaded with `output_loading_info=True`."""
         tensors = dict(model.state_dict(keep_vars=True))
         is_counted = {key: key not in tensors or tensors[key].is_floating_point() for key in info["missing_keys"]}
         missing = {key: tuple(tensors[key].shape) if key in tensors else () for key, it in is_counted.items() if it}
@@ -47,7 +47,7 @@ class LoadReport:
         )
 
     def problems(self, supplied: Collection[str] = ()) -> list[str]:
-        """One sentence for each tensor with random values."""
+        """Return a sentence for each tensor with random values."""
         missing = [f"missing {key} {list(shape)}" for key, shape in self.missing.items() if key not in supplied]
         return missing + [
             f"{key} has shape {list(stored)} instead of {list(expected)}"
@@ -78,7 +78,7 @@ class LoadReport:
             )
 
     def describe(self, supplied: Collection[str] = ()) -> str:
-        """A summary: numbers of missing, mismatched and unexpected tensors, and a line for each."""
+        """Return a summary: numbers of missing, mismatched and unexpected tensors, and a line for each."""
         lines = self.problems(supplied)
         lines += [f"missing {key}, which the adapter brings" for key in self.missing if key in supplied]
         lines += [

@@ -1,4 +1,4 @@
-"""Base models by name, whole, streamed, without values or rounded; the transformers class of each."""
+"""Loads base models by name, whole, streamed, without values or quantized; and the transformers class of each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gralora_fx.format.tasks import all_tasks, check_task, classifies, find_task
 
 
 def class_for(config: PreTrainedConfig, task: str | None) -> Any:
-    """The transformers class for a task, or the one that a configuration names."""
+    """Return the transformers class for a task, or the one that a configuration names."""
     check_task(task)
     if task is not None and _reads_encoder(task):
         return _encoder_class(config, task)
@@ -43,7 +43,7 @@ def class_for(config: PreTrainedConfig, task: str | None) -> Any:
 
 
 def _auto_class(config: PreTrainedConfig, task: str) -> str:
-    """The auto class of a task: a decoder of texts may be a part of a model that reads more, or be alone."""
+    """Return the auto class of a task; a text decoder may be part of a model with other inputs, or stand alone."""
     known = find_task(task)
     assert known is not None  # which was checked
     if known.cache != "decoder" or has_class(known.auto_class, config):
@@ -53,13 +53,13 @@ def _auto_class(config: PreTrainedConfig, task: str) -> str:
 
 
 def _reads_encoder(task: str | None) -> bool:
-    """Whether a task reads the states of an encoder alone."""
+    """Return whether a task takes only an encoder's hidden states."""
     known = find_task(task)
     return known is not None and known.encoder_alone
 
 
 def _encoder_class(config: PreTrainedConfig, task: str) -> Any:
-    """The class of a bare model; of an encoder-decoder only the encoder, such as `T5EncoderModel`."""
+    """Return the class of a bare model; for an encoder-decoder only the encoder, such as `T5EncoderModel`."""
     encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
     if encoder is not None and encoder.__name__.endswith("EncoderModel"):
         return encoder
@@ -83,7 +83,7 @@ def warn_of_another_head(model: PreTrainedModel, origin: str | Path) -> None:
 
 
 def _saved_class(config: PreTrainedConfig) -> str | None:
-    """The class that a configuration names."""
+    """Return the class that a configuration names, or None."""
     names = config.architectures
     if not names:
         return None
@@ -104,9 +104,9 @@ def load_model(
     base_quantization: BaseQuantization | Any = None,
     packed: bool = False,
 ) -> PreTrainedModel:
-    """A transformers model in float32 and evaluation mode.
+    """Load a transformers model in float32 and evaluation mode.
 
-    Of a checkpoint that bitsandbytes saved in few bits, its layers have the values that it multiplies by.
+    The layers of a checkpoint that bitsandbytes saved quantized get the values that it multiplies by.
 
     Args:
         name: Local directory or hub id.
@@ -118,8 +118,8 @@ def load_model(
         base_quantization: How the layers of a float checkpoint are rounded, as bitsandbytes does when a QLoRA adapter
             is trained on it: `"nf4"`, `"nf4-double"`, `"int8"`, or whatever `BaseQuantization.of` takes; None for not
             at all.
-        packed: Whether these layers hold their weights in few bits alone, which a rewritten model unpacks when it runs;
-            so too those of a checkpoint that is in few bits. While the model is loaded, its floats are in memory.
+        packed: Whether these layers, or those of a quantized checkpoint, keep their weights packed in memory, for a
+            rewritten model to unpack when it runs. While the model is loaded, its floats are in memory.
 
     Raises:
         TraceError: The task is unknown, or no model can be loaded.
@@ -143,7 +143,7 @@ def load_with_report(
     base_quantization: Any = None,
     packed: bool = False,
 ) -> tuple[PreTrainedModel, LoadReport]:
-    """Load a model as `load_model` does, but with random values where tensors are missing, and report on them."""
+    """Load a model as `load_model` does, but with random values for missing tensors, and report on them."""
     directory = check_model_files(name, TraceError)
     asked = None if base_quantization is None else BaseQuantization.of(base_quantization)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
@@ -172,7 +172,7 @@ def load_with_report(
 
 
 def _check_packing(name: str | Path, asked: BaseQuantization | None, *, packed: bool) -> None:
-    """Check that a form is given to which a float checkpoint is to be rounded, if it is to be packed."""
+    """Check that a quantization is given for a float checkpoint that is to be packed."""
     if packed and asked is None:
         raise ConfigError(
             f"{name} is in floats, which have to be rounded to be held in few bits; take "
@@ -190,7 +190,7 @@ def _reported(
 def _unpacked(
     name: str | Path, task: str | None, num_labels: int | None, told: BaseQuantization, *, packed: bool
 ) -> tuple[PreTrainedModel, LoadReport]:
-    """The model of a checkpoint in few bits, with the values that its layers multiply by, and the report on it."""
+    """Load a quantized checkpoint's model, with the values that its layers multiply by, and report on it."""
     directory = resolve_directory(name, TraceError)
     empty = make_empty(directory, task, num_labels=num_labels, dtype=torch.float32, name=name)
     weights = read_weights(directory)
@@ -224,7 +224,7 @@ def load_streamed(
     supplied: Set[str] = frozenset(),
     base_quantization: Any = None,
 ) -> PreTrainedModel:
-    """The same model with its weights left in their files: lazy parameters on the meta device.
+    """Load the same model with its weights left in their files, as lazy parameters on the meta device.
 
     It can be traced, rewritten and exported (reading one tensor at a time), but not run.
 
@@ -263,7 +263,7 @@ def make_empty(
     dtype: torch.dtype | None = None,
     name: str | Path | None = None,
 ) -> PreTrainedModel:
-    """A model of a directory's configuration without values: names and shapes, on the meta device."""
+    """Return a model of a directory's configuration without values: names and shapes, on the meta device."""
     try:
         with quiet():
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -282,12 +282,12 @@ def make_empty(
 
 
 def _unread_names(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters of a pooler, which no task of an encoder alone reads; a checkpoint may lack them."""
+    """Return names of a pooler's parameters, which no encoder-only task reads; a checkpoint may lack them."""
     return {name for name, _ in model.named_parameters() if name.startswith("pooler.")}
 
 
 def _without_unread(model: PreTrainedModel, report: LoadReport) -> LoadReport:
-    """A loading report without the parameters that no task of an encoder alone reads; those missing become zero."""
+    """Return a loading report without parameters that no encoder-only task reads; missing ones are set to zero."""
     unread = _unread_names(model) & report.missing.keys()
     with torch.no_grad():
         for name in unread:
@@ -299,7 +299,7 @@ def _without_unread(model: PreTrainedModel, report: LoadReport) -> LoadReport:
 def quantization_of(
     fields: Mapping[str, Any], name: str | Path, asked: BaseQuantization | None
 ) -> BaseQuantization | None:
-    """How the weights in a checkpoint's files are quantized; None of floats."""
+    """Return how the weights in a checkpoint's files are quantized; None for floats."""
     if asked is not None:
         check_not_packed(fields, name, asked, TraceError)
     return packed_quantization(fields, name, TraceError)

@@ -1,4 +1,4 @@
-"""The layers of a model that are quantized: rounded to few bits, or held in few bits alone."""
+"""The quantized layers of a model: rounded to few bits, or packed in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from gralora_fx.errors import ConfigError, option
 
 
 def quantized_layers(model: PreTrainedModel, quantization: BaseQuantization) -> Mapping[str, nn.Linear | Conv1D]:
-    """The layers that transformers has bitsandbytes quantize, by path: linear ones, but for those that it skips."""
+    """Return the layers that transformers has bitsandbytes quantize, by path: linear ones that it does not skip."""
     skipped = unquantized_modules(model, quantization.skip_modules)
     layers = {
         path: module
@@ -46,7 +46,7 @@ def quantized_layers(model: PreTrainedModel, quantization: BaseQuantization) -> 
 
 
 def round_layers(model: PreTrainedModel, quantization: BaseQuantization) -> None:
-    """Give the layers that bitsandbytes quantizes the values that it multiplies by, and record it in the configuration.
+    """Round the layers that bitsandbytes quantizes to the values that it multiplies by; record it in the configuration.
 
     Weights that are left in their files are rounded when they are read.
     """
@@ -69,13 +69,13 @@ def pack_layers(
     quantization: BaseQuantization,
     stored: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Let layers hold their weights in few bits alone, and record it.
+    """Pack the weights of layers in memory, and record it in the configuration.
 
     Args:
         model: The model.
         layers: The layers by path.
         quantization: How weights are rounded.
-        stored: The tensors of a checkpoint by the names of the model, if it is in few bits.
+        stored: The tensors of a quantized checkpoint by the names of the model.
     """
     packing = parts("packed weights", {quantization.sign})
     if not packing:
@@ -95,7 +95,7 @@ def pack_layers(
 
 
 def _unpacked_forward(layer: Any, x: Tensor) -> Tensor:
-    """Run a layer that unpacks its weight whenever it runs; a trace reads the weight, which has a placeholder then."""
+    """Run a layer, unpacking its weight; in a trace, read the weight, which has a placeholder then."""
     weight: nn.Parameter = layer.weight
     if not weight.is_meta or x.is_meta:
         output: Tensor = type(layer).forward(layer, x)
@@ -111,5 +111,5 @@ def _rounded(quantization: BaseQuantization, name: str, weight: Tensor, *, is_tu
 
 
 def record(model: PreTrainedModel, quantization: BaseQuantization) -> None:
-    """Have a model's configuration say how its weights were quantized, for adapters and exports of it."""
+    """Record in a model's configuration how its weights were quantized, for adapters and exports of it."""
     setattr(model.config, RECORD, quantization.to_dict())

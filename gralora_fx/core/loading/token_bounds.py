@@ -1,7 +1,7 @@
-"""How many tokens a text has at least, found out without its tokenizer's work, which takes seconds for megabytes.
+"""A lower bound on the number of tokens in a text, without tokenizing it, which takes seconds for megabytes.
 
-A token of n characters is, for each character in it, an n-th of a token. So the longest token in which a character
-occurs says how much of a token it is at least, and all characters of a text together how many tokens that has at least.
+In a token of n characters, each character counts as an n-th of a token. So the longest token that contains a character
+bounds that character's share from below, and the sum over all characters of a text bounds its number of tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _Parts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TokenBound:
-    """A lower bound of the number of a text's tokens."""
+    """A lower bound on the number of a text's tokens."""
 
     normalize: Callable[[str], str]  # what the tokenizer does to a text before it looks for tokens
     count: Callable[[str], float]  # how many tokens a normalized text has at least
@@ -48,7 +48,7 @@ class TokenBound:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenBound | None:
-        """The bound of a tokenizer; None if nothing is known of its tokens, as of one that is not of `tokenizers`."""
+        """Return the bound of a tokenizer; None if its tokens are unknown, as for one not made by `tokenizers`."""
         size, bound = _known.get(tokenizer, (None, None))
         if size != len(tokenizer):  # else tokens were added since
             backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -57,7 +57,7 @@ class TokenBound:
         return bound
 
     def exceeds(self, text: str, most: int) -> bool:
-        """Whether a text surely has more tokens than some."""
+        """Return whether a text certainly has more than `most` tokens."""
         least = 0.0
         for start in range(0, len(text), self.part):
             least += self.count(self.normalize(text[start : start + self.part])) - _SLACK
@@ -70,7 +70,7 @@ _known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, TokenBound | None]
 
 
 def surely_exceeds(text: str, most: int, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text is so long that it surely has more tokens than some, whatever it says."""
+    """Return whether a text is so long that it certainly has more than `most` tokens."""
     if len(text) <= most:  # it is tokenized soon enough
         return False
     bound = TokenBound.of(tokenizer)
@@ -116,14 +116,14 @@ def _bound_of(backend: Tokenizer) -> TokenBound | None:
 
 
 class _Shares:
-    """How much of a token each letter is at least: nothing if it may be left out or be part of an unknown token.
+    """The least share of a token for each character: 0 if it may be dropped or be part of an unknown token.
 
     Attributes:
-        longest: Letters of the longest token in which each letter occurs.
+        longest: Number of characters in the longest token that contains each character.
     """
 
     def __init__(self, model: _Parts, contents: Iterable[str]) -> None:
-        """Read a vocabulary."""
+        """Compute them from a vocabulary."""
         self._tokens = {entry if isinstance(entry, str) else entry[0] for entry in model["vocab"]}
         self._before, self._after = (model.get(n) or "" for n in ("continuing_subword_prefix", "end_of_word_suffix"))
         # whether what is unknown is written as bytes, each a token
@@ -136,11 +136,11 @@ class _Shares:
                     self.longest[letter] = size
 
     def of_bytes(self) -> NDArray[np.float32]:
-        """The share of each byte, `[256]`, where letters stand for bytes."""
+        """Return the share of each byte, `[256]`, for a vocabulary whose characters stand for bytes."""
         return np.array([self._share(_BYTES[byte]) for byte in range(256)], np.float32)
 
     def of_letters(self) -> NDArray[np.float32]:
-        """The share of each letter, by its code."""
+        """Return the share of each character, by its code point."""
         table = np.full(sys.maxunicode + 1, self._share(""), np.float32)
         for letter in self.longest:
             table[ord(letter)] = self._share(letter)
@@ -154,7 +154,7 @@ class _Shares:
 
 
 def _flat(part: _Parts | None) -> Iterator[_Parts]:
-    """A part of a tokenizer, or the parts of which it is a sequence."""
+    """Yield a part of a tokenizer, or the parts of a sequence."""
     if part is None:
         return
     inner = part.get("pretokenizers") or part.get("normalizers")

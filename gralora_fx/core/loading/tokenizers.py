@@ -42,7 +42,7 @@ _MESSAGE_CONTENTS = {"content", "tool_calls"}  # an assistant may call tools and
 
 
 def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a local directory or a hub id, or None if it has no tokenizer files."""
+    """Load the tokenizer of a local directory or a hub id; None if it has no tokenizer files."""
     return _load_pretrained(
         _auto_tokenizer,
         name,
@@ -55,12 +55,12 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
 
 
 def load_feature_extractor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
-    """The feature extractor of a local directory or a hub id, or None if it has none."""
+    """Load the feature extractor of a local directory or a hub id; None if it has none."""
     return _load_extractor(AutoFeatureExtractor.from_pretrained, name, error, what="feature extractor")
 
 
 def load_processor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
-    """The processor of a local directory or a hub id, which reads more than texts, or None if it has none."""
+    """Load the processor of a local directory or a hub id, which reads more than texts; None if it has none."""
     from transformers import AutoProcessor
 
     return _load_extractor(AutoProcessor.from_pretrained, name, error, what="processor")
@@ -72,9 +72,9 @@ def _load_extractor(load: Callable[..., Any], name: str | Path, error: type[Gral
 
 
 def _auto_tokenizer(name: str | Path, **options: Any) -> Any:
-    """Load a tokenizer without the class of the model's configuration, where its own file names the tokenizer's class.
+    """Load a tokenizer without importing the model's configuration class, if its own file names the tokenizer's class.
 
-    transformers would import that class, and with it what models are loaded with: a second, and 60 MB.
+    transformers would import that class, and with it the code that loads models: a second, and 60 MB.
     """
     directory = Path(name)
     if all((directory / file).is_file() for file in (MODEL_FILE, TOKENIZER_CONFIG)):
@@ -98,7 +98,7 @@ def _load_pretrained(
     configs: Sequence[str],
     remedy: str,
 ) -> Any | None:
-    """What a local directory or a hub id holds of a kind, or None if it has none of its files."""
+    """Load one kind of object from a local directory or a hub id; None if it has none of the files."""
     directory = local_directory(name, error)
     if directory is not None:
         present = [file for file in files if (directory / file).is_file()]
@@ -121,7 +121,7 @@ def _load_pretrained(
 
 
 def _downloaded(name: str, files: Sequence[str]) -> list[str]:
-    """Those of some files of a hub repository that are in the cache, after an attempt to load them."""
+    """Return those of a hub repository's files that are in the cache, after an attempt to load them."""
     try:
         return [file for file in files if isinstance(try_to_load_from_cache(name, file), str)]
     except HFValidationError:  # neither a directory nor a hub id
@@ -135,7 +135,7 @@ def prompt_ids(
     tools: Sequence[Any] = (),
     check: Callable[[str, PreTrainedTokenizerBase], None] | None = None,
 ) -> list[int]:
-    """The token ids of a prompt: a text, a chat as a list of messages, or ids as they are."""
+    """Return the token ids of a prompt: a text, a chat as a list of messages, or ids, which are returned unchanged."""
     if is_ids(prompt):
         return [int(token) for token in prompt]
     if isinstance(prompt, (list, tuple)) and not prompt:
@@ -163,7 +163,7 @@ def prompt_ids(
 
 @contextmanager
 def _refusals_as(error: type[GraloraError], prompt: Any) -> Iterator[None]:
-    """Name the prompt that a tokenizer, or a template of chats, does not take; they raise types of their own."""
+    """Raise one error naming the prompt that a tokenizer or a chat template refuses; they raise types of their own."""
     try:
         yield
     except Exception as failure:
@@ -171,18 +171,18 @@ def _refusals_as(error: type[GraloraError], prompt: Any) -> Iterator[None]:
 
 
 def _written_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any]) -> str:
-    """A chat as its template writes it, up to where the assistant goes on."""
+    """Return a chat as its template renders it, up to where the assistant continues."""
     described = list(tools) or None
     return str(tokenizer.apply_chat_template(list(messages), described, add_generation_prompt=True, tokenize=False))
 
 
 def is_chat(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages."""
+    """Return whether a prompt is a list of messages."""
     return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, dict) for part in prompt)
 
 
 def is_ids(prompt: Any) -> bool:
-    """Whether a prompt is token ids: a list of integers, or a one-dimensional array or tensor of them."""
+    """Return whether a prompt is token ids: a list of integers, or a one-dimensional array or tensor of them."""
     if isinstance(prompt, torch.Tensor):
         kinds = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
         return prompt.ndim == 1 and prompt.dtype in kinds and not prompt.is_meta
