@@ -1,4 +1,4 @@
-"""The operators of this project for `torch.fx` graphs, each one class: arguments, reference, shape rule and calls."""
+"""The project's operators for `torch.fx` graphs, one class each: arguments, reference, shape rule and calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONTRACTIONS: set[Any] = set()  # operators that multiply by weights or activati
 
 @cache
 def define_operators(name: str) -> None:
-    """Define this project's operators, so that a graph may call one by its name."""
+    """Define the project's operators in `torch.ops`, so that a graph may call one by its name."""
     from gralora_fx.base.features import parts
 
     for file in FILES:

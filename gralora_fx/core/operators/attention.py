@@ -1,7 +1,7 @@
-"""Attention, with a cache and without, and its masks: one node a layer, and the passes that make padding an argument.
+"""Attention, with a cache and without, and its masks: one node per layer, and passes that make padding an argument.
 
-Padding, window and soft cap are arguments, so that an export can take the runtime's own fused operators without
-matching patterns.
+Padding, window and soft cap are arguments, so that an export can use the runtime's own fused operators without matching
+patterns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gralora_fx.core.operators.call import Call, V, operator
 
 @dataclass(frozen=True)
 class DotProducts(Call[V]):
-    """What attention with a cache and without have in common; their arguments begin with these."""
+    """The common arguments of attention with a cache and without, in front of all others."""
 
     query: V  # `[batch, heads, length, size]`
     key: V  # `[batch, key heads, total, size]`; key heads divide heads
@@ -30,7 +30,7 @@ class DotProducts(Call[V]):
     def attended(
         self: DotProducts[Tensor], mask: Tensor | None, scale: float, *, dropout: float = 0.0, is_causal: bool = False
     ) -> Tensor:
-        """`softmax(scale * query @ key.T + mask) @ value`, as `[batch, heads, length, value size]`."""
+        """Return `softmax(scale * query @ key.T + mask) @ value`, as `[batch, heads, length, value size]`."""
         # bool: a comparison of symbolic sizes is not one
         shares_keys = bool(self.query.shape[1] != self.key.shape[1])
         return nn.functional.scaled_dot_product_attention(
@@ -64,7 +64,7 @@ class Attention(DotProducts[V]):
     dropout: float
 
     def result(self: Attention[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch's own operators."""
         query, key, mask, length = self.query, self.key, self.mask, self.query.shape[2]
         if mask is None or mask.ndim != 4:
             padding = key.new_ones(1, key.shape[2]) if mask is None else mask
@@ -88,7 +88,7 @@ class Attention(DotProducts[V]):
         return (weights @ value).transpose(1, 2).contiguous()
 
     def shape_only(self: Attention[Tensor]) -> Tensor:
-        """The shape; the tracer is told which sizes are equal, so that all layers' caches share their symbols."""
+        """Return an empty tensor of the shape; record equal sizes, so that all layers' caches share symbols."""
         query, key, value, mask = self.query, self.key, self.value, self.mask
         equal = [key.shape[2] == value.shape[2]]
         if mask is not None:
@@ -120,7 +120,7 @@ class DotProductAttention(DotProducts[V]):
     is_causal: bool
 
     def result(self: DotProductAttention[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch's own operators."""
         mask = self.mask
         if self.padding is not None:
             keys = self.padding.bool().unsqueeze(1).unsqueeze(1)
@@ -135,7 +135,7 @@ class DotProductAttention(DotProducts[V]):
 
 @operator("mask")
 class Mask(Call[V]):
-    """`gralora::mask`: the additive causal mask. A position attends to itself and earlier ones, and to no padding.
+    """`gralora::mask`: the additive causal mask. A position attends to itself and earlier ones, and never to padding.
 
     The result is `[batch, 1, length, past + length]`, 0 or the smallest number.
 
@@ -152,21 +152,21 @@ class Mask(Call[V]):
     dtype: torch.dtype
 
     def result(self: Mask[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch's own operators."""
         total, device, length = self.padding.shape[1], self.padding.device, cast(int, self.length)
         seen = _seen(length, total, self.window, device)
         seen = seen.unsqueeze(0).unsqueeze(0) & self.padding.bool().unsqueeze(1).unsqueeze(1)
         return _additive(seen, self.dtype)
 
     def shape_only(self: Mask[Tensor]) -> Tensor:
-        """The shape."""
+        """Return an empty tensor of the shape."""
         batch, total = self.padding.shape
         return self.padding.new_empty((batch, 1, cast(int, self.length), total), dtype=self.dtype)
 
 
 @operator("documents")
 class Documents(Call[V]):
-    """`gralora::documents`: the causal mask of rows that hold several texts, whose tokens attend to their own alone.
+    """`gralora::documents`: the causal mask of rows that hold several texts; a token attends only to its own text.
 
     The result is boolean, `[batch, 1, length, total]`.
 
@@ -181,7 +181,7 @@ class Documents(Call[V]):
     window: int
 
     def result(self: Documents[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch's own operators."""
         numbers, length = self.numbers.unsqueeze(1), cast(int, self.length)
         seen = _seen(length, numbers.shape[-1], self.window, numbers.device)
         own = numbers[..., numbers.shape[-1] - length :].unsqueeze(-1) == numbers.unsqueeze(2)
@@ -189,7 +189,7 @@ class Documents(Call[V]):
 
 
 def _seen(length: int, total: int, window: int, device: torch.device) -> Tensor:
-    """Which of all positions each of the last ones sees, by causality and window: `[length, total]`."""
+    """Return which positions each of the last ones attends to, by causality and window: `[length, total]`."""
     rows = torch.arange(length, device=device).unsqueeze(1) + (total - length)
     columns = torch.arange(total, device=device).unsqueeze(0)
     seen = columns <= rows
@@ -197,7 +197,7 @@ def _seen(length: int, total: int, window: int, device: torch.device) -> Tensor:
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as one that is added to scores: 0 or the smallest number."""
+    """Return a boolean mask as an additive one: 0 or the smallest number."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
@@ -218,7 +218,7 @@ class MaskOfBlocks(Call[V]):
     whole: V
 
     def result(self: MaskOfBlocks[Tensor]) -> Tensor:
-        """The reference."""
+        """Compute the reference."""
         return self.whole.clone()
 
 

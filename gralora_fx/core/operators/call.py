@@ -1,12 +1,12 @@
-"""What an operator of this project is: one class, whose fields are the arguments of a call, spelled nowhere else.
+"""The base class of the project's operators: one class per operator, whose fields are the arguments of a call.
 
-Schema, reference, shape rule, calls in a graph and nodes of an ONNX model all come from it. An argument is a tensor of
-a model, a node of its graph, or a value of an ONNX model.
+Schema, reference, shape rule, calls in a graph and nodes of an ONNX model are derived from it. An argument is a tensor
+of a model, a node of its graph, or a value of an ONNX model.
 
 While a model is traced only shapes matter, and computing them by running operators on fake tensors takes most of the
-time. So a traced model calls operators of the namespace `gralora_shapes`, which return a tensor of the right shape and
-nothing else; `restore_aten` replaces them by the real operators in the finished graph. Which one is called depends on
-the tensors alone: during a trace, in this thread or another, tensors that have values are computed as usual.
+time. So a traced model calls operators of the namespace `gralora_shapes`, which only return a tensor of the right
+shape; `restore_aten` replaces them by the real operators in the finished graph. Only the tensors decide which one is
+called: tensors that have values are computed as usual, during a trace too, in this thread or another.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Call(Generic[V]):
 
     A pass reads `Attention.of(node).mask`, and changes a node by `replace(call, mask=padding).write(node)`.
 
-    A subclass may have a method `shape_only`, which gives a tensor of the result's shape and dtype without values: for
-    an operator that a model calls while it is traced, and not for one that only passes put into a graph.
+    A subclass may have a method `shape_only`, which returns a tensor of the result's shape and dtype without values. It
+    is for operators that a model calls while it is traced, not for those that only passes insert.
 
     Attributes:
         target: The operator, as the target of a graph's node.
-        tensors: The names of those arguments that are tensors or sizes, and so nodes of a graph; they come first.
-        results: How many tensors the operator gives: two where it carries a state, which is the second.
+        tensors: Names of the arguments that are tensors or sizes, and so nodes of a graph; they come first.
+        results: Number of tensors that the operator returns: two with a state, which is the second.
     """
 
     target: ClassVar[Any]
@@ -65,18 +65,18 @@ class Call(Generic[V]):
     results: ClassVar[int]
 
     def result(self: Call[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """Return what the operator computes, by PyTorch's own operators; the annotation says how many tensors."""
+        """Compute the operator with PyTorch's own operators; the annotation says how many tensors it returns."""
         raise NotImplementedError
 
     @classmethod
     def compute(cls, **arguments: Any) -> Tensor:
-        """Return what the operator gives; of tensors without values, as in a trace, the shape alone."""
+        """Run the operator; on tensors without values, as in a trace, return the shape alone."""
         result: Tensor = cls._called(arguments)
         return result
 
     @classmethod
     def compute_with_state(cls, **arguments: Any) -> tuple[Tensor, Tensor]:
-        """As `compute`, of an operator that carries a state: the result and the next state."""
+        """Run an operator with a state as `compute` does; return the result and the next state."""
         result, state = cls._called(arguments)
         return result, state
 
@@ -86,14 +86,14 @@ class Call(Generic[V]):
 
     @classmethod
     def of(cls, node: object) -> Self | None:
-        """The call that a node of a graph is; None of anything else."""
+        """Return the call that a graph's node makes; None for anything else."""
         if not isinstance(node, fx.Node) or node.op != "call_function" or node.target is not cls.target:
             return None
         return cls(*node.args, **node.kwargs)
 
     @classmethod
     def all_in(cls, graph: Any) -> Iterator[tuple[Any, Self]]:
-        """Every node of a graph that calls the operator, in the graph's order, with its call.
+        """Yield every node of a graph that calls the operator, in the graph's order, with its call.
 
         The nodes are listed first, and each is read when its turn comes, so a pass may change the graph meanwhile.
         """
@@ -102,20 +102,20 @@ class Call(Generic[V]):
 
     @classmethod
     def names(cls) -> list[str]:
-        """The names of the arguments, in their order."""
+        """Return the names of the arguments, in their order."""
         return [field.name for field in fields(cls)]  # type: ignore[arg-type]  # `operator` makes it a dataclass
 
     @classmethod
     def position(cls, name: str) -> int:
-        """Return which argument a name is."""
+        """Return the position of an argument by name."""
         return cls.names().index(name)
 
     def insert(self, graph: fx.Graph) -> fx.Node:
-        """A new node that makes the call, at the graph's insertion point; it has no metadata yet."""
+        """Insert a node with the call at the graph's insertion point, and return it; it has no metadata yet."""
         return graph.call_function(self.target, self._values())
 
     def write(self, node: fx.Node) -> None:
-        """Let a node make the call, in place of the one that it makes; its metadata stays."""
+        """Replace the call that a node makes; its metadata is kept."""
         node.target, node.args, node.kwargs = self.target, self._values(), {}
 
     def _values(self) -> tuple[Any, ...]:
@@ -136,8 +136,9 @@ def operator(
 ) -> Callable[[type[C]], type[C]]:
     """Make a class of calls a frozen dataclass, and define its operator in the namespace `gralora`.
 
-    PyTorch takes the operator's gradients, its shape of fake tensors and its decomposition from the class's `result`.
-    One that `contracts` multiplies and sums, by weights or between activations: it runs in a model's own precision.
+    PyTorch derives the operator's gradients, its shape on fake tensors and its decomposition from the class's `result`.
+    `contracts` marks an operator that multiplies and sums, by weights or between activations: it runs in a model's own
+    precision.
     """
 
     def define(kind: type[C]) -> type[C]:
@@ -180,17 +181,17 @@ def is_shape_only(tensor: object) -> bool:
 
 
 def operator_for(target: Any, tensor: Tensor) -> Any:
-    """What to call with a tensor: what stands for an operator if the tensor has no values, else the operator itself."""
+    """Return the operator to call with a tensor: its shape-only counterpart if the tensor has no values."""
     return _shape_only.get(target, target) if is_shape_only(tensor) else target
 
 
 def without_values(target: Any) -> Any:
-    """What gives the shapes of an operator of this project alone, for a run on fake tensors; else the target itself."""
+    """Return the shape-only counterpart of one of the project's operators, for fake tensors; else the target itself."""
     return _shape_only.get(target, target) if getattr(target, "namespace", None) == NAMESPACE else target
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Every argument of a node that calls an operator, by its name in the schema; the default where none is given."""
+    """Return every argument of an operator's node by its name in the schema, with defaults."""
     if not isinstance(node.target, OpOverload):
         raise TypeError(f"{node.name} calls {node.target}, which is not an operator; read its arguments by hand")
     arguments = schema_of(node.target).arguments

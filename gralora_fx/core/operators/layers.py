@@ -1,4 +1,4 @@
-"""The operators beside attention: normalisation, rotary embedding, stochastic depth, and reshapes of constant size."""
+"""The operators beside attention: normalization, rotary embedding, stochastic depth, and reshapes of constant size."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gralora_fx.core.operators.call import Call, V, operator
 class RmsNorm(Call[V]):
     """`gralora::rms_norm`: `x / sqrt(mean(x ** 2) + eps) * weight` over the last axis, as Llama computes it.
 
-    The result is as `x`; the norm is computed in float32.
+    The result has the shape of `x`; the norm is computed in float32.
 
     Attributes:
         x: `[..., size]`.
-        weight: `[size]`, or None for one of ones.
-        eps: What is added to the mean.
+        weight: `[size]`, or None for ones.
+        eps: Added to the mean.
     """
 
     x: V
@@ -27,22 +27,22 @@ class RmsNorm(Call[V]):
     eps: float
 
     def result(self: RmsNorm[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch's own operators."""
         wide = self.x.to(torch.float32) if self.x.dtype != torch.float64 else self.x
         result = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(self.x.dtype)
         return result if self.weight is None else self.weight * result
 
     def shape_only(self: RmsNorm[Tensor]) -> Tensor:
-        """The shape."""
+        """Return an empty tensor of the shape."""
         dtype = self.x.dtype if self.weight is None else torch.promote_types(self.x.dtype, self.weight.dtype)
         return torch.empty_like(self.x, dtype=dtype)
 
 
 @operator("rotate")
 class Rotate(Call[V]):
-    """`gralora::rotate`: rotary position embedding of the halves of the last axis, as Llama's code spells it.
+    """`gralora::rotate`: rotary position embedding of the halves of the last axis, in the form of Llama's code.
 
-    The result is as `x`.
+    The result has the shape of `x`.
 
     Attributes:
         x: `[batch, heads, length, size]`, or `[batch, length, heads, size]`.
@@ -57,21 +57,21 @@ class Rotate(Call[V]):
     axis: int
 
     def result(self: Rotate[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch's own operators."""
         half = self.x.shape[-1] // 2
         turned = torch.cat((-self.x[..., half:], self.x[..., :half]), dim=-1)
         return self.x * self.cos.unsqueeze(self.axis) + turned * self.sin.unsqueeze(self.axis)
 
     def shape_only(self: Rotate[Tensor]) -> Tensor:
-        """The shape."""
+        """Return an empty tensor of the shape."""
         return torch.empty_like(self.x)
 
 
 @operator("rotary")
 class Rotary(Call[V]):
-    """`gralora::rotary`: rotary position embedding as runtimes take it; pairs are turned by an angle for each position.
+    """`gralora::rotary`: rotary position embedding in the form of runtimes; each position rotates pairs by its angles.
 
-    The result is as `x`.
+    The result has the shape of `x`.
 
     Attributes:
         x: `[batch, heads, length, size]`.
@@ -86,7 +86,7 @@ class Rotary(Call[V]):
     interleaved: bool
 
     def result(self: Rotary[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch's own operators."""
         size = 2 * self.cos.shape[-1]
         cos, sin = self.cos.unsqueeze(1), self.sin.unsqueeze(1)
         rotated, rest = self.x[..., :size], self.x[..., size:]
@@ -101,10 +101,10 @@ class Rotary(Call[V]):
 
 @operator("drop_path", tags=(torch.Tag.nondeterministic_seeded,), train="train")
 class DropPath(Call[V]):
-    """`gralora::drop_path`: stochastic depth. Samples are zeroed at random in training, and the others scaled.
+    """`gralora::drop_path`: stochastic depth. In training samples are zeroed at random, and the others scaled up.
 
     From "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; a generator in the same state gives
-    the draws of transformers' models. The result is as `x`.
+    the draws of transformers' models. The result has the shape of `x`.
 
     Attributes:
         x: `[batch, ...]`, the output of a residual branch.
@@ -117,7 +117,7 @@ class DropPath(Call[V]):
     train: bool
 
     def result(self: DropPath[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch's own operators."""
         if not self.train or self.p == 0.0:
             return self.x
         sizes = (self.x.shape[0],) + (1,) * (self.x.ndim - 1)
@@ -127,30 +127,30 @@ class DropPath(Call[V]):
 
 @operator("reshape")
 class Reshape(Call[V]):
-    """`gralora::reshape`: PyTorch's own with every size a number, as ONNX can hold it.
+    """`gralora::reshape`: PyTorch's own with constant sizes, as ONNX can store them.
 
     Attributes:
         x: Any tensor.
-        shape: The new sizes; 0 for one that stays as it is, and at most one -1 for what is left.
+        shape: The new sizes; 0 keeps an axis, and at most one -1 takes the rest.
     """
 
     x: V
     shape: Sequence[int]
 
     def result(self: Reshape[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch's own operators."""
         return self.x.reshape([self.x.shape[axis] if size == 0 else size for axis, size in enumerate(self.shape)])
 
 
 @operator("slice")
 class Slice(Call[V]):
-    """`gralora::slice`: `x[..., start:stop:step]` along an axis, every limit a number, as ONNX can hold it.
+    """`gralora::slice`: `x[..., start:stop:step]` along an axis with constant limits, as ONNX can store them.
 
     Attributes:
         x: Any tensor.
         axis: The axis.
-        start: Where the slice begins.
-        stop: Where it ends.
+        start: Start of the slice.
+        stop: End of the slice.
         step: Its step.
     """
 
@@ -161,5 +161,5 @@ class Slice(Call[V]):
     step: int
 
     def result(self: Slice[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch's own operators."""
         return torch.ops.aten.slice.Tensor(self.x, self.axis, self.start, self.stop, self.step)  # type: ignore[no-any-return]
