@@ -1,1 +1,1 @@
-"""`GraloraModel`: switching, inspection, merging, and what users of PEFT and transformers ask a model."""
+"""`GraloraModel`: switching, inspection, merging, and the interface of PEFT's and transformers' models."""

@@ -1,4 +1,4 @@
-"""What a model runs beside its graph, such as a tower, with the adapters of the rewritten model."""
+"""Models that run beside a model's graph, such as a tower, with the adapters of the rewritten model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 
 
 def companions_of(model: TracedModel | GraloraModel) -> dict[str, TracedModel | GraloraModel]:
-    """Return a decoder's companions by the names of their files, each with the adapters that change it."""
+    """Return a decoder's companions by their files' names, each with the adapters that change it."""
     if not isinstance(model, GraloraModel):
         return dict(model.companions)
     return {name: with_adapters(part, model) for name, part in model.traced.companions.items()}
 
 
 def with_adapters(part: TracedModel, model: GraloraModel) -> TracedModel | GraloraModel:
-    """Return a companion with the adapters of its decoder that change it; itself if there is none."""
+    """Return a companion with its decoder's adapters that change it; the companion itself if none does."""
     adapted = GraloraModel(part)
     for name, config in model.configs.items():
         adapter = model.adapter(name)

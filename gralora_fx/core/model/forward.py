@@ -1,4 +1,4 @@
-"""The forward of a rewritten model: its inputs in the form that the graph takes, the graph, and the loss of labels."""
+"""The forward of a rewritten model: it binds the inputs, runs the graph, and computes the loss of labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Model(Protocol):
-    """What a forward needs of a `GraloraModel`."""
+    """The attributes of a `GraloraModel` that its forward needs."""
 
     _state: AdapterGraph
     training: bool
@@ -53,7 +53,7 @@ def _loss(model: Model, outputs: Any, labels: Mapping[str, Any], item_count: Any
 
 
 def _outputs(model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Any]:
-    """Run the graph, and return its outputs, the labels, and by what their loss is divided."""
+    """Run the graph; return its outputs, the labels, and the number that their loss is divided by."""
     traced = model._state.base.traced
     inputs, labels = split_labels(kwargs, traced.input_names)
     item_count = inputs.pop(ITEM_COUNT, None)
@@ -102,7 +102,7 @@ def _run(model: Model, args: tuple[Any, ...], inputs: dict[str, Any], form: RunF
 
 
 def _columns_before(inputs: Mapping[str, Any], length: int) -> int:
-    """Return how many columns of a call's rows are cached, beside the new ones."""
+    """Return the number of cached columns in a call's rows, before the new ones."""
     if PAST not in inputs:
         return 0
     from gralora_fx.core.tracing.inputs.cache import cached_length
@@ -115,13 +115,13 @@ def _columns_before(inputs: Mapping[str, Any], length: int) -> int:
 
 
 def acting_adapters(state: AdapterGraph, rows: Iterable[str] | None) -> dict[str, tuple[int, ...]]:
-    """Return the adapters of a run that act from tokens on, with these; of the rows' adapters, or the active ones."""
+    """Return the adapters of a run that act on some tokens only: of the rows' adapters, or of the active ones."""
     names = state.state.active if rows is None else () if state.is_suspended else rows
     return {name: tokens for name in names if (tokens := state[name].config.acts_from)}
 
 
 def starts_of_prompts(model: Model, ids: Tensor, adapter_names: object) -> dict[str, Tensor] | None:
-    """Return from which column of prompts on adapters act, for the steps of `generate`; None if all act everywhere."""
+    """Return the start column of adapters in each prompt, for the steps of `generate`; None if all act everywhere."""
     rows = None
     if adapter_names is not None:
         from gralora_fx.core.adapters.adapter_rows import rows_of_call

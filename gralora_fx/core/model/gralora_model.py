@@ -27,13 +27,12 @@ _TREE = "graph_module"  # names of parameters begin with it
 class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
     """A traced model with adapters (GraLoRA, LoRA, DoRA) in its graph.
 
-    Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
-    copies: the base stays bit for bit). The nodes of inactive and merged adapters are not in the graph, so they cost
-    nothing. The first switch to a state builds its graph and compiles it, which takes milliseconds for each hundred
-    nodes; the graphs of the last 32 states are kept.
+    Only the adapters' tensors require gradients. They include copies of the parameters that `bias` and
+    `modules_to_save` name, so the base stays the same bit for bit. The nodes of inactive and merged adapters are not in
+    the graph, so they cost nothing. The first switch to a state builds its graph and compiles it, which takes
+    milliseconds for each hundred nodes; the graphs of the last 32 states are kept.
 
-    Its verbs are those of its parts, the classes it is made of, over one `AdapterGraph`: the base, the adapters and the
-    graph that runs.
+    Its methods are in the base classes, over one `AdapterGraph`: the base, the adapters and the graph that runs.
     """
 
     def __new__(cls, traced: TracedModel) -> GraloraModel:
@@ -86,19 +85,19 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
     # -- questions --------------------------------------------------------------------------------------------------
 
     def adapter(self, adapter_name: str) -> ModelAdapter:
-        """An adapter's plan and tensors.
+        """Return an adapter's plan and tensors.
 
         Args:
             adapter_name: Its name.
 
         Raises:
-            RewriteError: An adapter does not exist.
+            RewriteError: There is no such adapter.
         """
         return self._state[adapter_name]
 
     @property
     def traced(self) -> TracedModel:
-        """The base model as it was traced."""
+        """The traced base model."""
         return self._state.traced
 
     @property
@@ -123,7 +122,7 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
 
     @property
     def plans(self) -> dict[str, RewritePlan]:
-        """What each adapter adapts, by name."""
+        """The plan of each adapter, by name."""
         return {name: adapter.plan for name, adapter in self._state.adapters.items()}
 
     @property
@@ -133,7 +132,7 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """Name of the active adapter; a list where several or none are active."""
+        """Name of the active adapter; a list if several or none are active."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
@@ -178,13 +177,13 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
         Args:
             *args: Inputs by position.
             **kwargs: Inputs by name; with `labels` (or `start_positions` and `end_positions`) the result has `.loss`,
-                by transformers' own function for the model's class. With `num_items_in_batch` the loss is a sum
-                divided by it, as Trainer asks for when it accumulates gradients. With `adapter_names`, a list with the
-                name of an adapter for each row, rows have these adapters in the place of the active ones, in training
-                too; `"__base__"` is a row without one.
+                by transformers' own function for the model's class. With `num_items_in_batch` the loss is a sum divided
+                by it, as Trainer needs to accumulate gradients. With `adapter_names`, a list with the name of an
+                adapter for each row, rows have these adapters in the place of the active ones, in training too;
+                `"__base__"` is a row without one.
 
         Returns:
-            What the model returns.
+            The model's outputs.
 
         Raises:
             TraceError: An input is missing or was not part of the trace.
@@ -215,13 +214,13 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
         Args:
             state_dict: The tensors by their names.
             strict: Whether the names must be the module's own.
-            assign: Whether tensors take the place of the module's, instead of being copied into them.
+            assign: Whether tensors replace the module's, instead of being copied into them.
         """
         with self._state.writing():
             return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GraloraModel:
-        """Convert or move every tensor, the base's among them, as `to()` does, and make the graph for it."""
+        """Convert or move every tensor, the base's included, as `to()` does, and update the graph."""
         from gralora_fx.core.tracing.other_dtypes import convert_trace, once_each, trace_converted
 
         with self._state.writing():
@@ -251,7 +250,7 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for pickle and `copy.deepcopy`: everything but the graph, which is rebuilt."""
+        """Return the state for pickle and `copy.deepcopy`: everything but the graph, which is rebuilt."""
         modules = {name: module for name, module in self._modules.items() if name != _TREE}
         state = {name: value for name, value in self.__dict__.items() if name not in ("_view", "_other_forward")}
         return {**state, "_modules": modules}

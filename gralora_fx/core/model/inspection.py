@@ -1,4 +1,4 @@
-"""Inspection of a rewritten model: the sites, nodes, tensors and numbers of parameters of its adapters."""
+"""Inspection of a rewritten model: sites, nodes, tensors and parameter counts of its adapters."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from gralora_fx.errors import RewriteError
 
 
 class Inspection:
-    """Questions about a rewritten graph; none changes it.
+    """Queries about a rewritten graph; none changes it.
 
     Attributes:
-        _state: The graph and its adapters, of the model.
+        _state: The model's graph and adapters.
     """
 
     _state: AdapterGraph
 
     def __repr__(self) -> str:
-        """One line for the base model and one for each adapter."""
+        """Return a line for the base model and one for each adapter."""
         lines = [f"GraloraModel({self._state.traced!r})"]
         for name, adapter in self._state.adapters.items():
             state = self._state.state
@@ -38,7 +38,7 @@ class Inspection:
         return "\n".join(lines)
 
     def site(self, path: str) -> LinearSite:
-        """The linear layer at a module path.
+        """Return the linear layer at a module path.
 
         Args:
             path: The path, as in `sites`.
@@ -49,13 +49,13 @@ class Inspection:
         return self._state.traced.site(path)
 
     def adapted_sites(self, adapter_name: str | None = None) -> tuple[PlannedSite, ...]:
-        """The adapted sites of one adapter or of all, with their ranks, in the order of the modules.
+        """Return the adapted sites of one adapter or of all, with their ranks, in the order of the modules.
 
         Args:
             adapter_name: Name of an adapter; None for all, one entry for each adapter at a site.
 
         Raises:
-            RewriteError: An adapter does not exist.
+            RewriteError: There is no such adapter.
         """
         if adapter_name is not None:
             return self._state[adapter_name].plan.selected
@@ -64,7 +64,7 @@ class Inspection:
         return tuple(sorted(entries, key=lambda entry: order[entry.site.path]))
 
     def adapters_at(self, path: str) -> tuple[str, ...]:
-        """Names of the adapters at a site, active or not.
+        """Return the names of the adapters at a site, active or not.
 
         Args:
             path: The path of the site.
@@ -76,7 +76,7 @@ class Inspection:
         return tuple(name for name, adapter in self._state.adapters.items() if path in adapter.factors)
 
     def nodes(self, path: str | None = None, adapter_name: str | None = None) -> tuple[fx.Node, ...]:
-        """The nodes that belong to a site, to an adapter, or to an adapter at a site, in graph order.
+        """Return the nodes of a site, of an adapter, or of an adapter at a site, in graph order.
 
         Those of inactive and merged adapters are not in the graph.
 
@@ -86,7 +86,7 @@ class Inspection:
 
         Raises:
             TargetError: The site does not exist.
-            RewriteError: An adapter does not exist.
+            RewriteError: There is no such adapter.
         """
         if adapter_name is not None:
             self._state[adapter_name]
@@ -104,7 +104,7 @@ class Inspection:
         return tuple(nodes)
 
     def factors(self, path: str, adapter_name: str | None = None) -> AdapterTensors:
-        """An adapter's tensors at a site: the parameters themselves.
+        """Return an adapter's tensors at a site: the parameters themselves.
 
         Args:
             path: Path of the site.
@@ -123,7 +123,7 @@ class Inspection:
         return adapter.factors[path]
 
     def delta_weight(self, path: str, adapter_name: str | None = None) -> Tensor:
-        """The update of a site's weight by an adapter, in the layout of the weight.
+        """Return the update of a site's weight by an adapter, in the layout of the weight.
 
         Args:
             path: Path of the site.
@@ -146,15 +146,15 @@ class Inspection:
         return delta_weight(_sum(updates), transposed=transposed)
 
     def block_norms(self, path: str, adapter_name: str | None = None) -> Tensor:
-        """Frobenius norms of the blocks of a site's update.
+        """Return Frobenius norms of the blocks of a site's update.
 
         Args:
             path: Path of the site.
             adapter_name: Name of the adapter; None for the sum of the active ones.
 
         Returns:
-            `[k, k]` float64: row j is an output block, column n an input block; `[1, 1]` for a sum of
-            different `k`, for an update that is not of low rank, and for a stack of matrices, over all of them.
+            `[k, k]` float64: row j is an output block, column n an input block. `[1, 1]` for a sum of different `k`,
+                for an update that is not of low rank, and for a stack of matrices, over all of them.
 
         Raises:
             TargetError: The site does not exist.
@@ -172,12 +172,12 @@ class Inspection:
     # -- parameters -------------------------------------------------------------------------------------------------
 
     def all_parameters(self) -> list[nn.Parameter]:
-        """The base model's parameters and those of every adapter, each once."""
+        """Return the base model's parameters and those of every adapter, each once."""
         adapters = [p for adapter in self._state.adapters.values() for p in adapter.parameters()]
         return list({id(p): p for p in (*self._state.traced.tree.parameters.values(), *adapters)}.values())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters of the base model and all adapters, tied ones counted once.
+        """Return the number of parameters of the base model and all adapters, tied ones counted once.
 
         Args:
             only_trainable: Whether to count only trainable ones.
@@ -193,7 +193,7 @@ class Inspection:
         )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters."""
+        """Return the numbers of trainable and of all parameters."""
         return self.num_parameters(only_trainable=True), self.num_parameters()
 
     def print_trainable_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""PEFT's verbs for merging adapters into the weights, and for taking them out again."""
+"""PEFT's methods for merging adapters into the weights, and for undoing that."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 
 
 class Merging:
-    """The verbs, over a graph and its adapters.
+    """PEFT's merging methods, over a graph and its adapters.
 
     Attributes:
-        _state: The graph and its adapters, of the model.
+        _state: The model's graph and adapters.
     """
 
     _state: AdapterGraph
@@ -53,7 +53,7 @@ class Merging:
         self._state.merge(names, safe=safe_merge, untie=untie)
 
     def unmerge_adapter(self) -> None:
-        """Put the base's own weights back, bit for bit, and the adapters' nodes into the graph again.
+        """Restore the base's own weights, bit for bit, and the adapters' nodes in the graph.
 
         Raises:
             MergeError: Nothing is merged.
@@ -63,7 +63,7 @@ class Merging:
     def merge_and_unload(
         self, safe_merge: bool = False, adapter_names: Sequence[str] | str | None = None, *, untie: bool = False
     ) -> TracedModel:
-        """Fold active adapters into the base's weights themselves, and return the base model.
+        """Fold active adapters into the base's own weights, and return the base model.
 
         As in PEFT, the base changes and no copy is kept; `gralora_fx.merge` leaves it unchanged instead. The model is
         empty afterwards.
@@ -71,8 +71,8 @@ class Merging:
         Args:
             safe_merge: Whether to check first that every merged weight is finite.
             adapter_names: Names of active adapters; None for all.
-            untie: Whether to give a layer with a tied weight one of its own in the result, rather than raise; the
-                base keeps the tied weight as it is.
+            untie: Whether to give a layer with a tied weight one of its own in the result, rather than raise; the base
+                keeps the tied weight as it is.
 
         Returns:
             The base model, node for node, with folded weights.
@@ -100,7 +100,7 @@ class Merging:
         return traced.with_graph(graph_module, traced.tree).train(training)
 
     def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
-        """The weight updates of adapters, by site.
+        """Return the weight updates of adapters, by site.
 
         Args:
             adapter_names: Names of the adapters; None for the active ones.
@@ -115,9 +115,9 @@ class Merging:
 
 
 def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) -> TracedModel:
-    """A copy of the traced model with other weights; the given model and its parameters stay unchanged.
+    """Return a copy of a traced model with other weights; the given model and its parameters stay unchanged.
 
-    Of a shared weight, such as a head's tied to the embedding, only the layer gets the new one.
+    If a weight is shared, such as a head's tied to the embedding, only the layer gets the new one.
     """
     if not weights:
         return traced

@@ -1,4 +1,4 @@
-"""The class created for a rewritten model: its `forward` signature lists the inputs, and it is a `PeftModel`."""
+"""The class of a rewritten model: its `forward` signature lists the inputs, and it is a `PeftModel`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def without_trainer() -> Iterator[None]:
 
 
 def _peft_model() -> type[nn.Module] | None:
-    """PEFT's model class, for which alone Trainer writes and reads adapter files; None where there is no Trainer.
+    """Return PEFT's model class, the only one for which Trainer handles adapter files; None without Trainer.
 
     It needs accelerate, without which PEFT cannot be imported either.
     """
@@ -75,7 +75,7 @@ def class_for(base: type[_Model], traced: TracedModel) -> type[_Model]:
 
 
 def restored(base: type[_Model], *description: Any) -> _Model:
-    """An uninitialised model of such a class, for `pickle` and `copy` to fill."""
+    """Return an uninitialized model of such a class, for `pickle` and `copy` to fill."""
     model: _Model = object.__new__(_class(base, *description))
     return model
 

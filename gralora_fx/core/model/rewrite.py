@@ -1,4 +1,4 @@
-"""`rewrite`: linear call sites become subgraphs with adapters; `merge`: the model without them, with folded weights."""
+"""`rewrite`: inserts adapters at linear call sites; `merge`: returns the model without them, with folded weights."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def rewrite(
 def merge(
     model: GraloraModel, adapter_names: Sequence[str] | str | None = None, *, safe: bool = True, untie: bool = False
 ) -> TracedModel:
-    """The base model, node for node, with adapters folded into its weights.
+    """Return the base model, node for node, with adapters folded into its weights.
 
-    The model and the base's weights stay unchanged; only the folded weights are new. Updates are accumulated
-    in float32 or better and rounded once.
+    The model and the base's weights stay unchanged; only the folded weights are new. Updates are accumulated in float32
+    or better and rounded once.
 
     Args:
         model: A rewritten model.
@@ -61,7 +61,7 @@ def merge(
         untie: Whether a layer with a tied weight gets one of its own in the result, instead of being refused.
 
     Returns:
-        A traced model in the mode of `model`, which remembers the adapters (`merged_adapters`).
+        A traced model in the mode of `model`, which records the adapters (`merged_adapters`).
 
     Raises:
         RewriteError: An adapter does not exist, or two of them cannot be combined (see `set_adapter`).
@@ -74,7 +74,7 @@ def merge(
 
 
 def merge_lazily(model: GraloraModel, adapter_names: Sequence[str] | str | None = None) -> TracedModel:
-    """The same with lazy folded weights, on the meta device, computed when they are read (see `lazy_tensors`).
+    """Merge like `merge`, with lazy folded weights on the meta device, computed when read (see `lazy_tensors`).
 
     So a whole model is folded and written with the memory of one weight; it cannot be run. Each weight is checked to be
     finite when it is computed.
@@ -84,7 +84,7 @@ def merge_lazily(model: GraloraModel, adapter_names: Sequence[str] | str | None 
 
 
 def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tuple[list[str], list[SiteUpdate]]:
-    """The adapters to fold and their updates."""
+    """Return the names of the adapters to fold and their updates."""
     if not isinstance(model, GraloraModel):
         first = "" if isinstance(model, TracedModel) else f"{CALL_TRACE} then rewrite(), and "
         raise MergeError(

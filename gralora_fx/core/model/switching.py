@@ -1,4 +1,4 @@
-"""Adding, switching, combining, removing, saving and loading adapters of a rewritten model; and user passes."""
+"""Adds, switches, combines, removes, saves and loads adapters of a rewritten model; and runs user passes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Switching:
     """Changes of a model's adapters and passes, each applied completely or not at all.
 
     Attributes:
-        _state: The graph and its adapters, of the model.
+        _state: The model's graph and adapters.
     """
 
     _state: AdapterGraph
@@ -78,8 +78,8 @@ class Switching:
     ) -> None:
         """Add an adapter whose weight update is the weighted sum of others'; it is not active yet.
 
-        The sum is exact. Adapters of the same `gralora_k` give one of that `k` whose rank is the sum of theirs; where
-        different `k` meet at a site, it gets the exact LoRA form (`k = 1`, rank `sum of k*r`).
+        The sum is exact. Adapters of the same `gralora_k` give one of that `k` whose rank is the sum of theirs; a site
+        where different `k` meet gets the exact LoRA form (`k = 1`, rank `sum of k*r`).
 
         Args:
             adapters: Names of the adapters to combine; sizes, scales and targets may differ.
@@ -122,24 +122,24 @@ class Switching:
     ) -> None:
         """Write adapters in PEFT's format: `default` into `directory`, others into a folder of their name in it.
 
+        An error writes none of them; other files in the directory stay.
+
         Args:
-            directory: Where to write; made if it does not exist.
+            directory: The directory, created if it does not exist.
             adapter_names: Names of the adapters; None for all.
             selected_adapters: PEFT's name for `adapter_names`.
-            is_main_process: Whether to write at all; the other processes of a distributed training do not. Of a model
-                that `fully_shard` has distributed, every process must call this, and the first one writes.
-            state_dict: The model's state dict, as Accelerate gathers it; it must hold the model's current values. Of a
+            is_main_process: Whether to write at all; the other processes of a distributed training do not. If
+                `fully_shard` has distributed the model, every process must call this, and the first one writes.
+            state_dict: The model's state dict, as Accelerate gathers it; it must hold the model's current values. For a
                 distributed model it is what is written, by the process that calls this.
             safe_serialization: Must be True: pickles are not written.
             save_function: Accepted for Accelerate's loops, and ignored: the files are always written by safetensors.
             max_shard_size: Accepted for `push_to_hub`, and ignored: an adapter is one file.
 
-        All of them are written, or none after an error; other files in the directory stay.
-
         Raises:
             RewriteError: An adapter does not exist.
-            CheckpointError: The directory cannot be written, or the state dict holds other values; its contents are
-                unchanged.
+            CheckpointError: The directory cannot be written, or the state dict holds other values; the directory's
+                contents are unchanged.
         """
         if not safe_serialization:
             raise CheckpointError("safe_serialization=False writes a pickle, which is not supported; leave it out")
@@ -188,9 +188,9 @@ class Switching:
     def add_pass(self, graph_pass: GraphPass) -> None:
         """Run a pass of your own over the rewritten graph, now and after every change of adapters.
 
-        It gets a copy of the graph, so that adapters can be switched as if it were not there, and `remove_pass` undoes
-        it. It affects running and training; `merge`, `unload` and exports return the base's graph, over which
-        `TracedModel.with_pass` runs a pass.
+        It gets a copy of the graph, so that adapters can still be switched, and `remove_pass` undoes it. It affects
+        running and training; `merge`, `unload` and exports return the base's graph, over which `TracedModel.with_pass`
+        runs a pass.
 
         Args:
             graph_pass: Takes the `GraphModule` and edits it in place. `nodes` finds the nodes of a site or an adapter.

@@ -1,4 +1,4 @@
-"""What transformers, PEFT and TRL ask of a model that they train: checkpoints, generation, embeddings, losses, tags."""
+"""The interface of transformers, PEFT and TRL to a model in training: checkpoints, generation, losses, tags."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _NO_BLOCKS = (
 
 
 class Checkpointed:
-    """A model whose blocks can be recomputed in the backward pass, and its blocks.
+    """A model's blocks, and their recomputation in the backward pass.
 
     Attributes:
-        _state: The graph and its adapters, of the model.
+        _state: The model's graph and adapters.
     """
 
     _state: AdapterGraph
@@ -37,8 +37,7 @@ class Checkpointed:
     def blocks(self) -> dict[str, GraphBlock]:
         """The blocks by the source model's path: modules for `fully_shard`, hooks and inspection.
 
-        They compute what the model's current graph computes. Tensors of adapters are arguments of theirs, and belong
-        to the model itself.
+        They run the model's current graph. Tensors of adapters are their arguments, and belong to the model itself.
         """
         tree = self._state.base.tree
         return {path: tree.get_submodule(path) for path in self._state.traced.blocks}  # type: ignore[misc]
@@ -57,8 +56,8 @@ class Checkpointed:
         `checkpoint(self.model.layers.0, x, ..., use_reentrant=False)` of the graph that runs, in training mode alone.
 
         Args:
-            gradient_checkpointing_kwargs: Options of `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False
-                unless it is given.
+            gradient_checkpointing_kwargs: Options of `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False by
+                default.
             every: 1 for every block, n for the first of each n.
 
         Raises:
@@ -112,11 +111,11 @@ class Checkpointed:
 
 
 class Trainable(Checkpointed):
-    """A model with adapters as transformers, PEFT and TRL see it.
+    """The interface of a model with adapters for transformers, PEFT and TRL.
 
     Attributes:
-        _state: The graph and its adapters, of the model.
-        model_tags: Tags for the model's card on the hub; None where there are none.
+        _state: The model's graph and adapters.
+        model_tags: Tags for the model's card on the hub; None without any.
     """
 
     _state: AdapterGraph
@@ -128,7 +127,7 @@ class Trainable(Checkpointed):
     __call__: Callable[..., Any]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate by transformers' own loop, with the active adapters, in the model's current mode.
+        """Generate with transformers' own loop and the active adapters, in the model's current mode.
 
         Args:
             *args: As of transformers' `generate`: the prompt's token ids `[batch, length]`.
@@ -136,7 +135,7 @@ class Trainable(Checkpointed):
                 `streamer`, `generation_config` and the others.
 
         Returns:
-            What transformers' `generate` returns: token ids `[batch, length]`, the prompt included.
+            The result of transformers' `generate`: token ids `[batch, length]`, the prompt included.
 
         Raises:
             TraceError: The model does not generate, or an option is not supported over a trace.
@@ -146,14 +145,14 @@ class Trainable(Checkpointed):
         return self.base_model.generate(*args, **kwargs)
 
     def losses_by_adapter(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> dict[str, Tensor]:
-        """Run a batch in which rows have adapters of their own, and compute the loss of each adapter's rows.
+        """Run a batch in which rows have different adapters, and compute the loss of each adapter's rows.
 
         Each loss, and each adapter's gradients from their sum, equal those of a batch of its rows alone. Call a wrapper
         such as DistributedDataParallel itself instead, with `by_adapter=True`.
 
         Args:
             *args: Inputs by position.
-            adapter_names: The name of each row's adapter; rows of `"__base__"` count nowhere.
+            adapter_names: The adapter of each row; rows of `"__base__"` are in no loss.
             **kwargs: Inputs by name, labels among them.
 
         Returns:
@@ -167,7 +166,7 @@ class Trainable(Checkpointed):
         return losses
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the token embeddings, as a module over the parameter that the graph reads.
+        """Return the token embeddings as a module over the parameter that the graph reads.
 
         Raises:
             TraceError: The model has none, or the module is more than a table.
@@ -175,7 +174,7 @@ class Trainable(Checkpointed):
         return _with_root(self.base_model.get_input_embeddings())
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Return the language-model head, as a module over the parameters that the graph reads; None without one.
+        """Return the language model's head as a module over the parameters that the graph reads; None without one.
 
         Raises:
             TraceError: It is more than a linear layer.
@@ -184,19 +183,19 @@ class Trainable(Checkpointed):
         return None if head is None else _with_root(head)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Shift labels right, for collators that feed an encoder-decoder's decoder.
+        """Shift labels right, for collators that make an encoder-decoder's decoder inputs.
 
         Args:
-            labels: Token ids `[batch, length]`, -100 where the loss leaves one out.
+            labels: Token ids `[batch, length]`, -100 where there is no loss.
         """
         return self.base_model.prepare_decoder_input_ids_from_labels(labels)
 
     @property
     def base_model(self) -> TransformersView:
-        """The model as a transformers model, adapters included, as in PEFT; it is one object.
+        """The model as a transformers model, adapters included, as in PEFT; always the same object.
 
-        A `forward` that is assigned to it, as TRL does to compute losses without logits, is the model's from then on;
-        its `base_model` is the model up to the language model's head.
+        Assigning its `forward`, as TRL does to compute losses without logits, replaces the model's own. Its
+        `base_model` is the model up to the language model's head.
         """
         from gralora_fx.core.model.forward import compute, run_to_head, starts_of_prompts
         from gralora_fx.core.tracing.as_transformers import Viewed, view_of
@@ -217,15 +216,15 @@ class Trainable(Checkpointed):
         return view
 
     def get_base_model(self) -> TransformersView:
-        """The model as a transformers model, adapters included, as in PEFT; `traced` is the base without them."""
+        """Return the model as a transformers model, adapters included, as in PEFT; `traced` is the base."""
         return self.base_model
 
     def can_generate(self) -> bool:
-        """Whether the model generates."""
+        """Return whether the model can generate."""
         return self._state.traced.can_generate()
 
     def _parameters_read(self) -> dict[str, nn.Parameter]:
-        """The parameters that the graph reads, by the names of the source model."""
+        """Return the parameters that the graph reads, by the names of the source model."""
         adapters, parameters = self._state, self._state.base.parameters_now()
         for name in adapters.state.active:
             for copies in adapters[name].copies.values():
@@ -272,16 +271,16 @@ class Trainable(Checkpointed):
         `push_to_hub`, of the model and of Trainer, writes them into the card; `save_pretrained` writes no card.
 
         Args:
-            tags: A tag, or several; those that are there already stay as they are.
+            tags: A tag, or several; existing ones are kept.
         """
         wanted = [*(self.model_tags or ()), *([tags] if isinstance(tags, str) else tags)]
         self.model_tags = list(dict.fromkeys(wanted))
 
 
 def _with_root(module: nn.Module) -> nn.Module:
-    """Mark a module that no graph calls as one that is sharded with the whole model, in a distributed run.
+    """Mark a module that no graph calls as sharded already, in a distributed run, so that it stays in the root group.
 
-    accelerate gives embeddings and heads groups of their own, which are gathered when they are called.
+    accelerate would give embeddings and heads groups of their own, which are gathered only when they are called.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         from torch.distributed.fsdp import FSDPModule
@@ -291,14 +290,14 @@ def _with_root(module: nn.Module) -> nn.Module:
 
 
 class GraphDropout(nn.Dropout):
-    """The dropout of a graph, as a module for what turns it off by setting `p` of every such module to 0.
+    """The dropout of a graph, as a module for code that turns dropout off by setting `p` of every such module to 0.
 
     Args:
         state: The graph.
     """
 
     def __init__(self, state: AdapterGraph) -> None:
-        """Stand for the dropout of a graph."""
+        """Store the graph."""
         nn.Module.__init__(self)
         self.inplace = False
         self._state = state

@@ -74,7 +74,7 @@ def weighted_sum(
 def _sums(
     adapters: Sequence[ModelAdapter], updates: Mapping[str, Sequence[Update]]
 ) -> tuple[AdapterConfig, dict[str, AdapterTensors]]:
-    """The sum at every site in one method and one size: that of the adapters if it takes any update, else GraLoRA."""
+    """Return the sum at every site in one method and one size: in that of the adapters if possible, else GraLoRA."""
     method = adapters[0].method
     if all(adapter.method is method for adapter in adapters) and isinstance(method, SummableMethod):
         rank = max(sum(update.lora_form()[0].shape[0] for update in summands) for summands in updates.values())
@@ -88,9 +88,9 @@ def _sums(
 
 
 def _common_sizes(sites: Sequence[Sequence[Update]]) -> tuple[int, int, int]:
-    """The `(k, r, hybrid_r)` of smallest rank with which the sum at every site can be written.
+    """Return the `(k, r, hybrid_r)` of smallest rank with which the sum at every site can be written.
 
-    `k` is the least common multiple of all, where it divides the widths, or 1; `r` is at least `k`, for GraLoRA has
+    `k` is the least common multiple of all, if it divides the widths, or 1; `r` is at least `k`, since GraLoRA has
     blocks.
     """
     sizes = [[as_gralora(update.factors).sizes for update in updates] for updates in sites]
