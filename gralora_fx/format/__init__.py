@@ -1,1 +1,1 @@
-"""Contents of an export directory, which its writer and its readers share."""
+"""The contents of an export directory, shared by its writer and its readers."""

@@ -1,4 +1,4 @@
-"""ONNX Runtime's format of adapters, read from memory: its own reader takes a path alone, and copies every tensor.
+"""Reads ONNX Runtime's adapter format from memory: its own reader needs a path, and copies every tensor.
 
 The format is a flatbuffer: tables whose fields are found by a table of offsets before them.
 
@@ -34,7 +34,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class AdapterContent:
-    """What an adapter file and its record hold, read once."""
+    """The contents of an adapter file and of its record, read once."""
 
     path: Path  # where the file is, for messages
     file: Buffer  # its bytes
@@ -42,11 +42,11 @@ class AdapterContent:
 
 
 class FormatError(ValueError):
-    """Bytes are not an adapter in the format's version that is known."""
+    """Bytes are not an adapter in the known version of the format."""
 
 
 def read_parameters(content: Buffer) -> dict[str, NDArray[np.generic]]:
-    """The tensors of an adapter file, by name; they share its memory."""
+    """Return the tensors of an adapter file, by name; they share its memory."""
     try:
         view = content.data
         if view[4:8] != _IDENTIFIER:
@@ -84,18 +84,18 @@ class _Table:
         self._size = _SHORT.unpack_from(content, self._fields)[0]
 
     def _field(self, number: int) -> int:
-        """Where a field is; 0 for one that is left out."""
+        """Return the position of a field; 0 for a missing one."""
         place = 4 + 2 * number
         offset = _SHORT.unpack_from(self.content, self._fields + place)[0] if place < self._size else 0
         return self._at + offset if offset else 0
 
     def integer(self, number: int) -> int:
-        """A field that is a number."""
+        """Return a number field; 0 for a missing one."""
         at = self._field(number)
         return int(_INT.unpack_from(self.content, at)[0]) if at else 0
 
     def vector(self, number: int, width: int) -> tuple[int, int]:
-        """Where a field begins that is a vector or a text, and how many items it has; none if it is left out."""
+        """Return the start of a vector or text field and its number of items; 0 items for a missing one."""
         at = self._field(number)
         if not at:
             return 0, 0
@@ -106,7 +106,7 @@ class _Table:
         return start + 4, count
 
     def tables(self, number: int) -> Iterator[int]:
-        """Where the tables of a field are."""
+        """Yield the positions of a field's tables."""
         start, count = self.vector(number, 4)
         for place in range(start, start + 4 * count, 4):
             yield place + _offset(self.content, place)

@@ -5,13 +5,14 @@ With s = r / k, an adapter adds to the output of a linear layer with the input x
     sum over input blocks n of  x[n] @ A[n][:, j*s:(j+1)*s] @ B[j][n*s:(n+1)*s]     to output block j  (GraLoRA)
     x @ A_general @ B_general                                                       to the whole       (LoRA)
 
-Its scale is part of the `B` tensors. Rank 0 on either side leaves that side out.
+Its scale is multiplied into the `B` tensors. Rank 0 on either side omits that side.
 
-An export in LoRA's form has the second side alone, and takes a GraLoRA adapter as the LoRA of rank k*r + hybrid_r that
-it is, exactly: a third of the nodes, and k times the values.
+An export in LoRA's form has only the second side. It takes a GraLoRA adapter as the equal LoRA of rank k*r + hybrid_r:
+a third of the nodes, and k times the values.
 
-So do layers that an adapter may replace as a whole (`modules_to_save`), in every export: the difference of the trained
-weight to the base's is a LoRA of rank min(in, out). Where a bias trains, the difference to the base's is a vector:
+Layers that an adapter may replace as a whole (`modules_to_save`) have only that side too, in every export: the
+difference of the trained weight to the base's is a LoRA of rank min(in, out). If a bias trains, the difference to the
+base's is a vector:
 
     gralora_bias [out]                                                              to the whole       (trained bias)
 """
@@ -48,15 +49,15 @@ class AdapterSite:
     has_bias: bool = False  # whether adapters may change its bias
 
     def blocks(self, k: int) -> int:
-        """Blocks in each direction here, in an export of `k`; 0 for none."""
+        """Return the number of blocks in each direction here, in an export of `k`; 0 for none."""
         return k if self.form == BLOCKS else 0
 
     def names(self, k: int) -> tuple[str, ...]:
-        """Names of its tensors, in the order of `FIELDS`."""
+        """Return the names of its tensors, in the order of `FIELDS`."""
         return tuple(self.shapes(k, 0, 0))
 
     def shapes(self, k: int, r: int | str, hybrid_r: int | str) -> dict[str, tuple[int | str, ...]]:
-        """Shapes of its tensors by name."""
+        """Return the shapes of its tensors by name."""
         inner, outer, k = self.in_features, self.out_features, self.blocks(k)
         by_field: dict[str, tuple[int | str, ...]] = {}
         if k:
@@ -68,11 +69,11 @@ class AdapterSite:
         return {f"{self.path}.{field}": shape for field, shape in by_field.items()}
 
     def parts(self, tensors: Mapping[str, _Tensor]) -> tuple[_Tensor | None, ...]:
-        """Its tensors among others, in the order of `FIELDS`; None for those that it lacks."""
+        """Return its tensors among others, in the order of `FIELDS`; None for missing ones."""
         return tuple(tensors.get(f"{self.path}.{field}") for field in FIELDS)
 
     def is_within(self, rank: int) -> bool:
-        """Whether a rank of plain LoRA is none to limit: it is that of the weight, which adapters may replace here."""
+        """Return whether a rank of plain LoRA is exempt from limits: adapters may replace this weight as a whole."""
         return self.form == WHOLE and rank <= min(self.in_features, self.out_features)
 
 
@@ -90,35 +91,35 @@ class AdapterInputs:
     uncalled: tuple[str, ...] = ()
 
     def ranks(self, site: AdapterSite) -> tuple[str, str]:
-        """Names of the symbolic axes of a site's ranks, which an adapter may have in another size at every site.
+        """Return names of the symbolic axes of a site's ranks, which an adapter may choose for each site.
 
-        ONNX Runtime takes axes of one name for equal, and uses the memory of one value for another.
+        ONNX Runtime assumes that axes of one name are equal, and reuses the memory of one value for another.
         """
         return f"{site.path}.{RANK}", f"{site.path}.{HYBRID_RANK}"
 
     def stacked(self, shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
-        """The shape of an export's input, of the shape of one adapter's tensor."""
+        """Return the shape of an export's input, given the shape of one adapter's tensor."""
         return (ADAPTERS_AXIS, *shape) if self.mode == STACKED else shape
 
     def by_row(self) -> AdapterInputs:
-        """The same tensors stacked and chosen by row, as `model_rows.onnx` takes them."""
+        """Return the same inputs stacked and chosen by row, as in `model_rows.onnx`."""
         return replace(self, mode=STACKED)
 
     def within(self, names: Collection[str]) -> AdapterInputs:
-        """Return those of the layers that a graph has, by the names of its inputs; companions have the others."""
+        """Return the inputs of the layers in a graph, by the names of its inputs; companions have the others."""
         return replace(self, sites=tuple(site for site in self.sites if site.names(self.k)[0] in names))
 
     def names(self) -> Iterator[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         for site in self.sites:
             yield from site.names(self.k)
 
 
 def is_adapter_tensor(name: str) -> bool:
-    """Return whether the name of a model's input is that of an adapter tensor."""
+    """Return whether a model's input is an adapter tensor, by its name."""
     return name.rpartition(".")[2] in FIELDS
 
 
 def is_adapter_input(name: str) -> bool:
-    """Return whether an input of a model is an adapter tensor, or says which adapter each row has."""
+    """Return whether a model's input is an adapter tensor, or holds the adapter of each row."""
     return name == ADAPTER_IDS or is_adapter_tensor(name)

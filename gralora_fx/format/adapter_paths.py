@@ -1,4 +1,4 @@
-"""Adapters as files: their names and places, those of an export and those that a user gives; light, for options."""
+"""Names and paths of adapter files, in an export and from a user; a light import, for options."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def is_name(name: object) -> bool:
-    """Whether a value is a name that an adapter may have, which is also that of a file."""
+    """Return whether a value can be an adapter's name, which is also a file's."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def check_name(name: object, error: type[GraloraError] = ExportError) -> str:
-    """An adapter's name, which is also that of a file."""
+    """Check an adapter's name, which is also a file's, and return it."""
     if not is_name(name):
         raise error(
             f"{shown(name)} is not a name for an adapter: take letters, digits, dots, dashes and underscores, at most "
@@ -31,7 +31,7 @@ def check_name(name: object, error: type[GraloraError] = ExportError) -> str:
 
 
 def record_path(path: Path) -> Path:
-    """Where the record of an adapter file is."""
+    """Return the path of an adapter file's record."""
     return path.with_suffix(".json")
 
 
@@ -42,7 +42,7 @@ def check_takes_adapters(
     *,
     remedy: str = f"export the model with {option(adapters='data')}",
 ) -> AdapterInputs:
-    """The inputs of an export that takes adapters as data."""
+    """Return the adapter inputs of an export; raise if it takes no adapters as data."""
     if manifest.adapter_inputs is None:
         merged = f" and has {', '.join(manifest.adapters)} merged into its weights" if manifest.adapters else ""
         raise error(f"{name} takes no adapters: it was exported with {option(adapters='merged')}{merged}; {remedy}")
@@ -50,10 +50,10 @@ def check_takes_adapters(
 
 
 def check_can_act(tokens: tuple[int, ...], adapter: object, kind: str, *, has_copies: bool) -> None:
-    """Check that an adapter as data of an export may act from tokens on, `tokens`: the engine sees to that.
+    """Check that an adapter as data of an export may act from certain tokens on, which the engine implements.
 
     Args:
-        tokens: The tokens; none for an adapter that acts everywhere.
+        tokens: The start tokens; empty for an adapter that acts on all tokens.
         adapter: The adapter, for the message.
         kind: The kind of the export.
         has_copies: Whether it trains parameters of the base whole.
@@ -71,7 +71,7 @@ def check_can_act(tokens: tuple[int, ...], adapter: object, kind: str, *, has_co
 
 
 def own_adapters(directory: Path, error: type[GraloraError]) -> dict[str, Path]:
-    """The adapter files in an export's directory, by name."""
+    """Return the adapter files in an export's directory, by name."""
     folder = directory / ADAPTERS
     if folder.is_symlink():
         raise error(f"{folder} is a link; copy the directory itself into the export directory")
@@ -83,7 +83,7 @@ def own_adapters(directory: Path, error: type[GraloraError]) -> dict[str, Path]:
 
 
 def adapter_path(value: object) -> Path:
-    """The path of an adapter that a user gave: an `.onnx_adapter` file, or a directory that PEFT saved."""
+    """Return the path of a user's adapter, after checking it: an `.onnx_adapter` file, or a directory from PEFT."""
     remedy = f"give an {SUFFIX} file or a directory that PEFT saved"
     path = usable_path(value, ServingError, remedy=remedy)
     if not path.exists():
@@ -93,6 +93,6 @@ def adapter_path(value: object) -> Path:
 
 
 def check_adapter_kind(path: Path, is_directory: bool, name: str) -> None:
-    """Check that what is at a path is a directory, or named as an adapter file is."""
+    """Check that a path is a directory, or has the name of an adapter file."""
     if not is_directory and path.suffix != SUFFIX:
         raise ServingError(f"{name} is neither an {SUFFIX} file nor a directory that PEFT saved an adapter to")

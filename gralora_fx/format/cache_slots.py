@@ -1,4 +1,4 @@
-"""The tensors that a model keeps between its steps: kinds of state, and the names of each tensor in an export."""
+"""The tensors that a model keeps between its steps: kinds of state, and their names in an export."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class StateKind:
     """A kind of tensor that a layer keeps between steps; its first axis is the batch.
 
     Attributes:
-        name: What the names of inputs and outputs call it.
-        attribute: Where a layer of transformers' cache holds it: a tensor, or a dict of several by their number.
-        grows: The axis of positions, which a step makes longer; None of a state whose size is fixed, of which a step
-            gives the next. Such a state is zeros before the first step.
-        axes: What an export calls its axes, the last of which may have fixed sizes.
-        sums_up: Whether it sums up all positions, one after the other. Exports in half precision keep it in float32,
-            since rounding would add up over a text, and positions of padding take as long as others.
-        is_window: Whether its last axis holds the last inputs of a layer, of which a model may keep one more, the
-            oldest, than a step reads again.
-        beside: Where some models' caches hold it beside their layers: the name of a list with an item for each layer.
+        name: The kind's part of the names of inputs and outputs.
+        attribute: The attribute of a layer of transformers' cache: a tensor, or a dict of several by their number.
+        grows: The axis of positions, which a step makes longer. None for a state of fixed size, which a step replaces;
+            it is zeros before the first step.
+        axes: Names of its axes in an export; the last axes may have fixed sizes.
+        sums_up: Whether it accumulates over all positions. Exports in half precision keep it in float32, since rounding
+            errors would add up over a text, and padding takes as long as other positions.
+        is_window: Whether its last axis holds a layer's last inputs. A model may keep one more, the oldest, than a step
+            reads again.
+        beside: The attribute of the cache itself, a list with an item for each layer, where some models keep it.
     """
 
     name: str
@@ -36,7 +36,7 @@ class StateKind:
     beside: str = ""
 
     def shape(self, like: Sequence[Any], batch: int, length: int) -> tuple[int, ...]:
-        """The shape of one for a number of rows and positions."""
+        """Return the shape for a batch size and a number of positions."""
         sizes = [batch, *like[1:]]
         if self.grows is not None:
             sizes[self.grows] = length
@@ -56,7 +56,7 @@ KINDS = {
 
 
 def kinds_shown(signs: Collection[str]) -> dict[str, StateKind]:
-    """Return the kinds of state by name, with those of the features that some signs show."""
+    """Return the kinds of state by name, including those of features that the signs indicate."""
     if KINDS.keys() >= set(signs):
         return KINDS
     kinds = dict(KINDS)
@@ -82,17 +82,17 @@ class CacheSlot:
 
     @property
     def past(self) -> str:
-        """The name of the input of a step that takes it."""
+        """The name of a step's input for it."""
         return PAST_PREFIX + self.place
 
     @property
     def present(self) -> str:
-        """The name of the output of a step that gives the next one."""
+        """The name of a step's output with its next value."""
         return PRESENT_PREFIX + self.place
 
 
 def slot_of(name: str) -> CacheSlot | None:
-    """The slot that an input or output of an export is called after; None of any other value."""
+    """Return the slot in the name of an export's input or output; None for any other value."""
     place = next((name.removeprefix(prefix) for prefix in (PAST_PREFIX, PRESENT_PREFIX) if name.startswith(prefix)), "")
     layer, *rest = place.split(".")
     part = rest.pop(0) if rest and rest[0] in ("decoder", "encoder") else ""
@@ -102,11 +102,11 @@ def slot_of(name: str) -> CacheSlot | None:
 
 
 def past_slots(values: Iterable[Any]) -> dict[CacheSlot, Any]:
-    """The cached tensors among a graph's inputs, by slot."""
+    """Return the cached tensors among a graph's inputs, by slot."""
     named = ((slot_of(str(value.name)), value) for value in values if str(value.name).startswith(PAST_PREFIX))
     return {slot: value for slot, value in named if slot is not None}
 
 
 def keeps_state(slots: Iterable[CacheSlot]) -> bool:
-    """Return whether a cache has states of a fixed size, which cannot be cut to those of fewer tokens."""
+    """Return whether a cache has states of a fixed size, which cannot be cut back to fewer tokens."""
     return any(slot.kind.grows is None for slot in slots)

@@ -1,4 +1,4 @@
-"""An export directory compared with its manifest: its files, and the packages that run it."""
+"""Compares an export directory with its manifest: its files, and the packages that run it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.onnx", "*.onnx
 def check_files(
     directory: str | Path, manifest: Manifest, *, digests: bool, error: type[GraloraError] = ExportError
 ) -> int:
-    """Compare the files of an export directory with what its manifest says of them.
+    """Compare the files of an export directory with its manifest.
 
     Files that the manifest does not name are allowed, such as a README; with `digests`, none that would be read.
     """
@@ -71,7 +71,7 @@ def _unnamed(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
 
 
 def check_requirements(directory: Path, manifest: Manifest) -> None:
-    """Check the packages that an export names."""
+    """Check that the packages that an export requires are installed."""
     for package, oldest in (manifest.requires or {}).items():
         found = _version(package)
         try:
@@ -100,7 +100,7 @@ def _version(package: str) -> str | None:
 
 
 def weight_files(manifest: Manifest) -> set[str]:
-    """Names of the files that an export's models may keep their weights in; of a manifest without files, the usual."""
+    """Return names of the files that an export's models may keep weights in; the usual ones if none are listed."""
     if manifest.files is None:
         return {f"{name}{DATA_SUFFIX}" for name in (MODEL, ROWS, ENCODER, DECODER)}
     return {name for name in manifest.files if name.endswith(DATA_SUFFIX)}

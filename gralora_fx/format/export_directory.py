@@ -1,8 +1,8 @@
-"""The directory of an export: names of its files and their inputs, whether it is one, and links, which are refused.
+"""The directory of an export: names of its files and their inputs, how it is recognised, and which links it may have.
 
 No link may lead out of it, apart from those of the Hugging Face hub's cache, which keeps a repository's files in
-`blobs/`, and a directory `snapshots/<revision>/` of symbolic links to them. A file with several hard links is refused
-wherever it is, since nothing tells whether another of its names is outside.
+`blobs/`, and a directory `snapshots/<revision>/` of symbolic links to them. A file with several hard links is always
+refused, since nothing tells whether another of its names is outside.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROWS_FORM = "gralora_rows_form"  # metadata of a decoder's rows: the version of 
 
 
 def not_an_export(directory: Path) -> str:
-    """Why a directory is not an export, and what to do."""
+    """Return why a directory is not an export, and what to do."""
     kind = described(directory)
     if kind == "is a file":
         return f"{directory} {kind}; give the directory of the export, {directory.parent}"
@@ -54,7 +54,7 @@ def not_an_export(directory: Path) -> str:
 
 
 def is_export(directory: Path) -> bool:
-    """Whether a directory holds a manifest, of whatever schema."""
+    """Return whether a directory has a manifest, of any schema."""
     try:
         fields = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -63,7 +63,7 @@ def is_export(directory: Path) -> bool:
 
 
 def check_own_file(path: Path, error: type[GraloraError]) -> None:
-    """Check that a file is a directory's own: regular, of one name, not a link other than a snapshot's to its blob."""
+    """Check that a file is regular, with one name, and no link other than a hub snapshot's to its blob."""
     try:
         if path.is_symlink() and not _is_snapshot_link(path):
             raise error(f"{path} is a link; copy the file itself into the export directory")
@@ -79,7 +79,7 @@ def check_own_file(path: Path, error: type[GraloraError]) -> None:
 
 
 def _is_snapshot_link(path: Path) -> bool:
-    """Whether a link in `<repository>/snapshots/<revision>/` leads straight to a file in `<repository>/blobs/`."""
+    """Return whether a link in `<repository>/snapshots/<revision>/` leads straight to a file of its `blobs/`."""
     absolute = path.absolute()
     repositories = [folder.parent.parent for folder in absolute.parents if folder.parent.name == "snapshots"]
     return any(

@@ -1,4 +1,4 @@
-"""How an export is used, in a line of Python and in a command."""
+"""A line of Python and a command that use an export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMPARING, _GENERATING, _SERVING = "gralora-fx verify", "gralora-fx generate", "
 
 
 def comparison_of(directory: str | Path) -> Invocation:
-    """How an export is compared with its model; the command needs the options too that name that."""
+    """Return the call that compares an export with its model; the command needs the model's options too."""
     place = str(directory)
     python = f"from gralora_fx.exporters import verify_onnx; verify_onnx({place!r}, model)"
     return Invocation(python, COMPARING, {"onnx": place})
@@ -28,7 +28,7 @@ def usage_of(
     inputs: Iterable[str] = (),
     adapter: str | None = None,
 ) -> Invocation:
-    """How an export is called: one that generates by a prompt, others with their inputs."""
+    """Return a call that runs an export: with a prompt if it generates, else with its inputs."""
     place, chosen = str(directory), "" if adapter is None else f", adapter={adapter!r}"
     given = {"onnx": place} | ({} if adapter is None else {"adapter": adapter})
     loaded, has_tokenizer = f"load({place!r})", _TOKENIZER in files

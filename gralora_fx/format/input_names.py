@@ -1,4 +1,4 @@
-"""The names of inputs that more than one stage knows, and what a decoder's step takes beside the ids of its tokens."""
+"""Names of inputs that several stages use, and a decoder step's inputs beside token ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs
 
 @dataclass(frozen=True)
 class StepInput:
-    """An input of a step that has something for every position, which text alone does without."""
+    """A step's input with a value for every position, not needed for text alone."""
 
     name: str
     absent: float = 0  # its value at a position of text
@@ -33,19 +33,19 @@ class StepInput:
     follows: str = IDS
 
     def of_text(self, like: Any, inputs: Mapping[str, Any]) -> Any:
-        """Return the values of a step of text alone, a tensor of an example's type."""
+        """Return the values for a step of text alone, in the type of an example."""
         sizes = list(like.shape)
         sizes[self.axis : self.axis + 2] = inputs[self.follows].shape[:2]
         return like.new_full(sizes, self.absent)
 
 
 def takes_embeddings(inputs: Collection[str]) -> bool:
-    """Return whether a decoder's step takes embeddings beside ids, to be read where an id is `GIVEN`."""
+    """Return whether a decoder's step takes embeddings, which replace ids equal to `GIVEN`."""
     return EMBEDS in inputs and IDS in inputs
 
 
 def beside_ids(inputs: Collection[str]) -> dict[str, StepInput]:
-    """Return what a step takes beside ids and a text leaves out, by name; nothing of one that takes no embeddings."""
+    """Return a step's inputs beside ids that text leaves out, by name; empty if it takes no embeddings."""
     if not takes_embeddings(inputs):
         return {}
     from gralora_fx.base.features import parts
@@ -54,7 +54,7 @@ def beside_ids(inputs: Collection[str]) -> dict[str, StepInput]:
 
 
 def split_labels(inputs: Mapping[str, Any], traced: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split inputs into those without labels, and the labels."""
+    """Split inputs into those other than labels, and the labels."""
     outside = [name for name in LABELS if name not in traced]
     labels = {name: inputs[name] for name in outside if inputs.get(name) is not None}
     return {name: value for name, value in inputs.items() if name not in outside}, labels
@@ -64,13 +64,13 @@ OtherValues = Callable[[Any, Any], Any]  # of an input's value and a generator o
 
 
 class InputFacts(Protocol):
-    """A frozen record of what one input has to be; a part of the point "input facts" names its class.
+    """A frozen record of requirements on one input; parts of the point "input facts" name its class.
 
-    A manifest has its fields under the record's name. `str` of it says in words what the input has to be.
+    A manifest stores its fields under the record's name. Its `str` describes the requirements in words.
 
     Attributes:
-        input: The input that it is of.
-        title: What a line that shows the record begins with.
+        input: The input's name.
+        title: The beginning of a line that shows the record.
     """
 
     input: ClassVar[str]
@@ -78,17 +78,17 @@ class InputFacts(Protocol):
 
     @property
     def trace_options(self) -> Mapping[str, Any]:
-        """Options of `trace` that make such a trace again."""
+        """Options of `trace` that reproduce such a trace."""
 
     @property
     def smallest(self) -> Sequence[int]:
-        """The sizes of the last axes of the smallest input that is taken."""
+        """The sizes of the last axes of the smallest allowed input."""
 
     def problem(self, shape: Sequence[int], sizes: Sequence[Any]) -> str | None:
-        """Say what is wrong with an input of a shape beside the graph's sizes, and what to do; None if it is taken."""
+        """Return why a shape is not allowed beside the graph's sizes, and what to do; None if it is."""
 
     def others(self, example: Any) -> Iterator[tuple[str, OtherValues]]:
-        """Yield other inputs to compare an export on, each in words, and what makes one of an input's value."""
+        """Yield other inputs for a comparison, each with its description and a function that makes it."""
 
     def wrong_field(self) -> str | None:
-        """Return the name of a field whose value no export writes; None if all are right."""
+        """Return the name of a field whose value no export writes; None if all are valid."""

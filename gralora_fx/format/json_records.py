@@ -1,7 +1,7 @@
-"""Objects of a JSON file as dataclasses, whose annotations say what each field holds; an error names the place.
+"""Reads JSON objects into dataclasses, whose annotations declare each field; an error names the place.
 
 A field is a text, a number, a flag, another such dataclass, a `Mapping` by name, a `tuple` or `Any`; or one of them or
-None. `Annotated[str, ("a", "b")]` allows some values alone. A field with a default may be missing.
+None. `Annotated[str, ("a", "b")]` allows only these values. A field with a default may be missing.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ Count: TypeAlias = Annotated[int, range(2**63)]  # not below 0
 
 
 class FieldError(Exception):
-    """A field is missing, or has a value that no writer gives it.
+    """A field is missing, or has an invalid value.
 
     Attributes:
-        place: Where it is in the file, such as `quality.outputs.0.name`.
-        value: What it has; `MISSING` for none.
+        place: Its place in the file, such as `quality.outputs.0.name`.
+        value: Its value; `MISSING` for none.
     """
 
     def __init__(self, place: str, value: object) -> None:
-        """Say where it is, and what it has."""
+        """Store the place and the value."""
         problem = "is missing" if value is MISSING else f"is {value!r:.80}, which no export writes"
         super().__init__(f"{place} {problem}")
         self.place, self.value = place, value
 
 
 def read_object(kind: type[_Record], fields: Mapping[str, Any], place: str = "") -> _Record:
-    """An object as a dataclass; fields that the dataclass lacks are left out."""
+    """Convert an object to a dataclass; unknown fields are ignored."""
     return kind(**{field.name: _taken(field, hint, fields, place) for field, hint in _declared(kind)})  # type: ignore[arg-type]
 
 
 def wrong_fields(kind: type[Any], fields: Mapping[str, Any]) -> Iterator[str]:
-    """Names of all fields of an object that `read_object` would refuse."""
+    """Yield the names of all fields for which `read_object` would raise."""
     for field, hint in _declared(kind):  # type: ignore[arg-type]
         try:
             _taken(field, hint, fields, "")
@@ -56,7 +56,7 @@ def _taken(field: dataclasses.Field[Any], hint: Any, fields: Mapping[str, Any], 
 
 
 def _converted(hint: Any, value: Any, place: str) -> Any:
-    """A value of a file as one of a field's type."""
+    """Convert a value of a file to a field's type."""
     if type(value) is hint:  # a text, a number or a flag, as most values are
         return value
     if not _fits(hint, value):
@@ -83,14 +83,14 @@ def _converted(hint: Any, value: Any, place: str) -> Any:
 
 
 def _are_plain(hint: Any, items: list[Any]) -> bool:
-    """Whether items are texts or numbers of a type, which need no conversion; quick, as there may be thousands."""
+    """Return whether items are texts or numbers of a type that need no conversion; fast, for thousands of them."""
     if hint is Count:
         return all(type(item) is int and 0 <= item < 2**63 for item in items)
     return hint in (str, int, float) and all(type(item) is hint for item in items)
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of a type, whatever it holds."""
+    """Return whether a value is of a type, not checking its items."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value is not MISSING
@@ -105,6 +105,6 @@ def _fits(hint: Any, value: Any) -> bool:
 
 @cache
 def _declared(kind: type[Any]) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
-    """The fields of a dataclass, each with its type."""
+    """Return the fields of a dataclass, each with its type."""
     hints = get_type_hints(kind, include_extras=True)
     return tuple((field, hints[field.name]) for field in dataclasses.fields(kind))

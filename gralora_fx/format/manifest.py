@@ -1,4 +1,4 @@
-"""`gralora_export.json`, the manifest of an export: what the directory holds and what it was made from, typed."""
+"""`gralora_export.json`, the manifest of an export: the contents and origin of the directory, typed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class BaseEntry:
-    """The base model that was exported, as it was named."""
+    """The base model that was exported, by the name it was given."""
 
     name: str  # its directory or hub id
     revision: str | None = None  # the commit of its hub repository, where that is known
@@ -75,7 +75,7 @@ class SiteEntry:
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """Where the weight of a linear layer lies in an export, of a layer whose weight a file of it multiplies by."""
+    """The place of a linear layer's weight in an export, for a layer that multiplies by a weight in a file."""
 
     file: str  # the ONNX file, such as `model.onnx`
     initializer: str  # name of the initializer that the products read; of a quantized one that of its integers
@@ -86,16 +86,16 @@ class WeightEntry:
 
 @dataclass(frozen=True)
 class RowsEntry:
-    """The graph whose rows differ: those of a decoder in length, or why an export lacks it.
+    """The graph for rows that differ: a decoder's in length, or the reason why there is none.
 
-    It takes adapters that are data as stacks with an id a row (see `AdapterInputs.by_row`).
+    It takes adapters that are data as stacks with an id for each row (see `AdapterInputs.by_row`).
     """
 
     file: str | None  # the ONNX file; None where there is none
     reason: str | None = None  # why there is none; None where there is one
 
     def __str__(self) -> str:
-        """The file, or the reason."""
+        """Return the file, or the reason."""
         if self.file is None:
             return f"no {ROWS_NAME}: {self.reason}"
         return f"{self.file} is for batches whose rows differ in length or adapter"
@@ -103,7 +103,7 @@ class RowsEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `gralora_export.json` says; fields with a default are not in every export."""
+    """The contents of `gralora_export.json`; fields with a default are not in every export."""
 
     schema_version: int  # version of the file's form
     task: str | None  # the task the model was exported for, or None
@@ -152,13 +152,13 @@ class Manifest:
 
     @property
     def trace_options(self) -> dict[str, Any]:
-        """Options of `trace` that make the trace again that was exported."""
+        """Options of `trace` that reproduce the exported trace."""
         return {name: value for facts in self.facts.values() for name, value in facts.trace_options.items()}
 
     def to_json(self) -> str:
-        """The text of the file, keys sorted but for adapters, which are in the order in which they were folded.
+        """Return the text of the file, keys sorted except adapters, which are in the order in which they were folded.
 
-        What an export may lack is left out where it does.
+        Optional fields without a value are omitted.
         """
         entries = dataclasses.asdict(self)
         optional = ("adapter_inputs", "attention", "base", "files", "quality", "requires", "rows", "weights")
@@ -174,7 +174,7 @@ class Manifest:
 
 
 def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError) -> Manifest:
-    """The manifest of an export directory."""
+    """Read the manifest of an export directory."""
     path = usable_path(directory, error, remedy="give the directory of an export") / MANIFEST_NAME
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -209,13 +209,13 @@ def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError
 
 
 def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object in a manifest; empty where it holds none."""
+    """Return an object in a manifest; empty if there is none."""
     value = fields.get(name)
     return value if isinstance(value, dict) else {}
 
 
 def _in_todays_form(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a manifest as they are written today: an older one has other words, and says less."""
+    """Return an older manifest's fields in today's form, which has other names and more fields."""
     fields = dict(content)
     if fields.get("adapters_mode") == "swappable":
         fields["adapters_mode"] = EARLIER_MODES["swappable"]
@@ -232,7 +232,7 @@ def _in_todays_form(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts(fields: Mapping[str, Any]) -> dict[str, InputFacts]:
-    """What features know of the inputs, by the names under which the manifest has it."""
+    """Return features' records of the inputs, by their names in the manifest."""
     names = fields.keys() - {own.name for own in dataclasses.fields(Manifest)}
     if not names:
         return {}
@@ -252,7 +252,7 @@ def _facts(fields: Mapping[str, Any]) -> dict[str, InputFacts]:
 
 
 def _check_values(manifest: Manifest, fields: Mapping[str, Any]) -> None:
-    """Check what types do not say."""
+    """Check values that types do not constrain."""
     rows, inputs = manifest.rows, manifest.adapter_inputs
     if rows is not None and (rows.file not in (None, ROWS_NAME) or (rows.file is None) == (rows.reason is None)):
         raise FieldError("rows", fields["rows"])
@@ -264,7 +264,7 @@ def _check_values(manifest: Manifest, fields: Mapping[str, Any]) -> None:
 
 
 def _undescribed_file(fields: Mapping[str, Any]) -> Any:
-    """The first name in `files` that is not a path within the directory, or whose file is not described."""
+    """Return the first name in `files` that is no path within the directory, or has no valid entry; else `MISSING`."""
     files = fields.get("files", {})
     for name, facts in files.items() if isinstance(files, dict) else [(None, None)]:
         path = PurePosixPath(name if isinstance(name, str) else "")
@@ -275,7 +275,7 @@ def _undescribed_file(fields: Mapping[str, Any]) -> Any:
 
 
 def _command(content: Mapping[str, Any], directory: Path) -> str:
-    """The command that makes an export anew, with the options that a manifest of another schema still tells."""
+    """Return the command that makes an export again, with the options known from a manifest of another schema."""
     model, mode = _object(content, "base").get("name"), content.get("adapters_mode")
     has_adapter = bool(content.get("adapters")) or mode not in (None, "merged")
     options = {
@@ -292,14 +292,14 @@ def _command(content: Mapping[str, Any], directory: Path) -> str:
 
 
 def describe_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Size in bytes and SHA-256 of files of an export."""
+    """Return size in bytes and SHA-256 of files of an export."""
     return {name: FileEntry((directory / name).stat().st_size, digest_of(directory / name)) for name in names}
 
 
 def file_names(folder: Path) -> list[str]:
-    """Every file in a directory and its subdirectories, as POSIX paths.
+    """Return every file in a directory and its subdirectories, as POSIX paths.
 
-    Left out are the manifest and the adapters, which come and go, each with a record of its own.
+    The manifest is left out, and so are the adapters, which come and go, each with a record of its own.
     """
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in paths if name != MANIFEST_NAME and not name.startswith(f"{ADAPTERS}/"))

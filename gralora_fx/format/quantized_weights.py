@@ -1,4 +1,4 @@
-"""Quantized weights of an export: how they are held, and what they change, compared with the float32 model."""
+"""The quantized weights of an export: their formats, and their effect compared with the float32 model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """How a matrix is stored that has a format of its own."""
+    """The format of a matrix that differs from the default."""
 
     form: str  # the format, in words
     # how much less is lost than in the others' format, by the measure that chose it; None where nothing was measured
@@ -22,7 +22,7 @@ WIDEST_EXACT = {4: 32, 8: 64}
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """How an export's matrices are quantized, and how much of it is."""
+    """How an export's matrices are quantized, and how many of them."""
 
     kind: str  # `"int4"`, `"int8"` or `"int8-dynamic"`
     block_size: int | None  # values of a matrix's input axis that share a scale; None where those of a whole column do
@@ -38,7 +38,7 @@ class QuantizedWeights:
     layers: Mapping[str, LayerFormat] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """What was spent, and on which matrices."""
+        """Return the bits used, and the matrices with formats of their own."""
         lines = [f"{self.kind}: {self.values:,} values"]
         if self.bits is not None:
             lines[0] += f" in {self.bits:.2f} bits, {self.stored_bits:.2f} with scales and zero points"
@@ -57,7 +57,7 @@ class QuantizedWeights:
 
 @dataclass(frozen=True)
 class OutputQuality:
-    """How an output of a quantized export differs from the float32 model's."""
+    """The difference of a quantized export's output from the float32 model's."""
 
     name: str  # name of the output
     rows: int  # how many rows were compared: of logits, those of a class or token each; else vectors
@@ -68,7 +68,7 @@ class OutputQuality:
     min_cosine: float | None  # the smallest; None for logits
 
     def __str__(self) -> str:
-        """The figures in a line."""
+        """Return the figures in a line."""
         if self.argmax_agreement is not None:
             return (
                 f"{self.name}: argmax equal in {100 * self.argmax_agreement:.1f} % of {self.rows} rows, "
@@ -81,7 +81,7 @@ class OutputQuality:
 
 @dataclass(frozen=True)
 class TokenQuality:
-    """How the tokens of a quantized decoder differ from the float32 model's with the same adapter."""
+    """The difference of a quantized decoder's tokens from the float32 model's with the same adapter."""
 
     # the adapter, of an export that takes adapters as data; None for the base, or for folded adapters
     adapter: str | None
@@ -94,7 +94,7 @@ class TokenQuality:
     equal_greedy_tokens: float
 
     def __str__(self) -> str:
-        """The figures in a line."""
+        """Return the figures in a line."""
         label = "" if self.adapter is None else f"with the adapter {self.adapter!r}: "
         return (
             f"{label}likeliest token equal at {100 * self.argmax_agreement:.1f} % of {self.positions} positions, "
@@ -105,7 +105,7 @@ class TokenQuality:
 
 @dataclass(frozen=True)
 class Quality:
-    """How a quantized export differs from the float32 model."""
+    """The difference of a quantized export from the float32 model."""
 
     inputs: str  # what was compared, such as `200 given texts`
     outputs: tuple[OutputQuality, ...] = ()  # the outputs, without those of a cache; none for a decoder with one
@@ -114,7 +114,7 @@ class Quality:
 
     @property
     def outcome(self) -> str:
-        """What is left of the float32 model's answers, in a few words after what the quantization is called."""
+        """The agreement with the float32 model's answers in a few words, to follow the quantization's name."""
         if self.tokens:
             least = min(self.tokens, key=lambda found: found.argmax_agreement)
             share = f"{100 * least.argmax_agreement:.1f} % of positions"
@@ -126,6 +126,6 @@ class Quality:
         return f"differs from float32 by a cosine of {min(cosines):.4f} at least" if cosines else "was compared"
 
     def __str__(self) -> str:
-        """The inputs, and a line for each output or adapter."""
+        """Return the inputs, and a line for each output or adapter."""
         lines = [f"quantized, compared with the float32 model on {self.inputs}:"]
         return "\n".join([*lines, *(f"  {found}" for found in (*self.outputs, *self.tokens))])

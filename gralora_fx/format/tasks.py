@@ -1,4 +1,4 @@
-"""The tasks that a model can be traced for, by optimum's names, and those that adapters are trained for, by PEFT's."""
+"""The tasks that a model can be traced for, by optimum's names, and PEFT's task types of adapters."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ _PEFT_TASKS = {
 
 
 def all_tasks() -> Iterator[Task]:
-    """Yield the tasks; those that features add come last, and are imported when they are come to."""
+    """Yield the tasks; those that features add come last, and are imported only when they are reached."""
     yield from _TASKS
     from gralora_fx.base.features import parts
 
@@ -106,7 +106,7 @@ def task_names() -> list[str]:
 
 
 def find_task(name: str | None) -> Task | None:
-    """Return the task of a name, or of its variant with a cache; None if there is none."""
+    """Return the task with a name, or the task whose variant with a cache has it; None if there is none."""
     if name is None:
         return None
     base = name.removesuffix(_PAST)
@@ -120,7 +120,7 @@ def task_of_class(name: str) -> str:
 
 
 def classifies(task: str) -> bool:
-    """Return whether the head of a task's models is of use for no other task."""
+    """Return whether the head of a task's models serves only this task."""
     known = find_task(task)
     return known is not None and known.is_classification
 
@@ -141,7 +141,7 @@ def with_past(task: str) -> str:
 
 
 def generates(task: str | None) -> bool:
-    """Return whether a task is the variant with a cache, whose exports answer prompts."""
+    """Return whether a task is a variant with a cache, whose exports answer prompts."""
     known = find_task(task)
     return known is not None and known.cache is not None and task != known.name
 
@@ -163,7 +163,7 @@ def tasks_beside_ids() -> list[str]:
 
 
 def requested_task(task_type: object, task: str | None, *, with_cache: bool) -> str | None:
-    """The task that `load_traced` will trace for, if it can be told without the base."""
+    """Return the task that `load_traced` will trace for, if it is known without the base."""
     if task is not None:
         return task
     adapter_task = _PEFT_TASKS.get(str(task_type))
@@ -173,7 +173,7 @@ def requested_task(task_type: object, task: str | None, *, with_cache: bool) -> 
 
 
 def task_of(config: AdapterConfig, task: str | None, adapter: str) -> str | None:
-    """The requested task, checked against the adapter's; or the adapter's own."""
+    """Return the requested task after checking it against the adapter's, or the adapter's own."""
     check_adapter_task(config.task_type, task, adapter)
     return task or _PEFT_TASKS.get(config.task_type or "")
 
