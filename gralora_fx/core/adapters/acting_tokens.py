@@ -71,7 +71,7 @@ class Inserting(Protocol):
 
 
 def acting_of(config: AdapterConfig) -> Inserting | None:
-    """Return what inserts the mask for an adapter's configuration; None if it acts on all tokens."""
+    """Return the function that inserts an adapter's mask into a graph; None if it acts on all tokens."""
     if not config.acts_from:
         return None
 

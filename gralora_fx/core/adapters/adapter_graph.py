@@ -87,7 +87,7 @@ class AdapterGraph(CurrentGraph):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the base's graph within the block; nested blocks, in any threads, last until the outermost one ends."""
+        """Run the base's graph within the block, and until the last of several such blocks, in any threads, ends."""
         with self._lock:
             if not self._depth:
                 self._suspend()

@@ -178,7 +178,7 @@ def is_sharded(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def base_of(traced: TracedModel) -> BaseSource:
-    """Return the name that a traced model was loaded by, and its configuration."""
+    """Return the name, the hub commit and the configuration that a traced model was loaded with."""
     from gralora_fx.base.sources.same_base import BaseSource
 
     config = traced.config

@@ -116,7 +116,7 @@ def load_tensors(adapter: ModelAdapter, tensors: Mapping[str, Tensor], tree: Mod
 
 
 def _stack_at(adapter: ModelAdapter, tensor: Tensor) -> str:
-    """Return the words for a message that a tensor belongs to a stack of matrices; empty if it does not."""
+    """Describe the stack of matrices at a tensor's site, for a message; empty if there is none."""
     sites = (p for p in adapter.plan.selected if any(own is tensor for own in adapter.factors[p.site.path]))
     planned = next(sites, None)
     if planned is None or planned.stack is None:

@@ -57,13 +57,14 @@ class InsertAdapter:
     Before: `y = linear(x, w, b); z = relu(y)`
     After:  `y = linear(x, w, b); h = project(x, A); y_1 = accumulate(y, h, B, scale); z = relu(y_1)`
 
-    The nodes are those that `AdapterMethod.add_output` makes when it runs on the graph's own proxies. A parameter of
-    other code, such as stacked matrices, is changed where the graph reads it, whatever is computed with it:
+    `AdapterMethod.add_output` makes the nodes, running on the graph's own proxies. A parameter of other code, such as
+    stacked matrices, is changed where the graph reads it, whatever the graph computes with it:
 
     Before: `w = self.moe.down_proj; y = grouped_mm(x, w, offsets)`
     After:  `w = self.moe.down_proj; ...; w_1 = baddbmm(w, B, A, alpha=scale); y = grouped_mm(x, w_1, offsets)`
 
-    An adapter that acts on some tokens alone reads zeros at the others, once for all layers that read one value:
+    An adapter that acts on some tokens only reads zeros at the others; layers that read one value share the masked
+    input:
 
     After:  `x_1 = at_tokens(x, acting); y = linear(x, w, b); h = project(x_1, A); ...`
 
@@ -72,7 +73,7 @@ class InsertAdapter:
         method: Its method.
         insertions: Its sites.
         dropout: Dropout probability of its input.
-        acting: Inserts what says on which tokens it acts (`at_tokens`); None for an adapter that acts on all.
+        acting: Inserts the mask of the tokens on which it acts (for `at_tokens`); None if it acts on all.
     """
 
     adapter: str

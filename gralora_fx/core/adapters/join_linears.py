@@ -77,7 +77,7 @@ def _layer(result: fx.Node) -> _Layer | None:
 
 
 def _adapted(result: fx.Node, parts: Sequence[tuple[fx.Node, fx.Node | None]]) -> _Layer | None:
-    """Return a node's layer, the node that its adapters' outputs are added up at, and their rows."""
+    """Return the layer behind an output node, given the ends of its chains of adapter outputs, and their rows."""
     nodes: list[fx.Node] = []
     terms: list[Any] = []
     linears: set[Any] = set() if parts else {result}

@@ -56,32 +56,33 @@ def _cache_problem(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """What a service serves, and within which bounds.
+    """The models that a service serves, and its limits.
 
     Attributes:
         directory: The export directory; its name is the base's name.
         adapters: `.onnx_adapter` files, or directories that PEFT saved an adapter to, by the adapters' names; they are
-            served beside the export's own, and instead of one of the same name.
+            served beside the export's own adapters, and replace those of the same name.
         adapter_root: The directory whose adapters requests may name, and load; None if there is none.
-        max_adapters: The most adapters in memory; None for 64, or as many as there are at the start if those are more.
+        max_adapters: The most adapters in memory; None for 64, or for the number at the start if that is larger.
         max_adapter_rank: The largest rank of an adapter; None for no limit.
         max_adapter_memory: The most bytes of all adapters in memory, such as `512MiB`; None for no limit.
-        max_batch: The most rows of a batch, None for 8; for a decoder requests that it answers together, None for 16.
+        max_batch: The most rows of an encoder's batch, None for 8; the most requests that a decoder answers together,
+            None for 16.
         max_queue: The most requests, or rows of an encoder, that may wait.
-        max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
-        chunk: Of a decoder, the most tokens of prompts that a step reads beside answers; None for 64.
-        prefix_cache: Of a decoder, the most bytes of what prompts that begin alike share, such as `2GB`; `0` or `none`
-            for nothing, None for 512 MiB if the export's rows can share anything.
-        max_memory: Of a decoder, the most bytes of the caches of rows, the copies of their adapters, and what prompts
-            share, such as `2GB`; None for no bound.
-        speculative_tokens: Of a decoder, the most tokens of an answer that are proposed for a step, as they followed
-            before in its text; 0 for none, None for 16.
-        timeout: Seconds after which a request is given up, unless it names fewer; None for no limit.
+        max_context: For a decoder, the most tokens of a prompt and its answer together; None for the model's context.
+        chunk: For a decoder, the most tokens of prompts that a step reads beside answers; None for 64.
+        prefix_cache: For a decoder, the most bytes of the cache that prompts with a common prefix share, such as `2GB`;
+            `0` or `none` for no cache, None for 512 MiB if the export supports one.
+        max_memory: For a decoder, the most bytes of the rows' caches, the copies of their adapters, and the prefix
+            cache, such as `2GB`; None for no bound.
+        speculative_tokens: For a decoder, the most tokens of an answer that are proposed for a step, copied from
+            earlier in its text; 0 for none, None for 16.
+        timeout: Seconds after which a request is given up, unless it sets fewer; None for no limit.
         threads: Threads of an operator; None for one on each core that the process may use.
         api_key: The key that requests must give; None for none.
         max_body: The most bytes of a request's body, also once it is decompressed.
         allow_origin: Origins whose pages may use the service in a browser, such as `https://example.org`; `*` for any.
-        more: Records of options that features add; defaults for those left out.
+        more: Records of options that features add; defaults for missing ones.
     """
 
     directory: Path

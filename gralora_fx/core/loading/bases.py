@@ -92,7 +92,7 @@ class LoadedBase:
         return self.config.base_model_name_or_path if self.config else None
 
     def check(self, *, allow_random_head: bool = False) -> None:
-        """Check that the base has no random values, except those that the adapter replaces."""
+        """Raise if the base has random values, except those that the adapter replaces."""
         if self.report is not None:
             self.report.check(self.supplied, self.num_labels, self.made_for, allow_random_head=allow_random_head)
 

@@ -59,14 +59,14 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
         revision: str | None = None,
         strict_base: bool = False,
     ) -> GraloraModel:
-        """Rewrite a traced model as a saved adapter says, and load its tensors.
+        """Rewrite a traced model with a saved adapter's configuration, and load its tensors.
 
         Args:
             traced: The traced base model.
             directory: A PEFT-format adapter: a local directory or a hub id.
             adapter_name: Name to give the adapter.
             revision: Revision of the hub repository.
-            strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
+            strict_base: Whether to raise, instead of warn, if the adapter is not known to be of this base.
 
         Raises:
             ConfigError: The adapter's configuration is missing or invalid.

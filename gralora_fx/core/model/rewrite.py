@@ -28,7 +28,7 @@ def rewrite(
 
     Args:
         traced: A traced model.
-        config_or_plan: What to adapt, or a plan made from that.
+        config_or_plan: The configuration of the adapter, or a plan made from it.
         adapter_name: Name of the adapter.
 
     Returns:

@@ -33,7 +33,7 @@ class Switching:
 
         Args:
             adapter_name: A new name.
-            config_or_plan: What to adapt, or a plan made from that.
+            config_or_plan: The configuration of the adapter, or a plan made from it.
 
         Raises:
             ConfigError: The name is taken or invalid, or a second adapter would train biases.
@@ -169,7 +169,7 @@ class Switching:
             adapter_name: Name of the adapter.
             is_trainable: Whether its tensors train; None for the default: active adapters train, others do not.
             revision: Revision of the hub repository.
-            strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
+            strict_base: Whether to raise, instead of warn, if the adapter is not known to be of this base.
 
         Raises:
             ConfigError: The adapter's configuration is missing, invalid, or differs from the existing adapter's.

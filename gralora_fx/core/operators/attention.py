@@ -109,8 +109,8 @@ class DotProductAttention(DotProducts[V]):
         key: `[batch, key heads, total, size]`; key heads divide heads.
         value: `[batch, key heads, total, value size]`.
         mask: Boolean, false where a key is hidden, or additive; it broadcasts to `[batch, heads, length, total]`. None
-            where nothing but padding is masked.
-        padding: `[batch, total]`, zero where a key is padding, which hides it beside what the mask hides, or None.
+            if only padding is masked.
+        padding: `[batch, total]`, zero where a key is padding, to be hidden in addition to `mask`; or None.
         scale: Factor of the scores.
         is_causal: Whether each position attends only to itself and earlier ones; `mask` and `padding` are then None.
     """

@@ -176,7 +176,7 @@ def define_shape_only(schema: str, rule: Callable[..., Any], target: Any) -> Any
 
 
 def is_shape_only(tensor: object) -> bool:
-    """Return whether a tensor is fake, as those of a model that is being traced."""
+    """Return whether a tensor is fake, as in a model that is being traced."""
     return isinstance(tensor, FakeTensor)
 
 

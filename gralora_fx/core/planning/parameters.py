@@ -59,7 +59,7 @@ def _unfit(name: str, shape: tuple[int, ...]) -> str:
 
 
 def _unfit_layer(name: str, site: LinearSite, rule: TargetRule) -> str | None:
-    """Return why a linear layer's weight cannot be named as a parameter."""
+    """Return why a linear layer's weight cannot be named as a parameter; None if it can."""
     if site.kind == "conv1d":
         return f"target_parameters names {name}, which is stored [in, out]; name {site.path} in target_modules instead"
     if rule.rejection(site.path, is_linear_layer=site.kind == "linear") is None:
@@ -71,7 +71,7 @@ def _unfit_layer(name: str, site: LinearSite, rule: TargetRule) -> str | None:
 
 
 def _unfit_values(site: ParameterSite) -> str | None:
-    """Return why a parameter cannot have an adapter."""
+    """Return why a parameter cannot have an adapter; None if it can."""
     if site.tied_with:
         return f"it is also {', '.join(site.tied_with)}, which would change with it"
     if not site.weight.is_floating_point() or site.weight.dtype.itemsize < 2:

@@ -31,7 +31,7 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
 
     Args:
         traced: A traced model.
-        config: What to adapt.
+        config: The configuration of the adapter.
 
     Returns:
         The plan; printed, it shows every site and, for those without an adapter, the reason.

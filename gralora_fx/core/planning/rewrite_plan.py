@@ -1,4 +1,4 @@
-"""`RewritePlan`: what a rewrite will do at every site, as data and as a table."""
+"""`RewritePlan`: the effect of a rewrite at every site, as data and as a table."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class Skeleton(Draft):
 
 
 def skeleton_of(source: Draft | str, memo: Mapping[int, Any] | None = None) -> Draft | str:
-    """Return a source for a trace whose tensors are not the source model's."""
+    """Return a source for a trace whose tensors are not the source model's, or why there is none."""
     if isinstance(source, (str, Skeleton)):
         return source
     if memo is not None and id(source.model) in memo:

@@ -113,11 +113,11 @@ def trace(
         task: One of optimum's task names; example inputs are generated from the model's configuration if none are
             given.
         dynamic: Whether axes may vary; False fixes every size to the example's.
-        sentence_modules: For `task="sentence-similarity"`: a directory or hub id whose `modules.json` says what follows
-            the transformer, such as that of an adapter; None for where the model was loaded from.
+        sentence_modules: For `task="sentence-similarity"`: a directory or hub id whose `modules.json` lists the modules
+            after the transformer, such as an adapter's; None for the source that the model was loaded from.
         image_size: For a model that takes images: a height and a width to trace with, or `"dynamic"` for images of any
-            size. A model with a table of positions then interpolates it (`interpolate_pos_encoding`). None: of any size
-            if the model takes them as it is called, else of the example's (see `signature.image_sizes`).
+            size. A model with a table of positions then interpolates it (`interpolate_pos_encoding`). None allows any
+            size if the model does without further arguments, else only the example's (see `signature.image_sizes`).
         blocks: Paths or patterns of the modules that are blocks of the rewritten model, which gradient checkpointing
             recomputes and `fully_shard` takes; `*` stands for one part of a path, as in `"encoder.layers.*"`. None
             finds the repeated ones: members of one class of a `ModuleList` or `Sequential`.
@@ -126,8 +126,8 @@ def trace(
         The traced model, in the model's mode.
 
     Raises:
-        TraceError: The model cannot be traced (the message says where), not for images of any size though that was
-            asked for, or inputs are missing or do not fit.
+        TraceError: The model cannot be traced (the message names the place), or not for images of any size as
+            requested; or inputs are missing or do not fit.
     """
     arguments = None if example_inputs is None and kwargs is None else example_arguments(example_inputs, kwargs)
     appended = _appended_modules(model, task, sentence_modules)
