@@ -25,11 +25,11 @@ from typing import TypeVar
 
 DATA, INPUTS = "data", "inputs"
 AS_DATA = (DATA, INPUTS)
-BASE = 0  # the id of no adapter, where rows of a batch choose one
-STACKED = "stacked"  # as a graph takes them in which each row has an adapter of its own
+BASE = 0  # the id for no adapter, in batches whose rows choose one
+STACKED = "stacked"  # for a graph in which each row has its own adapter
 EARLIER_MODES = {"swappable": DATA, "batched": DATA}  # names that options may still have
 FIELDS = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general", "gralora_bias")
-BLOCKS, WHOLE, BIAS = "blocks", "whole", "bias"  # what adapters may change at a layer
+BLOCKS, WHOLE, BIAS = "blocks", "whole", "bias"  # the changes that adapters may make at a layer
 RANK, HYBRID_RANK, ADAPTERS_AXIS = "r", "hybrid_r", "adapters"  # symbolic axes
 ADAPTER_IDS = "adapter_ids"
 

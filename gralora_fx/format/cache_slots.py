@@ -49,7 +49,7 @@ KINDS = {
     for kind in (
         StateKind("key", "keys", grows=2, axes=_POSITIONS),  # [batch, key heads, positions, size]
         StateKind("value", "values", grows=2, axes=_POSITIONS),
-        # [batch, positions, size], by which sparse attention chooses its keys
+        # [batch, positions, size], from which sparse attention chooses its keys
         StateKind("indexer", "indexer_keys", grows=1, axes=("batch_size", "past_sequence_length", "index_size")),
     )
 }
@@ -70,9 +70,9 @@ class CacheSlot:
     """One tensor of a cache."""
 
     layer: int  # the layer that keeps it
-    kind: StateKind  # what it is
-    number: int = 0  # which one, of several of the kind in a layer
-    part: str = ""  # of an encoder-decoder's cache: `"decoder"` or `"encoder"`; else empty
+    kind: StateKind  # its kind
+    number: int = 0  # its number among several of the kind in a layer
+    part: str = ""  # in an encoder-decoder's cache `"decoder"` or `"encoder"`; else empty
 
     @property
     def place(self) -> str:

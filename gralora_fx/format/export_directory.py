@@ -24,7 +24,7 @@ ENCODER, DECODER = "encoder_model", "decoder_model_merged"  # files of an encode
 FLAG = "use_cache_branch"  # input of its decoder: whether the step has a past
 ADAPTERS = "adapters"  # folder of an export's adapter files
 TRANSPOSED_STATES = "gralora_transposed_states"  # metadata: states whose last two axes are swapped, as in `0.recurrent`
-TOKENS_APART = "gralora_tokens_apart"  # metadata: a token that is read by itself computes as one of an answer
+TOKENS_APART = "gralora_tokens_apart"  # metadata: a single token is computed as those of an answer are
 QUERY_SEQLENS, PAST_SEQLENS = "query_seqlens", "past_seqlens"  # inputs of a decoder's rows: tokens to read, and before
 # inputs with which a step of rows verifies proposed tokens; left out, it gives the logits after each row's last token
 LOGITS_INDICES = "logits_indices"  # `[num_logits]` int64: the tokens that get logits, counted over those of all rows

@@ -12,12 +12,12 @@ PAST = "past_key_values"
 PAST_PREFIX, PRESENT_PREFIX = f"{PAST}.", "present."  # of the tensors of a cache in an export
 TEXT_INPUTS = (IDS, "attention_mask", "token_type_ids", "position_ids", EMBEDS)
 LABELS = ("labels", "start_positions", "end_positions")
-ADAPTER_NAMES = "adapter_names"  # of a call in PyTorch: the adapter of each row
-ROWS = "adapter_rows"  # of a graph in which adapters act by row: the rows of each
-# of a call and of a graph: from which column of its rows on, cached ones included, each adapter acts
+ADAPTER_NAMES = "adapter_names"  # argument of a call in PyTorch: the adapter of each row
+ROWS = "adapter_rows"  # input of a graph with adapters by row: the rows of each
+# argument of a call and input of a graph: the column, counting cached ones, from which each adapter acts
 STARTS = "adapter_starts"
-ITEM_COUNT = "num_items_in_batch"  # by which a loss over accumulated batches is divided
-# where the texts of a row begin, of collators that pack; positions that start again say the same
+ITEM_COUNT = "num_items_in_batch"  # divisor of a loss over accumulated batches
+# starts of the texts in a row, from packing collators; positions that start again tell the same
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 
@@ -29,7 +29,7 @@ class StepInput:
     name: str
     absent: float = 0  # its value at a position of text
     axis: int = 0  # the axis of the batch; the next one is that of positions
-    # the input whose batch and positions it has: those of a step, or, with the mask, of all before it too
+    # the input with the same batch and positions: a step's, or, for the mask, all earlier ones too
     follows: str = IDS
 
     def of_text(self, like: Any, inputs: Mapping[str, Any]) -> Any:

@@ -39,8 +39,8 @@ class AdapterEntry:
 
     config: Mapping[str, Any]  # its `adapter_config.json`
     sha256: str | None  # digest of its `adapter_model.safetensors`, or None where that is not known
-    # what was compared of the base that it was made for (see `BaseComparison`); None where nothing was, as of one that
-    # was trained on the model itself
+    # how the base that it was made for compared (see `BaseComparison`); None if not compared, as for an adapter
+    # trained on the model itself
     base: Mapping[str, Any] | None = None
 
 
@@ -50,7 +50,7 @@ class BaseEntry:
 
     name: str  # its directory or hub id
     revision: str | None = None  # the commit of its hub repository, where that is known
-    # how the weights were quantized that are exported (see `BaseQuantization`); None of floats
+    # how the exported weights were quantized before (see `BaseQuantization`); None for floats
     quantization: Mapping[str, Any] | None = None
 
 
@@ -78,7 +78,7 @@ class WeightEntry:
     """The place of a linear layer's weight in an export, for a layer that multiplies by a weight in a file."""
 
     file: str  # the ONNX file, such as `model.onnx`
-    initializer: str  # name of the initializer that the products read; of a quantized one that of its integers
+    initializer: str  # name of the initializer that the products read; for a quantized one, of its integers
     start: int  # first of the layer's output features among the initializer's: it may hold several layers' weights
     stop: int  # end of them
     transposed: bool  # whether the initializer is stored `[in, out]`, not `[out, in]` as in PyTorch
@@ -110,20 +110,20 @@ class Manifest:
     # precision of the weights that are not quantized, and of the cache
     precision: Annotated[str, ("fp32", "fp16", "bf16")]
     quantization: QuantizedWeights | None = None  # how matrices are quantized, or None
-    adapters_mode: str = "merged"  # how adapters are held: `"merged"`, `"data"` or `"inputs"`
+    adapters_mode: str = "merged"  # how adapters are stored: `"merged"`, `"data"` or `"inputs"`
     logits: str = "all"  # which positions' logits the graph returns: `"last"` or `"all"`
-    position_offset: int = 0  # how many rows of the table of positions no position has
-    # adapters that were folded, by name, in the order in which they were
+    position_offset: int = 0  # number of rows of the position table that no position uses
+    # folded adapters by name, in the order of folding
     adapters: Mapping[str, AdapterEntry] = field(default_factory=dict)
     base_fingerprint: str | None = None  # a digest of the base's weights
     sites: tuple[SiteEntry, ...] = ()  # the linear layers of the model
-    # shapes of the graph's inputs by name; of several graphs, those of each by the name of its file
+    # shapes of the graph's inputs by name; for several graphs, by the names of their files
     inputs: Mapping[str, Any] = field(default_factory=dict)
     outputs: Mapping[str, Any] = field(default_factory=dict)  # as `inputs`
     packages: Mapping[str, Any] = field(default_factory=dict)  # versions of the packages that made it
     attention: Mapping[str, Any] | None = None  # which layers' attention is fused; None for a model without any
-    passes: tuple[Mapping[str, Any], ...] = ()  # what every pass did, in order
-    verification: Mapping[str, Any] | None = None  # what verification measured, or None
+    passes: tuple[Mapping[str, Any], ...] = ()  # reports of the passes, in order
+    verification: Mapping[str, Any] | None = None  # measurements of the verification, or None
     quality: Quality | None = None  # how a quantized export differs from the float32 model, where that was measured
     # the adapter tensors that the graph takes; None where adapters are folded
     adapter_inputs: AdapterInputs | None = None
@@ -134,15 +134,15 @@ class Manifest:
     # Where the weight of each linear layer lies, by its path; None where that was not recorded. A layer that no file
     # multiplies by is not in it.
     weights: Mapping[str, tuple[WeightEntry, ...]] | None = None
-    base: BaseEntry | None = None  # the base model by name; None of one that was made in memory
-    rows: RowsEntry | None = None  # the graph whose rows differ; None where nothing is known of one
+    base: BaseEntry | None = None  # the base model by name; None for one made in memory
+    rows: RowsEntry | None = None  # the graph for rows that differ; None if not recorded
     flavour: str = PLAIN_KIND  # kind of export: `"plain"`, `"decoder"` or `"encoder-decoder"`
-    # what features know of the graph's inputs, each under its name in the file
+    # features' records of the graph's inputs, by their names in the file
     facts: Mapping[str, Any] = field(default_factory=dict)
     # `inputs` and `outputs` of parts of the model that run beside the graph, by the names of their files without a
     # suffix
     companions: Mapping[str, Any] = field(default_factory=dict)
-    # the same of graphs over the weights of `model.onnx` that other programs run in its place
+    # the same for graphs over the weights of `model.onnx` that other programs run in its place
     programs: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -12,7 +12,7 @@ class LayerFormat:
     """The format of a matrix that differs from the default."""
 
     form: str  # the format, in words
-    # how much less is lost than in the others' format, by the measure that chose it; None where nothing was measured
+    # the loss saved compared with the default format, by the measure that chose it; None if nothing was measured
     gain: float | None = None
 
 
@@ -25,15 +25,15 @@ class QuantizedWeights:
     """How an export's matrices are quantized, and how many of them."""
 
     kind: str  # `"int4"`, `"int8"` or `"int8-dynamic"`
-    block_size: int | None  # values of a matrix's input axis that share a scale; None where those of a whole column do
+    block_size: int | None  # values along a matrix's input axis that share a scale; None if a whole column does
     accuracy_level: int | None  # how ONNX Runtime multiplies with blocks; None where there are none
     zero_points: bool | None  # whether blocks have a zero point each; None where there are none
     multiplications: int  # nodes that multiply with quantized values
     lookups: int  # nodes that look up rows of blocks
     values: int  # values of the matrices that are multiplied with
-    bits: float | None = None  # mean bits of their integers; None where that was not recorded
+    bits: float | None = None  # mean bits of their integers; None if not recorded
     stored_bits: float | None = None  # the same with scales, zero points and padding
-    chosen_by: str | None = None  # what the formats were chosen by, in words; None where all matrices have one
+    chosen_by: str | None = None  # how formats were chosen, in words; None if all matrices have the default
     # the matrices that have a format of their own, by the names of the parameters
     layers: Mapping[str, LayerFormat] = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class OutputQuality:
     """The difference of a quantized export's output from the float32 model's."""
 
     name: str  # name of the output
-    rows: int  # how many rows were compared: of logits, those of a class or token each; else vectors
+    rows: int  # number of compared rows: for logits one per class or token prediction, else vectors
     argmax_agreement: float | None  # share of rows whose largest logit is at the same index; None for other outputs
     # largest change of a probability, by softmax over a row's logits; None for other outputs
     probability_change: float | None
@@ -86,11 +86,11 @@ class TokenQuality:
     # the adapter, of an export that takes adapters as data; None for the base, or for folded adapters
     adapter: str | None
     texts: int  # number of texts
-    positions: int  # their positions, at each of which the next token was compared; both read the same tokens
+    positions: int  # positions at which the next token was compared, after the same tokens
     argmax_agreement: float  # share of positions at which the likeliest token is the same
     kl_divergence: float  # mean of KL(float32 || quantized) of the next token's probabilities, in nats
-    greedy_tokens: int  # tokens that the float32 model added greedily to each text
-    # how many of them the export gives too before its first other one: the median of the texts
+    greedy_tokens: int  # tokens that the float32 model generated greedily after each text
+    # number of them that the export generates too before its first difference: the median over the texts
     equal_greedy_tokens: float
 
     def __str__(self) -> str:
@@ -107,9 +107,9 @@ class TokenQuality:
 class Quality:
     """The difference of a quantized export from the float32 model."""
 
-    inputs: str  # what was compared, such as `200 given texts`
+    inputs: str  # the compared inputs, such as `200 given texts`
     outputs: tuple[OutputQuality, ...] = ()  # the outputs, without those of a cache; none for a decoder with one
-    # of a decoder with a cache, its tokens: for folded adapters one entry, else the base and each adapter
+    # for a decoder with a cache, its tokens: one entry for folded adapters, else the base and each adapter
     tokens: tuple[TokenQuality, ...] = ()
 
     @property

@@ -20,21 +20,21 @@ class Task:
 
     name: str  # its name, without a cache
     auto_class: str = ""  # the class of transformers that loads a model for it
-    heads: tuple[str, ...] = ()  # how the names of transformers' classes for it end
+    heads: tuple[str, ...] = ()  # ends of the names of transformers' classes for it
     # Main inputs, one of which its models take; none for any. A model whose class could also be one for text2text-
     # generation is for the task if it takes the first.
     inputs: tuple[str, ...] = ()
     # which models have a variant with a cache, that generates; None for none
     cache: Literal["decoder", "encoder-decoder"] | None = None
     adapters: tuple[str, ...] = ()  # PEFT's types of tasks whose adapters may be used for it
-    is_classification: bool = False  # whether its head is of use for no other task
+    is_classification: bool = False  # whether its head serves only this task
     takes_embeddings: bool = False  # whether its decoders take embeddings beside ids
-    # returns whether a model whose class is one for text2text-generation is for the task
+    # returns whether a model of a text2text-generation class is for this task
     is_of: Callable[[Any], bool] | None = None
-    # whether it reads the states of an encoder: of an encoder-decoder that part is loaded, and a checkpoint may lack
-    # what no one reads, a pooler
+    # whether it reads only an encoder's hidden states: an encoder-decoder's encoder is loaded, and a checkpoint may
+    # lack the pooler, which is not read
     encoder_alone: bool = False
-    example: str = ""  # an example of what `generate` is given, as Python's code, where that is not a text
+    example: str = ""  # example arguments of `generate` as Python code, if they are not a text
     # the same as options of the command, by their Python names
     example_options: Mapping[str, str] = field(default_factory=dict)
 

@@ -21,7 +21,7 @@ from gralora_fx.core.methods.low_rank import Rows, accumulate, in_blocks, projec
 
 _KEPT = 4  # hidden values that are more than 1/4 of the input are computed again instead of kept
 Weight = Tensor | tuple[Any, ...]
-Term = tuple[int, float, Rows | None]  # of an adapter: the place of its layer, its scale and its rows
+Term = tuple[int, float, Rows | None]  # for each adapter: the index of its layer, its scale and its rows
 
 
 def _values(weight: Weight) -> Tensor:
@@ -98,7 +98,7 @@ class AdaptedLinears(torch.autograd.Function):
             if of_input:
                 values = _values(weight if packed is None else packed)
                 of_x = torch.mm(flat, values) if of_x is None else of_x.addmm_(flat, values)
-                del values  # of a packed weight, before the next one is unpacked
+                del values  # frees a packed weight's values before the next one is unpacked
             of_weights[place] = flat.t() @ x.reshape(-1, x.shape[-1]) if trains[0][place] else None
             of_biases[place] = flat.sum(0) if trains[1][place] else None
         if of_dropped and any(gradient is not None for gradient in gradients):
@@ -122,7 +122,7 @@ class AdaptedLinears(torch.autograd.Function):
             whole = into.view(x.shape)
             part = _of(whole, rows)
             found.append(_add_gradients(part.view(-1, x.shape[-1]), own, flat, A, B, hidden, scale))
-            if isinstance(rows, Tensor):  # of a copy, not of a view
+            if isinstance(rows, Tensor):  # the rows are a copy, not a view
                 whole[rows] = part
         of_x, of_read = (None if gradient is None else gradient.view(x.shape) for gradient in (of_x, of_read))
         of_factors = (gradient for column in zip(*found, strict=True) for gradient in column)

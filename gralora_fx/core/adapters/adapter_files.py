@@ -112,7 +112,7 @@ def _check_weights_file(path: Path) -> None:
     """Check that an adapter's safetensors file exists."""
     if not path.is_file():
         if (path.parent / _PICKLE_NAME).is_file():
-            from gralora_fx.base.sources.other_formats import of_adapter_pickle  # for an error alone
+            from gralora_fx.base.sources.other_formats import of_adapter_pickle  # only for an error
 
             raise CheckpointError(of_adapter_pickle(path.parent))
         raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
@@ -124,7 +124,7 @@ def adapter_writers(config: AdapterConfig, tensors: Callable[[], Mapping[str, Ar
     def write_tensors(path: Path) -> None:
         try:
             save_file(sorted_arrays(tensors()), path, metadata=file_metadata(config))
-        except SafetensorError as error:  # a full disk, for one
+        except SafetensorError as error:  # such as a full disk
             raise OSError(str(error)) from error
         with path.open("r+b") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -34,7 +34,7 @@ class AdapterGraph(CurrentGraph):
     def _begin(self, base: Base) -> None:
         super()._begin(base)
         self._spare: dict[str, Tensor] = {}  # memory of former merged weights, to be reused
-        self._depth = 0  # of nested `disabled()` blocks
+        self._depth = 0  # number of open `disabled()` blocks
 
     # -- adding and switching ---------------------------------------------------------------------------------------
 
@@ -320,7 +320,7 @@ class AdapterGraph(CurrentGraph):
 
 # -- an optimizer's first step: nothing is registered before there is an adapter ------------------------------------
 
-# the adapters that no optimizer has trained yet, by owner, which is forgotten when it is gone
+# adapters that no optimizer has trained yet, by owner; a deleted owner is forgotten
 _untrained: weakref.WeakKeyDictionary[AdapterGraph, set[str]] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []  # torch's handle of the hook, once there is one; a hook cannot be removed while hooks run
 

@@ -11,7 +11,7 @@ from gralora_fx.core.config.checks import SAVED_MODULE, match, pattern_key, with
 from gralora_fx.core.planning.targets import TargetRule, ends_with, rule_of, trains_whole_at
 from gralora_fx.errors import CheckpointError, bulleted, listed, shown, warn_caller
 
-_MOST = 3  # layers that a message names
+_MOST = 3  # layers named in a message
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _not_selected(config: AdapterConfig, rule: TargetRule, sites: Iterable[str])
 def _unmet_names(config: AdapterConfig, rule: TargetRule, sites: Iterable[str]) -> Iterator[str]:
     """Yield target names that fit no layer with tensors and that no other field excludes."""
     if config.target_modules is None or rule.indices is not None:
-        return  # a name of layers that layers_to_transform leaves out has no tensors
+        return  # a name whose layers layers_to_transform excludes has no tensors
     for name in sorted(rule.names):
         is_excluded = rule.is_excluded(name) or any(ends_with(path, name) for path in rule.excluded)
         is_left_out = is_excluded or rule.excluded_pattern is not None or _is_saved(config, name)

@@ -152,7 +152,7 @@ class Base:
         return without_blocks(self.tree)
 
     def _running_block(self, path: str) -> fx.GraphModule:
-        assert self.running_block is not None  # which whoever runs the graphs has set
+        assert self.running_block is not None  # set by the owner of the graphs
         return self.running_block(path)
 
     def parameters_now(self) -> dict[str, nn.Parameter]:

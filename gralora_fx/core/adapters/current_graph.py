@@ -288,7 +288,7 @@ class CurrentGraph:
 def _check_picklable(graph_pass: GraphPass) -> None:
     try:
         pickle.dumps(graph_pass)
-    except Exception as error:  # pickle and what it writes raise errors of many types
+    except Exception as error:  # pickle, and the objects in it, raise errors of many types
         name = getattr(graph_pass, "__qualname__", type(graph_pass).__qualname__)
         raise RewriteError(
             f"the graph pass {name} cannot be pickled ({first_line(error)}); define it at the top of a module, or "
@@ -307,7 +307,7 @@ class ReadWriteLock:
     def __init__(self) -> None:
         """Start with no readers and no writer."""
         self._changed = threading.Condition()
-        self._reading: dict[int, int] = {}  # thread: how often
+        self._reading: dict[int, int] = {}  # number of reads by thread
         self._writer: int | None = None
         self._writing = 0
 

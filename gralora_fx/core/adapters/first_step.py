@@ -13,7 +13,7 @@ from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.planning.rewrite_plan import PlannedSite
 from gralora_fx.errors import listed, warn_caller
 
-_MOST = 4  # places that a message names
+_MOST = 4  # sites named in a message
 
 
 class HasAdapters(Protocol):
@@ -32,7 +32,7 @@ def check_first_step(optimizer: Optimizer, untrained: MutableMapping[_Owner, set
         optimizer: The optimizer, before its step.
         untrained: Names of adapters that no optimizer has trained yet, by owner; those that it trains are removed.
     """
-    if all(group.get("lr") == 0 for group in optimizer.param_groups):  # as torch makes room for a saved state
+    if all(group.get("lr") == 0 for group in optimizer.param_groups):  # torch allocates optimizer state so
         return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for owner, names in list(untrained.items()):

@@ -170,7 +170,7 @@ class InsertAdapter:
             return False
         assert isinstance(site, ParameterSite)
         before, tracer = set(graph.nodes), GraphAppendingTracer(graph)
-        with graph.inserting_before(first):  # so that no more weights are in memory at once than are used
+        with graph.inserting_before(first):  # just before its first use, so that fewer weights are in memory at once
             factors = self._tensors(graph, tracer, insertion)
             factors = factors if site.stack is None else self.method.of_stack(factors, site.stack)
             weight: Any = _proxy(node, tracer)

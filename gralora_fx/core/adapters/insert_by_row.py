@@ -96,7 +96,7 @@ class InsertByRow:
         """Redirect the readers of a call to its output with the adapters."""
         after = node.next
         names, path = ", ".join(part[1].adapter for part in parts), parts[0][2].site.path
-        (call,) = calls_at(node, path)  # as it is now: its input may have adapters already
+        (call,) = calls_at(node, path)  # looked up again: its input may have adapters by now
         values: list[fx.Node] = []
         with graph.inserting_before(after):
             batch = layout.batch_argument(call.input, f"{path} reads")
@@ -198,7 +198,7 @@ class _Layout:
                 "are not known; trace and rewrite the model again"
             )
         self._batch = _expression(shape[0])
-        # a mask may have a symbol of its own for what is the number of rows
+        # a mask may have its own symbol for the batch size
         shapes = [shape for node in placeholders if len(shape := _shape(node)) > 1]
         self._symbols = {_expression(s[0]) for s in shapes if _hint(s[0]) == _hint(shape[0])} | {self._batch}
 

@@ -120,7 +120,7 @@ def _product(linear: Any) -> tuple[fx.Node, Any, Any] | None:
     if target is _LINEAR:
         x, weight, bias = (*linear.args, None)[:3]
         is_turned = False
-    elif target is _ADDMM and not linear.kwargs:  # of transformers' Conv1D
+    elif target is _ADDMM and not linear.kwargs:  # transformers' Conv1D
         bias, x, weight = linear.args
         is_turned = True
     else:
@@ -210,7 +210,7 @@ def _is_plain(*operands: Any) -> bool:
     tensors = [operand for operand in operands if isinstance(operand, Tensor)]
     return (
         all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == tensors[0].dtype for tensor in tensors)
-        and not tensors[0].is_meta  # which has no autocast to ask about
+        and not tensors[0].is_meta  # meta tensors have no autocast state
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(tensors[0].device.type)
         and not is_transformed()

@@ -117,7 +117,7 @@ def settle_copies(merged: TracedModel, adapter: ModelAdapter) -> TracedModel:
         remove_annotation(node)
     graph_module = fx.GraphModule(
         graph_module, graph_module.graph, "MergedGraph"
-    )  # drops what the graph no longer reads
+    )  # drops attributes that the graph no longer reads
     tree = dataclasses.replace(merged.tree, parameters={**merged.tree.parameters, **settled})
     return merged.with_graph(graph_module, tree)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gralora_fx.core.adapters.run_forms import RunForm
     from gralora_fx.core.graph.checkpointing import Checkpointing
 
-_MOST = 32  # graphs that are kept; each has its own nodes and code, over shared tensors
+_MOST = 32  # cached graphs; each has its own nodes and code, over shared tensors
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class StateGraph:
         assert edits == self.flat.edits  # a compiled program is compiled again after an edit
         return made
 
-    # torch.compile runs it, and reads what it made
+    # torch.compile calls this while tracing, as a constant
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _make_form(self, *fields: Any) -> None:
         from gralora_fx.core.adapters.run_forms import RunForm, in_form
@@ -273,7 +273,7 @@ def _passes(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter])
     for name in state.active:
         if name not in state.merged:
             yield adapters[name].insertion()
-        if adapters[name].copies:  # which are not folded into anything
+        if adapters[name].copies:  # copies are not folded
             from gralora_fx.core.adapters.module_copies import redirection
 
             yield redirection(adapters[name], traced.tree)

@@ -116,7 +116,7 @@ class StoredAdapter:
 
     def check_no_parameters(self, purpose: str, error: type[Exception]) -> None:
         """Raise if it adapts parameters other than the weights of linear layers."""
-        if self.unnamed or self.parameters:  # keys of a file may say the module alone, the configuration names them
+        if self.unnamed or self.parameters:  # keys may tell the module alone; the configuration tells its parameters
             names = self.parameters if not self.unnamed else self.config.target_parameters or list(self.unnamed)
             raise error(
                 f"{self.directory} adapts parameters of the model's own code ({listed(list(names), 2)}), such as "
@@ -244,7 +244,7 @@ def _site(
         return getattr(config, field) if match is None else pattern[match]
 
     sizes, scale = method.sizes(config, value_of)
-    expected = method.shapes(0, 0, sizes)  # of the right fields and numbers of dimensions
+    expected = method.shapes(0, 0, sizes)  # only the fields and the numbers of dimensions matter
     unfit = [f"missing {KEY_PREFIX}{key}.{method.keys[field]}" for field in expected if field not in tensors]
     unfit += [f"unexpected {KEY_PREFIX}{key}.{method.keys[field]}" for field in tensors if field not in expected]
     if not unfit:

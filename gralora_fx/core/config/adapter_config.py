@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
-# What PEFT adds to `modules_to_save` for a task: the head that such a model trains.
+# The heads that PEFT adds to `modules_to_save` for a task.
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),

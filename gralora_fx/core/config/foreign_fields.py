@@ -8,7 +8,7 @@ from typing import Any
 
 from gralora_fx.errors import ConfigError, listed, shown
 
-# names of one thing, here, in PEFT, in the paper's code and in other programs
+# names of the same setting here, in PEFT, in the paper's code and in other programs
 _SAME = (
     ("r", "rank", "lora_r", "lora_rank", "lora_dim"),
     ("alpha", "lora_alpha", "gralora_alpha"),
@@ -17,7 +17,7 @@ _SAME = (
     ("init_weights", "init_lora_weights", "init_gralora_weights"),
     ("target_modules", "targets", "lora_target_modules", "lora_target"),
 )
-# what changes the output of an adapter or what is trained, in PEFT or here, by the field that asks for it
+# forms that change an adapter's output or the trained parameters, by the field that selects them
 _FORMS = {
     "use_qalora": "QA-LoRA, which pools the input",
     "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
@@ -36,7 +36,7 @@ _FORMS = {
     "gralora_k_pattern": "GraLoRA's number of blocks, which GraloraConfig has",
     "hybrid_r": "the LoRA beside GraLoRA's blocks, which GraloraConfig has",
 }
-# PEFT's bookkeeping, how a fresh adapter is set up, and how PEFT runs: a saved adapter computes the same without them
+# fields for PEFT's bookkeeping, initialization and runtime: a saved adapter computes the same without them
 _WITHOUT_EFFECT = {
     "peft_type",
     "peft_version",

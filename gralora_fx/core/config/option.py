@@ -32,13 +32,13 @@ MODEL, ADAPTERS, NUMBERS, WRITTEN, COMPARISON = (
 class Option:
     """The declaration of an option, beside its type and its default."""
 
-    help: str = ""  # what it means, for the command line and the documentation; empty for an option of Python alone
-    group: str = ""  # the heading in a command's help under which it is listed; empty for that of all others
-    metavar: str = ""  # the placeholder of its value; empty for the choices that its type has
-    left_out: str = ""  # what holds where it is left out, in words, if its default does not say so
+    help: str = ""  # its text for the command line and the documentation; empty for a Python-only option
+    group: str = ""  # its heading in a command's help; empty for the common one
+    metavar: str = ""  # the placeholder of its value; empty to list its type's choices
+    left_out: str = ""  # the effect of omitting it, in words, if its default does not tell
     least: int | None = None  # the least value of a number; None for no check
-    environment: str = ""  # an environment variable that gives it on the command line; empty for none
-    # what is wrong with a value, or None: the check of values for which the type does not say enough
+    environment: str = ""  # an environment variable that sets it on the command line; empty for none
+    # a check beyond the type: returns what is wrong with a value, or None
     problem: Callable[[Any], str | None] = lambda value: None
 
 
@@ -49,7 +49,7 @@ class DeclaredOption:
     name: str  # name of the field, which is that of the Python argument
     type: Any
     default: Any
-    option: Option  # what else is declared
+    option: Option  # the rest of the declaration
 
     @property
     def types(self) -> tuple[Any, ...]:

@@ -35,7 +35,7 @@ def read_fields(path: Path) -> dict[str, Any]:
         )
     try:
         fields = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of an integer with thousands of digits
+    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, or an integer with thousands of digits
         raise ConfigError(f"{path} is not valid JSON ({error}); save the adapter again") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds a {type(fields).__name__}, not an object; save the adapter again")

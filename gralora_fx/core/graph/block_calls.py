@@ -21,7 +21,7 @@ class BlockCall(NamedTuple):
 
     path: str  # path of the block
     graph: fx.Graph  # the block's graph; it reads parameters by their paths within the block
-    # modules that it calls and that are not in the block, such as branches: paths by their names in it
+    # modules from outside the block that it calls, such as branches: paths by their names in the block
     outside: Mapping[str, str]
 
     @property
@@ -198,7 +198,7 @@ def _together(path: str, nodes: Sequence[fx.Node], others: Collection[fx.Node]) 
     if strange := [node for node in span if node in taken and node in others]:
         raise NoBlock(path, f"{strange[0].name}, of another block, is computed between its own operations")
     for node in span:
-        if node not in taken:  # it reads nothing of the block
+        if node not in taken:  # it reads no value of the block
             nodes[0].prepend(node)
     return [node for node in span if node in taken]
 

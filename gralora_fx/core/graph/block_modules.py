@@ -28,7 +28,7 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
-_OWN = (*_TENSORS, *_HOOKS, "training", "_is_full_backward_hook")  # what a block has of the container in its place
+_OWN = (*_TENSORS, *_HOOKS, "training", "_is_full_backward_hook")  # attributes shared with the replaced container
 
 
 class GraphBlock(fx.GraphModule):
@@ -215,7 +215,7 @@ def _running_block(
     block.__dict__["_tree_block"] = owner
     block.training = flat.training
     if first is None:
-        block.graph = call.graph  # which compiles it
+        block.graph = call.graph  # this compiles it
     else:
         block.__dict__["_graph"] = call.graph
         call.graph.owning_module = block

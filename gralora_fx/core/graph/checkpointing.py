@@ -28,7 +28,7 @@ class Checkpointing(NamedTuple):
     every: int = 1  # 1 for every block, n for the first of each n
     # options of `torch.utils.checkpoint.checkpoint`, as pairs
     options: tuple[tuple[str, Any], ...] = (("use_reentrant", False),)
-    offload: bool = False  # whether what is kept for recomputation is kept in the host's memory
+    offload: bool = False  # whether the inputs of recomputed blocks are kept in the host's memory
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None, every: int, *, offload: bool) -> Self:
@@ -66,7 +66,7 @@ def checkpoint_blocks(graph: fx.Graph, blocks: Iterable[BlockCall], checkpointin
     calls = [node for node in graph.find_nodes(op="call_module") if node.target in paths]
     function: Any = offloaded_checkpoint if checkpointing.offload else checkpoint
     options = dict(checkpointing.options)
-    if objects := {name: value for name, value in options.items() if callable(value)}:  # which code cannot spell
+    if objects := {name: value for name, value in options.items() if callable(value)}:  # not literals in code
         function = functools.wraps(function)(functools.partial(function, **objects))
     written = {name: value for name, value in options.items() if name not in objects}
     for node in calls[:: checkpointing.every]:

@@ -197,7 +197,7 @@ class LinearCall:
     # for a call inside a branch or a loop: the position of the weight among the operands of the node that runs it.
     # `input` is then that node itself, not the layer's input
     operand: tuple[int, int] | None = None
-    # what the operator adds to the product: the bias's node, or one that computes it or cuts a part of it
+    # the node that the operator adds to the product: the bias, or a node that computes or slices it
     added: fx.Node | None = None
 
 

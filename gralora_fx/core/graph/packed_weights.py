@@ -72,7 +72,7 @@ class UnpackWeights:
     """
 
     packed: Mapping[str, PackedWeight]  # the packed weights by their names in the graph
-    others: Collection[str] = ()  # names of those that the graph reads as they are, since they have other values
+    others: Collection[str] = ()  # names of weights that the graph reads directly, since they were replaced
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Unpack the weights."""

@@ -32,7 +32,7 @@ class PassResult(Generic[Graph]):
     changed: int  # how many places it changed
     skipped: tuple[Skip, ...] = ()  # places that it left unchanged, each with the reason
     graph: Graph | None = None  # the graph that replaces the given one; None if that was changed in place
-    summary: object = None  # what it found besides, as a value of a type of its own
+    summary: object = None  # other findings, as a value of a type of their own
 
 
 Pass = Callable[[Graph], PassResult[Graph]]  # a function, or a frozen dataclass whose fields are its options
@@ -103,7 +103,7 @@ class Pipeline(Generic[Graph]):
     name: str  # its name in reports
     passes: tuple[Pass[Graph], ...]
     given: frozenset[str] = frozenset()  # facts that hold of every graph that it gets
-    error: type[GraloraError] = RewriteError  # what a failing pass is reported as
+    error: type[GraloraError] = RewriteError  # the error raised for a failing pass
 
     def __post_init__(self) -> None:
         """Check the passes' order by their contracts."""
@@ -124,7 +124,7 @@ class Pipeline(Generic[Graph]):
                 result = graph_pass(graph)
             except GraloraError:
                 raise
-            except Exception as error:  # of whatever library the pass uses
+            except Exception as error:  # any error of a library that the pass uses
                 raise self.error(f"the pass {name} of {self.name} failed: {first_line(error)}") from error
             graph = graph if result.graph is None else result.graph
             for problem in self.problems(graph):
@@ -148,4 +148,4 @@ def name_of(graph_pass: object) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).lower()
 
 
-GraphPass = Callable[[fx.GraphModule], Any]  # a user's
+GraphPass = Callable[[fx.GraphModule], Any]  # a user's pass

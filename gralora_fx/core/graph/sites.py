@@ -141,7 +141,7 @@ def other_readers(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> 
         sources.setdefault(id(tensor_at(graph_module, str(node.target))), []).append(node)
     others: dict[str, tuple[str, ...]] = {}
     for site in sites:
-        if site.kind == "parameter":  # whatever reads it
+        if site.kind == "parameter":  # all of its readers are its own
             others[site.path] = ()
             continue
         names = [reader.name for source in sources.get(id(site.weight), []) for reader in readers(source)]

@@ -128,7 +128,7 @@ class FlatGraph:
         """Return the graph module with its code."""
         with self._compiling:
             if not self._is_compiled:
-                fx.GraphModule.recompile(self.module)  # which does not count
+                fx.GraphModule.recompile(self.module)  # without counting
                 self._is_compiled = True
         return self.module
 
@@ -198,7 +198,7 @@ def replace_parameters(root: nn.Module, parameters: Mapping[str, nn.Parameter]) 
 
 def map_parameters(root: nn.Module, new: Callable[[nn.Parameter, str], nn.Parameter]) -> None:
     """Replace the parameters in modules; one at several places is converted once, so that tied ones stay tied."""
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tensor is equal to itself alone as a key
+    made: dict[nn.Parameter, nn.Parameter] = {}  # keys compare by identity
     for path, module in root.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

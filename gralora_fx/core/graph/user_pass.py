@@ -21,7 +21,7 @@ def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass) -> None:
         result = graph_pass(graph_module)
         graph_module.graph.lint()
         graph_module.recompile()
-    except Exception as error:  # a user's pass raises what it likes
+    except Exception as error:  # a user's pass may raise anything
         changes = _changes(before, _snapshot(graph_module.graph))
         raise RewriteError(
             f"the graph pass {name} failed with {type(error).__name__}: {first_line(error)}"

@@ -39,7 +39,7 @@ from gralora_fx.errors import (
 )
 from gralora_fx.format.tasks import task_of, with_past
 
-_BARE = (None, "feature-extraction")  # what a task is where only the transformer is known
+_BARE = (None, "feature-extraction")  # tasks of a bare transformer
 
 
 def load_traced(
@@ -80,11 +80,11 @@ class LoadedBase:
     adapter: str | None  # directory or hub id of the adapter, or None
     config: AdapterConfig | None  # the adapter's configuration, or None
     supplied: Set[str]  # names of the parameters that the adapter supplies
-    arguments: Mapping[str, Any]  # what `trace` is given for the task, as the files of the base or of the adapter say
+    arguments: Mapping[str, Any]  # arguments of `trace` for the task, from the files of the base or of the adapter
     num_labels: int | None  # number of classes of the adapter's head, or None
     # how the checkpoint fits the model; None if the weights are streamed, which checks it already
     report: LoadReport | None
-    strict_base: bool = False  # whether an adapter that is not known to be of this base is refused when it is added
+    strict_base: bool = False  # whether adding an adapter that is not known to be of this base raises
 
     @property
     def made_for(self) -> str | None:

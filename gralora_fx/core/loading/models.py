@@ -45,7 +45,7 @@ def class_for(config: PreTrainedConfig, task: str | None) -> Any:
 def _auto_class(config: PreTrainedConfig, task: str) -> str:
     """Return the auto class of a task; a text decoder may be part of a model with other inputs, or stand alone."""
     known = find_task(task)
-    assert known is not None  # which was checked
+    assert known is not None  # checked before
     if known.cache != "decoder" or has_class(known.auto_class, config):
         return known.auto_class
     decoders = [other.auto_class for other in all_tasks() if other.cache == "decoder"]  # the first is of texts alone
@@ -267,7 +267,7 @@ def make_empty(
     try:
         with quiet():
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-            vars(config).pop("quantization_config", None)  # of its files, which are read as floats
+            vars(config).pop("quantization_config", None)  # its files are read as floats
             if dtype is not None:
                 config.dtype = dtype
             if num_labels is not None and num_labels != config.num_labels:

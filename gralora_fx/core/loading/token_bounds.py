@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-_PART = 2**16  # characters that are looked at together
+_PART = 2**16  # characters counted at once
 _SLACK = 8  # tokens by which two parts may count more than the text of both, since normalizers look beyond one
-# pre-tokenizers that keep every character, and those that leave white space out; of others nothing is known
+# pre-tokenizers that keep every character, and ones that drop white space; others are unknown
 _KEEPING = ("ByteLevel", "Digits", "FixedLength", "Metaspace", "Punctuation", "Split", "UnicodeScripts")
 _SPLITTING = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
 _WORDS = ("WordLevel", "WordPiece")  # models with a token for any word that they do not know
@@ -32,7 +32,7 @@ _LOCAL = (*_FORMS, "BertNormalizer", "ByteLevel", "Lowercase", "Nmt", "Precompil
 _SPACES = " {2,}"  # the expression in normalizers that were SentencePiece's
 _WORD = re.compile(
     r"[^\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
-)  # what Unicode's white space divides
+)  # splits at Unicode white space
 _BYTES = bytes_to_unicode()  # the letters that byte-level tokenizers write for bytes
 _Parts = Mapping[str, Any]
 
@@ -41,10 +41,10 @@ _Parts = Mapping[str, Any]
 class TokenBound:
     """A lower bound on the number of a text's tokens."""
 
-    normalize: Callable[[str], str]  # what the tokenizer does to a text before it looks for tokens
-    count: Callable[[str], float]  # how many tokens a normalized text has at least
-    part: int  # how many characters may be normalized and counted by themselves
-    longest: int  # characters of the longest token; of a byte-level tokenizer, its bytes
+    normalize: Callable[[str], str]  # the tokenizer's normalization
+    count: Callable[[str], float]  # the least number of tokens in a normalized text
+    part: int  # number of characters that may be normalized and counted at once
+    longest: int  # characters, or bytes for a byte-level tokenizer, of the longest token
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenBound | None:
@@ -126,7 +126,7 @@ class _Shares:
         """Compute them from a vocabulary."""
         self._tokens = {entry if isinstance(entry, str) else entry[0] for entry in model["vocab"]}
         self._before, self._after = (model.get(n) or "" for n in ("continuing_subword_prefix", "end_of_word_suffix"))
-        # whether what is unknown is written as bytes, each a token
+        # whether unknown characters become bytes, one token each
         self._has_bytes = bool(model.get("byte_fallback")) and all(f"<0x{n:02X}>" in self._tokens for n in range(256))
         self.longest: dict[str, int] = {}
         for token in (*self._tokens, *contents):

@@ -90,7 +90,7 @@ def _add_products(block: Array, terms: Sequence[tuple[Array, Array, float]], acc
         sums = block.astype(accumulator)
         for left, right, scale in terms:
             sums += scale * (cast(to_numpy(left), accumulator) @ cast(to_numpy(right), accumulator))
-        with np.errstate(over="ignore"):  # whether values are finite is for the caller to check
+        with np.errstate(over="ignore"):  # the caller checks that values are finite
             into[...] = sums
         return
     import torch

@@ -24,7 +24,7 @@ from gralora_fx.errors import ConfigError, shown, warn_caller
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Ways to draw a fresh adapter: those that leave the base alone, and those that take part of its weights away.
+# Initializations: ones that leave the base unchanged, and ones that move part of its weights into the adapter.
 _INITIAL = (True, False, "gaussian")
 _LEAVE_THE_BASE = ("eva", "orthogonal", "mica")
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -111,7 +111,7 @@ class LoraConfig(AdapterConfig):
     SIZE_FIELDS = ("r", "lora_alpha", "use_rslora", *PATTERNS)
     DROPOUT, ALPHA = "lora_dropout", "lora_alpha"
     SAVED_IF_USED = ("use_dora", "base_quantization", "target_parameters", "alora_invocation_tokens")
-    _FORMS: ClassVar[dict[str, type[LoraConfig]]] = {}  # by the field that asks for one
+    _FORMS: ClassVar[dict[str, type[LoraConfig]]] = {}  # by the field that selects one
 
     def __init_subclass__(cls, asked_for_by: str | None = None, **kwargs: Any) -> None:
         """Register a form of LoRA by the field that selects it."""
@@ -128,7 +128,7 @@ class LoraConfig(AdapterConfig):
         """
         from gralora_fx.core.methods.registry import known_methods
 
-        known_methods()  # their modules make their forms known
+        known_methods()  # importing their modules registers their forms
         form: type[Any] = next((form for name, form in cls._FORMS.items() if fields.get(name) is True), cls)
         return form if issubclass(form, cls) else cls
 

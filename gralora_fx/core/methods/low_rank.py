@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from gralora_fx.base.compat.torch_graphs import is_transformed
 from gralora_fx.core.methods.method import LayerCall
 
-Rows = slice | Tensor  # of a batch: those of a slice, or with these indices
+Rows = slice | Tensor  # rows of a batch: a slice, or an index tensor
 
 
 def add_low_rank(call: LayerCall, A: Tensor, B: Tensor, scale: float, *, dropout: float = 0.0) -> Tensor:

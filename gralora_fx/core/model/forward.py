@@ -108,7 +108,7 @@ def _columns_before(inputs: Mapping[str, Any], length: int) -> int:
     from gralora_fx.core.tracing.inputs.cache import cached_length
 
     past = cached_length(inputs[PAST])
-    if past is None:  # of states alone; the mask covers all columns
+    if past is None:  # a cache with only states; the mask covers all columns
         mask = inputs.get("attention_mask")
         past = 0 if mask is None else mask.shape[1] - length
     return past

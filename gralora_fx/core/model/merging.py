@@ -133,7 +133,7 @@ def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) ->
         parameters |= dict.fromkeys(names, weights[site.path])
     graph_module = fx.GraphModule(
         graph_module, graph_module.graph, "MergedGraph"
-    )  # drops what the graph no longer reads
+    )  # drops attributes that the graph no longer reads
     return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).train(
         traced.training
     )

@@ -58,7 +58,7 @@ def _peft_model() -> type[nn.Module] | None:
 
 @functools.cache
 def _imported_peft_model() -> type[nn.Module] | None:
-    with quiet():  # what PEFT imports, such as bitsandbytes, logs which of its own kernels are not installed
+    with quiet():  # PEFT's imports, such as bitsandbytes, log which of their kernels are not installed
         from transformers import trainer_utils
     return getattr(trainer_utils, "PeftModel", None)
 

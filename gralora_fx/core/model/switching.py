@@ -150,7 +150,7 @@ class Switching:
         chosen = selected_adapters if adapter_names is None else adapter_names
         names = list(self._state.adapters) if chosen is None else as_names(chosen)
         adapters = {"" if name == "default" else name: self._state[name] for name in names}
-        model: nn.Module = self  # type: ignore[assignment]  # of which this is a part
+        model: nn.Module = self  # type: ignore[assignment]  # a base class of the model
         save_adapters(self._state, adapters, directory, model, is_main_process=is_main_process, state_dict=state_dict)
 
     def load_adapter(

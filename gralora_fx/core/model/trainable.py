@@ -140,7 +140,7 @@ class Trainable(Checkpointed):
         Raises:
             TraceError: The model does not generate, or an option is not supported over a trace.
         """
-        if hasattr(self, "unshard"):  # FSDP2's, whose hooks gather what a call of the model itself reads
+        if hasattr(self, "unshard"):  # FSDP2's hooks gather parameters only in calls of the model itself
             self.unshard()
         return self.base_model.generate(*args, **kwargs)
 

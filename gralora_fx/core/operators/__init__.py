@@ -10,14 +10,13 @@ from torch import fx
 
 from gralora_fx.base.compat.torch_graphs import OpOverload, schema_of
 
-FILES = ("attention", "layers")  # that define some
+FILES = ("attention", "layers")  # modules that define operators
 NAMESPACE = "gralora"
 COMPUTING = "operators compute values"
 
-# what is known of those that are defined
-STANDS_FOR: dict[Any, Any] = {}  # operators that compute, by the one that stands for each in a trace
-# operators that compute otherwise in training: the position of the argument that says so, or of a probability that
-# evaluation sets to zero
+# facts about the defined operators
+STANDS_FOR: dict[Any, Any] = {}  # real operators by their shape-only counterparts
+# operators that differ in training: the position of the flag, or of a probability that evaluation sets to zero
 TRAIN_FLAGS: dict[Any, int] = {}
 DROPOUTS: dict[Any, int] = {}
 CONTRACTIONS: set[Any] = set()  # operators that multiply by weights or activations and sum

@@ -43,7 +43,7 @@ _TYPES: dict[Any, str] = {  # types of arguments as PyTorch's schemas write them
 
 _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _shapes: Any = torch.library.Library(_SHAPES, "DEF")  # type: ignore[no-untyped-call]
-_shape_only: dict[Any, Any] = {}  # what stands in a trace for an operator that computes
+_shape_only: dict[Any, Any] = {}  # shape-only counterparts by their real operators
 
 
 class Call(Generic[V]):

@@ -27,7 +27,7 @@ TABLE = remedy(
     "the table of plan(traced, config), with target_modules='all-linear' in the config, lists the linear layers",
     "gralora-fx inspect without --adapter lists the linear layers",
 )
-_MOST_UNMATCHED = 3  # names that get a warning each, with those that are nearest
+_MOST_UNMATCHED = 3  # names with a warning each, which lists the nearest names
 
 UNNAMED = "it is a parameter of stacked matrices, which target_parameters does not name"
 

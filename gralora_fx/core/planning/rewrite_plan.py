@@ -51,8 +51,8 @@ class ChosenParameters:
     # of a linear layer is that layer
     sites: Mapping[str, LinearSite] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)  # why one cannot have an adapter, by path of the site
-    problems: tuple[str, ...] = ()  # what cannot be met, a sentence each
-    # what to warn of: names that match nothing while others do, fields that do not concern parameters
+    problems: tuple[str, ...] = ()  # errors, a sentence each
+    # warnings: names that match nothing while others do, fields that do not concern parameters
     gaps: tuple[str, ...] = ()
 
 

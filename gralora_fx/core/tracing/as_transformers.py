@@ -95,7 +95,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         super().__init__()
         self._viewed = viewed
         self.config = self.traced.config
-        self._generation_config: GenerationConfig | None = None  # one that was assigned to a view of a trace
+        self._generation_config: GenerationConfig | None = None  # set if one is assigned to a view of a trace
         self.is_encoder_decoder = bool(getattr(self.config, "is_encoder_decoder", False))
         self.main_input_name = main_input(self.traced)
         self._given_cache: Cache | None = None

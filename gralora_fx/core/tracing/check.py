@@ -44,7 +44,7 @@ def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str 
     with _in_evaluation(model):
         try:
             expected = call_eager(model, sample)
-        except Exception as error:  # a model raises what it likes
+        except Exception as error:  # a model may raise anything
             from gralora_fx.core.tracing.failures import where
 
             raise TraceError(
@@ -53,7 +53,7 @@ def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str 
         torch.manual_seed(0)
         try:
             actual = draft.graph_module(**own_inputs(sample))
-        except Exception as error:  # noqa: BLE001  # a graph of a fixed size raises what its operators do
+        except Exception as error:  # noqa: BLE001  # a graph of a fixed size raises its operators' errors
             return f"it fails with {type(error).__name__}: {first_line(error)}"
     return gap(expected, actual)
 
@@ -63,7 +63,7 @@ def eager_failure(model: nn.Module, sample: Mapping[str, Any]) -> str | None:
     with _in_evaluation(model):
         try:
             call_eager(model, sample)
-        except Exception as error:  # noqa: BLE001  # a model raises what it likes
+        except Exception as error:  # noqa: BLE001  # a model may raise anything
             return first_line(error)
     return None
 
@@ -258,7 +258,7 @@ def _by_token(model: nn.Module, inputs: dict[str, Any]) -> Any:
     count, logits = tokens["input_ids"].shape[1], []
     for place in range(count):
         step: dict[str, Any] = {name: value[:, place : place + 1] for name, value in tokens.items()}
-        if mask is not None and cached_length(cache) is not None:  # what keeps states alone reads masks of new tokens
+        if mask is not None and cached_length(cache) is not None:  # models with only states take masks of new tokens
             step["attention_mask"] = mask[:, : mask.shape[1] - count + place + 1]
         outputs = model(**inputs, **step, cache=cache)
         cache = returned_cache(outputs)

@@ -39,7 +39,7 @@ from gralora_fx.core.tracing.inputs.input_trees import by_own_names
 from gralora_fx.core.tracing.known_code import ATTENTIONS, IN_DECODERS, INDEXER, replaced
 from gralora_fx.format.cache_slots import StateKind
 
-_Axis = tuple[int, int]  # a tensor among a step's, and one of its axes
+_Axis = tuple[int, int]  # index of a step's tensor, and one of its axes
 _linear, _cat = nn.functional.linear, torch.cat
 
 
@@ -120,7 +120,7 @@ def _attention_as_operators(model: PreTrainedModel) -> Iterator[None]:
 
     Its masks become `gralora::mask` until it is known what reads them.
     """
-    AttentionInterface.register(NAMESPACE, _attend)  # which no model asks for but those within the block
+    AttentionInterface.register(NAMESPACE, _attend)  # only models within the block select it
     AttentionMaskInterface.register(NAMESPACE, make_mask)
     parts = {id(part.config): part.config for part in model.modules() if _has_operator(part)}
     before = {key: config._attn_implementation for key, config in parts.items()}
@@ -146,7 +146,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Compute attention for transformers' attention interface with the project's operator."""
-    if options.get("sinks") is not None:  # one of each query, as Inkling 2's: the operator has one of each head
+    if options.get("sinks") is not None:  # one for each query, as Inkling 2's; the operator has one for each head
         own: tuple[Tensor, None] = sys.modules[type(module).__module__].eager_attention_forward(
             module, query, key, value, attention_mask, **options
         )
@@ -158,7 +158,7 @@ def _attend(
         from gralora_fx.core.tracing.sparse_attention import only_chosen
 
         attention_mask = only_chosen(attention_mask, chosen)
-    if (bias := options.get("position_bias")) is not None:  # of each head, as Inkling's
+    if (bias := options.get("position_bias")) is not None:  # for each head, as Inkling's
         attention_mask = bias if attention_mask is None else attention_mask + bias
     result = Attention.compute(
         query=query,

@@ -32,7 +32,7 @@ from gralora_fx.core.tracing.inputs.signature import CallSignature, signature_of
 from gralora_fx.errors import TraceError, first_line, warn_caller
 from gralora_fx.format.input_names import PAST
 
-if TYPE_CHECKING:  # of models whose inputs features know alone
+if TYPE_CHECKING:  # only for models whose inputs features know
     from gralora_fx.format.input_names import InputFacts
 
 NO_CHECKPOINTS = (
@@ -71,7 +71,7 @@ class Draft:
     options: Mapping[str, Any] = field(default_factory=dict)  # options of `trace` that features read
     has_values: bool = True  # whether every parameter has values, so that the graph can be compared with the model
     dynamic: bool = True  # whether axes may vary
-    held: Collection[str] = ()  # inputs of which the batch alone may vary
+    held: Collection[str] = ()  # inputs whose batch axis alone may vary
     # whether the model is captured in evaluation mode; else in training mode, where every dropout has its probability
     evaluates: bool = False
     evaluated: tuple[str, ...] = ()  # paths of the modules that are in evaluation mode nevertheless
@@ -96,7 +96,7 @@ def skeleton_of(source: Draft | str, memo: Mapping[int, Any] | None = None) -> D
         known[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     try:
         model = copy.deepcopy(source.model, known)
-    except Exception as error:  # noqa: BLE001  # a module's copy raises what it likes, which a conversion then tells
+    except Exception as error:  # noqa: BLE001  # copying a module may raise anything; a conversion reports it
         return f"its {type(source.model).__name__} cannot be copied ({first_line(error)})"
     return Skeleton(**{**vars(source), "model": model})
 
@@ -106,11 +106,11 @@ class Captured(Draft):
     """A draft with its graph."""
 
     graph_module: fx.GraphModule = field(kw_only=True)
-    passes: tuple[PassReport, ...] = ()  # what the passes that normalized it did
+    passes: tuple[PassReport, ...] = ()  # reports of the passes that normalized it
     drawn: str | None = None  # an operator of it that draws random numbers in either mode, as text, or None
     updated: tuple[str, ...] = ()  # names of the buffers that it updates in either mode
     problem: str | None = None  # how it differs from the model; None if it does not, or was not compared
-    # what features know of its inputs, by the names of manifests
+    # features' records of its inputs, by their names in manifests
     facts: Mapping[str, InputFacts] = field(default_factory=dict)
 
 

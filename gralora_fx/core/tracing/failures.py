@@ -29,7 +29,7 @@ _REASONS = (
         "tensors of two devices meet; put the model and the example inputs on one",
     ),
 )
-# of torch 2.11 for a set, which alone gets so far
+# torch 2.11's message for a set, the only type that gets this far
 _UNKNOWN_OUTPUT = re.compile(r"Found <class '(.+)'> in output, which is not a known type|unhashable type: '(set)'")
 _OWN = Path(__file__).parents[2]
 _TORCH = Path(torch.__file__).parent

@@ -22,7 +22,7 @@ from torch import nn
 
 _MODELS = "transformers.models"
 _PATCHES = __name__.rpartition(".")[0]
-INDEXER = "Indexer"  # how the names of classes end that choose keys
+INDEXER = "Indexer"  # end of the names of classes that choose keys
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Recognised:
     # A method or a function by its path below `transformers.models`, as in
     # `"llama.modeling_llama:LlamaRMSNorm.forward"`. It is imported once a model has code of that name.
     place: str
-    # A function by its path below `folder`, as `"other_layers:drop_path"`. It takes the same arguments and gives the
+    # A function by its path below `folder`, as `"other_layers:drop_path"`. It takes the same arguments and returns the
     # same results; a method's takes the module first. It is imported once a model has the code.
     replacement: str
-    # how the names of the classes end whose method may be it, or several such endings
+    # end of the names of the classes that may have the method, or several such endings
     ending: str | tuple[str, ...] = ""
     beside: tuple[str, ...] = ()  # functions or methods that must be of the same code too, since it calls them
-    fits: Callable[[Any], bool] = lambda _: True  # whether a module with the method is one that the replacement is for
+    fits: Callable[[Any], bool] = lambda _: True  # whether the replacement is for this module
     folder: str = _PATCHES  # the package of the replacement
 
     @property

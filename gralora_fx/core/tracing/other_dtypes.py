@@ -131,7 +131,7 @@ def convert_trace(traced: Convertible, captured: Captured | None, convert: Conve
             source=type(source)(**{**vars(source), "sample": captured.sample}),
         )
     fresh = fresh.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).train(training)
-    traced.__dict__.clear()  # of what was found in the graph too
+    traced.__dict__.clear()  # cached properties of the old graph too
     traced.__dict__.update(vars(fresh))
 
 
@@ -199,7 +199,7 @@ def _capture(traced: Convertible, convert: Convert, floats: Collection[torch.dty
     draft = dataclasses.replace(source, sample=tree_map(converted, dict(source.sample)), has_values=False)
     with ExitStack() as changed:
         changed.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # what they say was said when the model was traced
+        warnings.simplefilter("ignore")  # the same warnings were shown when the model was traced
         if source.appended is not None:
             changed.enter_context(source.appended.appended_to(source.model))
         changed.enter_context(_converted_tensors(source.model, traced.tree.parameters, convert))

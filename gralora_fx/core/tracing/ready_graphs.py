@@ -59,7 +59,7 @@ def trace_ready_graph(
     cleaning = cleaning_passes(graph_module)
     passes: tuple[Pass[fx.Graph], ...] = (*cleaning, restore_aten, inline_leaves, *inlining_passes(), AnnotateModes())
     draft = run_passes(draft, passes)
-    if exported_with is not None:  # what its graph does not read is left out
+    if exported_with is not None:  # tensors that its graph does not read are left out
         draft = dataclasses.replace(draft, model=draft.graph_module)
         _check_distinct(draft.graph_module, *exported_with)
     fixed = fixed_axes(draft.graph_module.graph, sample) if is_exported else {}
@@ -190,7 +190,7 @@ def _check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> N
     try:
         with torch.no_grad(), quiet(), torch.random.fork_rng(devices=()):
             graph_module(**own_inputs(sample))
-    except Exception as error:  # a graph raises what its operators do
+    except Exception as error:  # a graph raises its operators' errors
         raise TraceError(
             f"the graph fails on the example inputs with {type(error).__name__}: {first_line(error)}; give inputs that "
             "it takes"

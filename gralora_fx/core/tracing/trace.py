@@ -169,7 +169,7 @@ def trace(
                 draft = with_call_signature(_checked(first))
             if originals:
                 restore_parameters(draft.graph_module, originals)
-        # those that are appended are still among the model's modules
+        # appended modules are still among the model's modules
         traced = _with_layers(draft, ModuleTree.of_module(model), blocks, training=model.training)
     return dataclasses.replace(
         traced, source=Draft(**{f.name: getattr(draft, f.name) for f in dataclasses.fields(Draft)})

@@ -19,7 +19,7 @@ from gralora_fx.format.input_names import DECODER_INPUTS, PAST, TEXT_INPUTS
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
-Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional ones, and those by name
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional and keyword arguments
 
 
 def example_arguments(example_inputs: Any, kwargs: Any) -> Arguments:

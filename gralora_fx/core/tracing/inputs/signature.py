@@ -15,7 +15,7 @@ from gralora_fx.base.compat.torch_graphs import tree_map_only
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, FixedAxes, cache_layout
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST
 
-if TYPE_CHECKING:  # of a model whose inputs features know alone
+if TYPE_CHECKING:  # only for a model whose inputs features know
     from gralora_fx.format.input_names import InputFacts
 
 _RULES = ("attention_mask", "decoder_attention_mask", "token_type_ids", "position_ids")
@@ -34,13 +34,13 @@ class CallSignature:
     nullable: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()  # inputs for which the graph has a default itself; left out if not given
     takes_any: bool = False  # whether the source accepts arbitrary keyword arguments
-    # inputs that may be left out, since `default_input` gives the source's default
+    # inputs that may be left out, since `default_input` returns the source's default
     fillable: frozenset[str] = frozenset()
     counts_padding: bool = False  # whether default positions count the padding before them
     fixed: FixedAxes = dataclasses.field(default_factory=dict)  # sizes of input tensors to which the trace is fixed
     dynamic: bool = True  # whether the trace was made for other sizes than the example's too
     has_form: bool = True  # whether inputs must have the structure of the examples, as for an exported graph
-    # what features know of inputs, by the names of manifests
+    # features' records of inputs, by their names in manifests
     facts: Mapping[str, InputFacts] = dataclasses.field(default_factory=dict)
 
     @property

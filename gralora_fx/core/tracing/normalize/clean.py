@@ -116,7 +116,7 @@ def _only_writes(node: fx.Node) -> bool:
 def drop_unread_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Erase calls that no output reads, such as BERT's pooler if only its hidden states are returned."""
     changed = 0
-    for node in reversed(graph.nodes):  # parameters stay, as those of a layer that a model does not call
+    for node in reversed(graph.nodes):  # parameters stay, as for layers that a model does not call
         if node.op == "call_function" and not node.users and not node.is_impure():
             graph.erase_node(node)
             changed += 1
@@ -163,7 +163,7 @@ def normalize(draft: Captured) -> Captured:
         restore_aten,
         *_masks(draft),
         drop_unread_calls,
-        AnnotateModes(in_training=False if draft.evaluates else None),  # a training trace has no argument on in both
+        AnnotateModes(in_training=False if draft.evaluates else None),  # a training trace: none is on in both modes
         evaluate,
     )
     draft = run_passes(draft, passes)

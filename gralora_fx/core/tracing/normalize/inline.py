@@ -31,7 +31,7 @@ _WRAPPERS: dict[Any, tuple[int, int]] = {
     _hop.invoke_subgraph: (0, 2),
     _hop.wrap: (0, 1),
 }
-# those that run it in another mode: the function that enters the mode, given the arguments before the subgraph
+# operators that run it in another mode: the function that enters it, given the arguments before the subgraph
 _REGIONS: dict[Any, Any] = {_hop.wrap_with_set_grad_enabled: enter_grad_mode, _hop.wrap_with_autocast: enter_autocast}
 
 
@@ -243,7 +243,7 @@ def _traced(module: nn.Module, template: Any) -> fx.Graph:
         with _in_mode(module, training):
             try:
                 graphs.append(_Tracer().trace(_Call(module, template)))
-            except Exception as error:  # a forward raises what it likes of symbolic values
+            except Exception as error:  # a forward may raise anything on symbolic values
                 raise _Untraced(f"torch.fx cannot trace it ({type(error).__name__}: {first_line(error)})") from error
         AnnotateModes()(graphs[-1])
         set_mode(graphs[-1], module.training)
