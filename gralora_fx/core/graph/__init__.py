@@ -1,1 +1,1 @@
-"""Tools over `torch.fx`: the module tree, weight views, linear sites, annotations, user passes."""
+"""The vocabulary over `torch.fx`: the module tree, weight views, linear sites, annotations, user passes."""

@@ -98,7 +98,7 @@ class GraphBlock(fx.GraphModule):
 
 @functools.cache
 def _class_of(kind: str) -> type[GraphBlock]:
-    """Return the class of all blocks of one source class, by whose name tools find the layers to shard."""
+    """Return the class of all blocks of one source class, by whose name accelerate finds the layers to shard."""
     return type(kind, (GraphBlock,), {"__module__": __name__})
 
 
