@@ -52,11 +52,7 @@ def check_takes_adapters(
 def check_can_act(tokens: tuple[int, ...], adapter: object, kind: str, *, has_copies: bool) -> None:
     """Check that an adapter as data of an export may act from certain tokens on, which the engine implements.
 
-    Args:
-        tokens: The start tokens; empty for an adapter that acts on all tokens.
-        adapter: The adapter, for the message.
-        kind: The kind of the export.
-        has_copies: Whether it trains parameters of the base whole.
+    It needs a decoder with a cache, and no parameters that the adapter trains whole.
     """
     if tokens and kind != DECODER_KIND:
         raise ExportError(

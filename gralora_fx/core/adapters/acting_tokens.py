@@ -49,11 +49,7 @@ class ActingTokens:
         return self._made[x]
 
     def check(self, x: fx.Node, path: str) -> None:
-        """Check that a layer's input has one vector per token, as far as the graph records shapes.
-
-        Raises:
-            RewriteError: It has not.
-        """
+        """Raise unless a layer's input has one vector per token, as far as the graph records shapes."""
         lead, tokens = _shape(x)[:-1], _shape(self.ids)
         if lead and tokens and not _is_same(lead, tokens):
             raise RewriteError(

@@ -16,12 +16,7 @@ from gralora_fx.errors import RewriteError
 
 
 def rows_by_adapter(names: Sequence[str], device: torch.device) -> dict[str, Rows]:
-    """Return each adapter's rows: slices if all are contiguous, else index tensors.
-
-    Args:
-        names: The adapter of each row.
-        device: The device of index tensors.
-    """
+    """Return each adapter's rows, given each row's adapter: slices if all are contiguous, else index tensors."""
     places: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         places.setdefault(name, []).append(row)
@@ -33,15 +28,7 @@ def rows_by_adapter(names: Sequence[str], device: torch.device) -> dict[str, Row
 
 
 def check_trained(adapter_names: object, known: Callable[[str], ModelAdapter]) -> None:
-    """Check that every adapter of a batch is trainable, so that its loss is of use.
-
-    Args:
-        adapter_names: The adapter of each row.
-        known: Returns an adapter by name; raises if it does not exist.
-
-    Raises:
-        RewriteError: An adapter is frozen or does not exist.
-    """
+    """Check that every adapter of a batch exists and is trainable, so that its loss is of use."""
     for name in dict.fromkeys(check_row_names(adapter_names)):
         if name != BASE and not any(parameter.requires_grad for parameter in known(name).parameters()):
             raise RewriteError(
@@ -56,14 +43,7 @@ def loss_of_rows(
     adapter_names: object,
     loss_of: Callable[[Any, Mapping[str, Any]], Tensor],
 ) -> dict[str, Tensor]:
-    """Compute each adapter's loss over its own rows.
-
-    Args:
-        outputs: The outputs of the batch, by name.
-        labels: Its labels, by name.
-        adapter_names: The adapter of each row.
-        loss_of: Computes the loss from outputs and labels.
-    """
+    """Compute each adapter's loss over its own rows of a batch's outputs and labels."""
     if not labels:
         raise RewriteError("the losses of adapters need labels, and the batch has none")
     first = next(iter(labels.values()))
@@ -96,16 +76,7 @@ def split_rows(value: Tensor, rows: Mapping[str, Rows]) -> dict[str, Tensor]:
 
 
 def rows_of_call(adapter_names: object, values: Tensor, known: Callable[[str], object]) -> dict[str, Rows]:
-    """Return each adapter's rows in a call, after checking the names.
-
-    Args:
-        adapter_names: The adapter of each row.
-        values: The main input, whose first axis is the batch.
-        known: Raises for the name of an adapter that does not exist.
-
-    Raises:
-        RewriteError: There is no such adapter, or the batch has another number of rows.
-    """
+    """Return each adapter's rows in a call; raise if an adapter does not exist or the batch has another size."""
     names = check_row_names(adapter_names, values.shape[0])
     for name in dict.fromkeys(names):
         if name != BASE:

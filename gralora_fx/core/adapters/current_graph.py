@@ -133,10 +133,8 @@ class CurrentGraph:
     ) -> Any:
         """Run the graph of one state, even if another thread switches adapters meanwhile.
 
-        Args:
-            inputs: The graph's inputs.
-            form: A variant of the graph; None for the graph itself.
-            rows: The rows of each adapter, in the place of the active adapters; None for the current state.
+        `form` selects a variant of the graph, and `rows` gives each adapter its rows in the place of the active
+        adapters.
         """
         if torch.compiler.is_compiling():
             current, inputs = self._for_rows(inputs, rows)

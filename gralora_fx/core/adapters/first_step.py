@@ -28,9 +28,7 @@ _Owner = TypeVar("_Owner", bound=HasAdapters)
 def check_first_step(optimizer: Optimizer, untrained: MutableMapping[_Owner, set[str]]) -> None:
     """Warn of adapters that an optimizer trains for the first time and that lack gradients somewhere.
 
-    Args:
-        optimizer: The optimizer, before its step.
-        untrained: Names of adapters that no optimizer has trained yet, by owner; those that it trains are removed.
+    These adapters are removed from `untrained`, the adapters that no optimizer has trained yet.
     """
     if all(group.get("lr") == 0 for group in optimizer.param_groups):  # torch allocates optimizer state so
         return

@@ -29,15 +29,8 @@ def fold_adapters(
 ) -> dict[str, nn.Parameter]:
     """Fold adapters and their copies of parameters into the base's own parameters.
 
-    Args:
-        traced: The base.
-        adapters: The adapters.
-        work: Their updates.
-        safe: Whether to check first that every merged weight is finite.
-        untie: Whether to leave tied weights as they are, and return new weights for their layers.
-
-    Returns:
-        Folded weights that do not replace the base's, by site path.
+    With `safe`, every merged weight is checked to be finite first. With `untie`, tied weights stay as they are, and new
+    weights for their layers are returned, by site path.
     """
     graph_module = traced.graph_module
     copies = _copied_values(traced.tree, adapters)

@@ -147,10 +147,9 @@ class _ModuleCopy:
         self._made: dict[fx.Node, fx.Node] = {}
 
     def check(self, inside: Collection[fx.Node]) -> None:
-        """Check that a module can be computed by row.
+        """Raise if a module cannot be computed by row.
 
-        Raises:
-            RewriteError: It updates buffers, the trace has a fixed batch size, or other code reads its parameters.
+        It cannot if it updates buffers, the trace has a fixed batch size, or other code reads its parameters.
         """
         named = f"adapter_names: modules_to_save has {self._module}"
         if self._layout.is_fixed:
@@ -219,8 +218,7 @@ class _Layout:
     def batch_argument(self, node: fx.Node, where: str) -> tuple[fx.Node, ...]:
         """Return `take_rows`' argument `batch` for a node's value, at the insertion point; empty with a batch axis.
 
-        Raises:
-            RewriteError: The first axis is neither the batch nor the batch flattened with its positions, row after row.
+        Raises if the first axis is neither the batch nor the batch flattened with its positions, row after row.
         """
         shape = _shape(node)
         if shape and _expression(shape[0]) in self._symbols:

@@ -50,14 +50,9 @@ class RunForm(NamedTuple):
 
 
 def check_head(traced: TracedModel, acting: Iterable[ModelAdapter]) -> str:
-    """Check that the language model's head is the base's own layer, for a loss computed with its weight.
+    """Return the path of the language model's head; raise if an adapter changes it.
 
-    Args:
-        traced: The base's trace.
-        acting: The active adapters.
-
-    Returns:
-        The head's path.
+    A loss computed with the head's own weight would leave that adapter out.
     """
     head = traced.tree.output_embedding
     if head is None:
@@ -76,11 +71,8 @@ def form_of(
 ) -> RunForm | None:
     """Return the graph variant that a call needs, or None for the graph itself; remove the inputs that choose it.
 
-    Args:
-        traced: The traced model.
-        inputs: The call's inputs by name; for rows that hold several texts, their mask is added.
-        keeps_cache: Whether the cache is returned unless `use_cache` says otherwise.
-        ends_at: The layer before which the graph ends.
+    A mask is added to the inputs for rows that hold several texts. `keeps_cache` is the default of `use_cache`, and
+    `ends_at` the layer before which the graph ends.
     """
     if PAST not in traced.input_names:
         _check_not_packed(inputs)

@@ -152,15 +152,7 @@ BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
 def check_row_names(adapter_names: object, count: int | None = None) -> list[str]:
-    """Check the adapter names of rows.
-
-    Args:
-        adapter_names: A call's argument: a name for each row.
-        count: Number of rows; None if it is not known.
-
-    Raises:
-        RewriteError: It is not a list of names, or has another length.
-    """
+    """Check a call's adapter names: a list with one for each row, of length `count` if that is known."""
     if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
         raise RewriteError(
             f"adapter_names has the name of an adapter for each row ({BASE!r} for none), but got {shown(adapter_names)}"

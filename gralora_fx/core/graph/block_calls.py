@@ -82,7 +82,7 @@ def call_blocks(flat: fx.GraphModule, paths: Collection[str]) -> tuple[fx.Graph,
 
     Returns:
         The graph, for the flat graph's module with blocks at their paths; and the calls in order. All calls of one
-            block have the same graph.
+        block have the same graph.
 
     Raises:
         NoBlock: The nodes of a block cannot run together.

@@ -32,11 +32,7 @@ class Checkpointing(NamedTuple):
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None, every: int, *, offload: bool) -> Self:
-        """Check a call's options, and fill in the defaults.
-
-        Raises:
-            RewriteError: An option is unknown, or `every` is no number of blocks.
-        """
+        """Check a call's options, and fill in the defaults; raise for an unknown option or an invalid `every`."""
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise RewriteError(f"every must be a whole number of blocks of at least 1, but got {shown(every)}")
         options = {"use_reentrant": False, **(given or {})}

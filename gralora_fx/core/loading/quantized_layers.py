@@ -71,11 +71,7 @@ def pack_layers(
 ) -> None:
     """Pack the weights of layers in memory, and record it in the configuration.
 
-    Args:
-        model: The model.
-        layers: The layers by path.
-        quantization: How weights are rounded.
-        stored: The tensors of a quantized checkpoint by the names of the model.
+    `stored` has the tensors of a quantized checkpoint by the names of the model; other weights are rounded.
     """
     packing = parts("packed weights", {quantization.sign})
     if not packing:

@@ -149,11 +149,11 @@ def cached_slots(inputs: Mapping[str, Any]) -> list[CacheSlot]:
 
 
 def positions(mask: Tensor, length: int | None = None) -> Tensor:
-    """Return the last `length` positions in each row, not counting padding.
+    """Return the position ids of the last `length` columns of each row, not counting padding.
 
     Args:
         mask: `[batch, total]`, 0 at padding.
-        length: Number of positions; None for all.
+        length: Number of columns; None for all.
     """
     counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return counted if length is None else counted[:, counted.shape[1] - length :]

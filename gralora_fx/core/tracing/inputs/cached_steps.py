@@ -87,9 +87,9 @@ def cached_inputs(
 
     Returns:
         `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` if the
-            model takes them, and a `DynamicCache` with what the model keeps of the cached positions: keys and values
-            `[batch, key heads, past, size]`, or states. With `beside`, also the inputs that features add to the ids
-            (see `beside_ids`).
+        model takes them, and a `DynamicCache` with what the model keeps of the cached positions: keys and values
+        `[batch, key heads, past, size]`, or states. With `beside`, also the inputs that features add to the ids (see
+        `beside_ids`).
     """
     check_has_step(model)
     generator = torch.Generator().manual_seed(0)
