@@ -74,7 +74,7 @@ def disagreements(
 
     Every layer with tensors must be selected by the configuration, and every name of `target_modules` and every pattern
     key must fit a layer with tensors. If the model's layers and parameters are known, each that is selected must have
-    tensors. Names excluded by other fields, and layers that only the model could tell, are not judged.
+    tensors. Names excluded by other fields, and layers that depend on the model, are not judged.
     """
     rule = _rule(config, None if known is None else known.model_type)
     problems = [

@@ -1,4 +1,4 @@
-"""PEFT's keys for adapters of parameters, which tell the order of a module's parameters instead of their names.
+"""PEFT's keys for adapters of parameters, which encode the order of a module's parameters instead of their names.
 
 PEFT wraps a module once for each adapted parameter, in the order in which the module defines them. The last one has the
 module's key, `moe.lora_A.weight`, and each one before it has one more `base_layer`: `moe.base_layer.lora_A.weight`. For

@@ -50,7 +50,7 @@ class RunForm(NamedTuple):
 
 
 def check_head(traced: TracedModel, acting: Iterable[ModelAdapter]) -> str:
-    """Return the path of the language model's head; raise if an adapter changes it.
+    """Return the path of the language model's head; raise without one, or if an adapter changes it.
 
     A loss computed with the head's own weight would leave that adapter out.
     """
@@ -99,7 +99,7 @@ def _check_not_packed(inputs: Mapping[str, Any]) -> None:
 def _number_texts(inputs: dict[str, Any], *, returns_cache: bool) -> bool:
     """Add a mask that numbers each token's text if rows hold several; return whether they do.
 
-    Without a mask and a cache, positions tell texts apart, as in transformers' models.
+    Without a mask and a cache, positions separate texts, as in transformers' models.
     """
     given = [inputs.pop(name) for name in PACKING if name in inputs]
     positions = inputs.get("position_ids")
@@ -139,7 +139,7 @@ def in_form(flat: fx.GraphModule, form: RunForm, traced: TracedModel) -> Counted
 def texts_of(positions: Tensor) -> Tensor:
     """Return the number of each token's text in its row, from 1 on; a text starts where positions do not continue.
 
-    This is how transformers tells texts apart.
+    transformers separates texts in the same way.
 
     Args:
         positions: `[batch, length]`.

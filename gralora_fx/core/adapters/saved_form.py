@@ -60,7 +60,7 @@ def saved_config(adapter: ModelAdapter, traced: TracedModel) -> AdapterConfig:
         "base_quantization": config.base_quantization or getattr(traced.config, RECORD, None),
         "inference_mode": True,
     }
-    if config.target_parameters:  # full names in the order of their modules, which PEFT's keys do not tell
+    if config.target_parameters:  # full names in the order of their modules, which PEFT's keys do not contain
         changes["target_parameters"] = [p.parameter for p in adapter.plan.selected if p.parameter is not None]
     if config.adapts_all_linear or config.exclude_modules:
         changes |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}

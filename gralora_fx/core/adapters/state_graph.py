@@ -58,7 +58,7 @@ class GraphState:
 
     @property
     def identity(self) -> Hashable:
-        """A key that tells the state from others, apart from the mode: names, and ids of weights and passes."""
+        """A key that identifies the state, apart from the mode: names, and ids of weights and passes."""
         weights_and_passes = (*map(id, self.weights.values()), *map(id, self.passes))
         return (self.active, self.merged, self.by_row, self.drops, self.checkpointing, *weights_and_passes)
 

@@ -37,7 +37,7 @@ class StoredSite:
         sizes: The adapter's sizes there.
         scale: Factor of its update.
         stack: Number of matrices in the parameter; None for a single one.
-        key: Prefix of its keys; not the site's name where PEFT's keys tell only the order of a module's parameters.
+        key: Prefix of its keys; not the site's name if PEFT's keys have only the order of a module's parameters.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -60,7 +60,7 @@ class StoredAdapter:
         copies: Trained parameters (`modules_to_save`, biases) by their names in the base.
         repeats: The base's own values that PEFT saves beside an adapter, by their names in the base.
         others: Every tensor that belongs to no site, by its key in the file.
-        unnamed: Tensors of parameters whose names the file does not tell, by the path in their keys and field.
+        unnamed: Tensors of parameters whose names are not in the file, by the path in their keys and field.
     """
 
     directory: Path
@@ -116,7 +116,7 @@ class StoredAdapter:
 
     def check_no_parameters(self, purpose: str, error: type[Exception]) -> None:
         """Raise if it adapts parameters other than the weights of linear layers."""
-        if self.unnamed or self.parameters:  # keys may tell the module alone; the configuration tells its parameters
+        if self.unnamed or self.parameters:  # keys may have only the module; the configuration has its parameters
             names = self.parameters if not self.unnamed else self.config.target_parameters or list(self.unnamed)
             raise error(
                 f"{self.directory} adapts parameters of the model's own code ({listed(list(names), 2)}), such as "

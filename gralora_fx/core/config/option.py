@@ -35,7 +35,7 @@ class Option:
     help: str = ""  # its text for the command line and the documentation; empty for a Python-only option
     group: str = ""  # its heading in a command's help; empty for the common one
     metavar: str = ""  # the placeholder of its value; empty to list its type's choices
-    left_out: str = ""  # the effect of omitting it, in words, if its default does not tell
+    left_out: str = ""  # the effect of omitting it, in words, if its default does not show it
     least: int | None = None  # the least value of a number; None for no check
     environment: str = ""  # an environment variable that sets it on the command line; empty for none
     # a check beyond the type: returns what is wrong with a value, or None

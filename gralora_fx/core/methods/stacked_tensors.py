@@ -17,7 +17,7 @@ class StackedTensors(ABC):
 
     Attributes:
         NESTS_PARAMETERS: Whether PEFT has adapters of parameters in this method (`target_parameters`): the keys of
-            several in one module then tell their order there instead of their names (see `parameter_keys`).
+            several in one module then have their order there instead of their names (see `parameter_keys`).
     """
 
     NESTS_PARAMETERS: ClassVar[bool] = False

@@ -154,7 +154,7 @@ class Inspection:
 
         Returns:
             `[k, k]` float64: row j is an output block, column n an input block. `[1, 1]` for a sum of different `k`,
-                for an update that is not of low rank, and for a stack of matrices, over all of them.
+            for an update that is not of low rank, and for a stack of matrices, over all of them.
 
         Raises:
             TargetError: The site does not exist.

@@ -48,7 +48,7 @@ def tensors_of(cache: Cache) -> dict[CacheSlot, Tensor]:
 
 
 def attributes_of(cache: Cache) -> set[str]:
-    """Return the attribute names of a cache and its layers, which tell the features that it needs."""
+    """Return the attribute names of a cache and its layers, by which features recognise their caches."""
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     return {name for part in (own, *own.layers) for name in vars(part)}
 
@@ -137,7 +137,7 @@ def fitted_cache(cache: Cache, example: Cache, batch: int) -> Cache:
 
 
 def cached_length(cache: Cache) -> int | None:
-    """Return the number of positions in a cache; None if it has only states, which do not tell."""
+    """Return the number of positions in a cache; None if it has only states, which do not show it."""
     tensors = tensors_of(cache)
     lengths = (t.shape[slot.kind.grows] for slot, t in tensors.items() if slot.kind.grows is not None)
     return next(lengths, None) if tensors else 0
