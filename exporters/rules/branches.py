@@ -9,11 +9,11 @@ import onnx_ir as ir
 
 from gralora_fx.exporters.rules.builder import FUNCTIONS, Builder
 
-Branch = tuple[str, Sequence[ir.Node], ir.Value]  # a name, the nodes, and what they give
+Branch = tuple[str, Sequence[ir.Node], ir.Value]  # a name, the nodes and their output
 
 
 def choice(condition: ir.Value, then: Branch, otherwise: Branch, like: ir.Value) -> ir.Node:
-    """A choice between two branches."""
+    """Create an `If` node of two branches with one output."""
     for _, _, output in (then, otherwise):
         output.shape, output.type = like.shape, like.type
     branches = {
@@ -28,7 +28,7 @@ def choice(condition: ir.Value, then: Branch, otherwise: Branch, like: ir.Value)
 def named_graph(
     inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node], name: str
 ) -> ir.Graph:
-    """A graph within a node; its values have names that none outside it has."""
+    """Create the graph within a node; its values get names that none outside it has."""
     for index, node in enumerate(nodes):
         node.name = f"{name}.{index}"
         for place, value in enumerate(node.outputs):
@@ -39,7 +39,7 @@ def named_graph(
 def loop(
     build: Builder, count: ir.Value, part: Callable[[Builder, ir.Value], ir.Value], dtype: ir.DataType, name: str
 ) -> ir.Value:
-    """A loop that gives a sequence of tensors, whose sizes may differ."""
+    """Build a `Loop` that returns a sequence of tensors, whose sizes may differ."""
     kind = ir.SequenceType(ir.TensorType(dtype))
     empty = build("SequenceEmpty", dtype=dtype)
     inputs = [
@@ -56,7 +56,7 @@ def loop(
 
 
 def replace_readers(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    """Insert nodes that compute a value from another one, and let the other's readers read it."""
+    """Insert nodes that compute a value from another one, and redirect the other's readers to it."""
     producer = old.producer()
     assert producer is not None
     graph = producer.graph
@@ -75,7 +75,7 @@ def replace_readers(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> N
 
 
 def _inner(node: ir.Node) -> Iterator[ir.Node]:
-    """The nodes of a node's branches."""
+    """Yield the nodes of a node's branches."""
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             yield from attribute.as_graph().all_nodes()

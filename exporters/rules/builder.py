@@ -1,4 +1,4 @@
-"""A builder of nodes and constants for an ONNX graph, and what puts them into it."""
+"""A builder of nodes and constants for an ONNX graph, and functions that insert them."""
 
 from __future__ import annotations
 
@@ -60,29 +60,29 @@ class Builder:
         return operand if operand is None or isinstance(operand, ir.Value) else self.ints(*operand)
 
     def split(self, value: ir.Value, count: int, axis: int) -> Sequence[ir.Value]:
-        """Equal parts of a value along an axis."""
+        """Split a value into equal parts along an axis."""
         node = self.node("Split", [value], num_outputs=count, axis=axis)
         node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", count)  # the operator's, not `node`'s own
         return node.outputs
 
     def ints(self, *values: Any) -> ir.Value:
-        """A constant vector of integers."""
+        """Create a constant vector of integers."""
         return self("Constant", value_ints=[int(value) for value in values])
 
     def scalar(self, value: int) -> ir.Value:
-        """A constant integer."""
+        """Create a constant integer."""
         return self("Constant", value_int=value)
 
     def size(self, value: ir.Value, axis: int) -> ir.Value:
-        """The size of a value's axis, as a scalar."""
+        """Return the size of a value's axis, as a scalar."""
         return self("Squeeze", self("Shape", value, start=axis, end=axis + 1), [0])
 
     def tensor(self, values: Any, dtype: ir.DataType) -> ir.Value:
-        """A constant of a dtype."""
+        """Create a constant of a dtype."""
         return self("Constant", value=ir.tensor(np.asarray(values).astype(dtype.numpy()), dtype=dtype))
 
     def take(self) -> list[ir.Node]:
-        """The created nodes, to be inserted by the caller."""
+        """Return the created nodes for the caller to insert, and forget them."""
         nodes, self.nodes = self.nodes, []
         return nodes
 
@@ -92,7 +92,7 @@ class Builder:
         self.nodes = []
 
     def replace(self, node: ir.Node, value: ir.Value) -> None:
-        """Put the created nodes in the place of a node; one of their values takes that of its first output."""
+        """Replace a node by the created nodes, and its first output by one of their values."""
         replace_value(value, node.outputs[0])
         self.insert_before(node)
         self.graph.remove(node, safe=True)
@@ -124,47 +124,47 @@ def add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[in
 
 
 def smallest_number(dtype: ir.DataType) -> float:
-    """The smallest finite number of a float dtype, which hides a key where it is added to a score."""
+    """Return the smallest finite number of a float dtype: added to a score, it hides the key."""
     return float(ml_dtypes.finfo(dtype.numpy()).min)  # type: ignore[no-untyped-call]  # it knows bfloat16
 
 
 def replace_value(new: ir.Value, old: ir.Value) -> None:
-    """Replace all uses of a value by another, graph outputs included; it takes its shape, dtype, name and metadata."""
+    """Replace all uses of a value, graph outputs included; the new value takes its shape, dtype, name and metadata."""
     new.shape, new.type, new.name = old.shape, old.type, old.name
     new.meta.update(old.meta)
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def attributes_of(node: ir.Node) -> dict[str, Any]:
-    """The values of a node's attributes, by name."""
+    """Return the values of a node's attributes, by name."""
     return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
 def input_at(node: ir.Node, index: int) -> ir.Value | None:
-    """Return an input of a node; None where it is left out."""
+    """Return an input of a node; None if it is left out."""
     return node.inputs[index] if len(node.inputs) > index else None
 
 
 def takes_row_count(node: ir.Node) -> bool:
-    """Return whether a node takes the size of a value's first axis, and nothing else of it."""
+    """Return whether a node reads the size of a value's first axis, and nothing else of it."""
     limits = attributes_of(node)
     return node.op_type == "Shape" and (limits.get("start", 0), limits.get("end")) == (0, 1)
 
 
 def const_ints(value: ir.Value | None) -> list[int] | None:
-    """The integers of a small constant vector, or None for anything else."""
+    """Return the integers of a small constant vector, or None for anything else."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return tensor.numpy().tolist() if tensor is not None and len(tensor.shape) == 1 and tensor.size < 16 else None
 
 
 def is_same_dim(one: ir.Value, other: ir.Value, axis: int) -> bool:
-    """Return whether two values have the same size at an axis: a number, or one that varies, such as the tokens."""
+    """Return whether two values have the same size at an axis, fixed or symbolic."""
     sizes = [None if value.shape is None else value.shape[axis] for value in (one, other)]
     return sizes[0] == sizes[1] and str(sizes[0]) != "None"
 
 
 def static_dim(value: ir.Value | None, axis: int) -> int | None:
-    """The size of a value's axis, or None if it is symbolic or unknown."""
+    """Return the size of a value's axis, or None if it is symbolic or unknown."""
     if value is None or value.shape is None:
         return None
     size = value.shape[axis]
@@ -172,7 +172,7 @@ def static_dim(value: ir.Value | None, axis: int) -> int | None:
 
 
 def fixed_dim(value: ir.Value, axis: int) -> int:
-    """The size of an axis that an operator needs to be fixed."""
+    """Return the size of an axis that must be fixed; raise an `ExportError` if it is not."""
     size = static_dim(value, axis)
     if size is None:
         raise ExportError(
@@ -192,18 +192,18 @@ class SiteOutput:
     rows: tuple[int, int] | None = None
 
     def moved(self, offset: int) -> SiteOutput:
-        """The same part of a value in which it begins further right."""
+        """Return the same part, shifted to the right by an offset."""
         return SiteOutput(self.path, self.start + offset, self.stop + offset, self.rows)
 
 
 def sites_in(value: ir.Value | None) -> tuple[SiteOutput, ...]:
-    """Return the outputs of linear layers that a value is made of."""
+    """Return the outputs of linear layers that a value contains."""
     marks: tuple[SiteOutput, ...] = () if value is None else value.meta.get(SITES, ())
     return marks
 
 
 def mark_concat(whole: ir.Value, parts: Sequence[ir.Value]) -> None:
-    """Mark a value that is several others, one after the other along the last axis."""
+    """Mark a value as the concatenation of others along the last axis."""
     marks: list[SiteOutput] = []
     offset = 0
     for part in parts:

@@ -1,4 +1,4 @@
-"""Normalisation as the runtime's fused operators, with the residual addition before it."""
+"""Normalization as the runtime's fused operators, with the residual addition before it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _as_operator(node: fx.Node) -> None:
 
 
 def _normalised(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """`(x, eps)` of a node `x * rsqrt(mean(x ** 2, -1) + eps)`; None for anything else."""
+    """Return `(x, eps)` of a node `x * rsqrt(mean(x ** 2, -1) + eps)`; None for anything else."""
     factors = operands(node, *MUL)
     if factors is None:
         return None
@@ -74,7 +74,7 @@ def _normalised(node: fx.Node) -> tuple[fx.Node, float] | None:
 
 
 def _mean_of_squares(node: Any) -> Any:
-    """`x` of a node `mean(x ** 2, -1, keepdim=True)`; None for anything else."""
+    """Return `x` of a node `mean(x ** 2, -1, keepdim=True)`; None for anything else."""
     if not is_call(node, aten.mean.dim) or len(node.args) < 3 or not node.args[2]:
         return None
     square, (axis, *more) = node.args[0], node.args[1]
@@ -89,7 +89,7 @@ def _mean_of_squares(node: Any) -> Any:
 
 
 def _without_casts(x: fx.Node, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The input and the result without casts to float32 and back: the operator computes in float32 anyway."""
+    """Return input and result without casts to float32 and back: the operator computes in float32 anyway."""
     users = list(node.users)
     if not is_call(x, aten._to_copy.default) or len(users) != 1 or not is_call(users[0], aten._to_copy.default):
         return x, node
@@ -100,7 +100,7 @@ def _without_casts(x: fx.Node, node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _weighted(node: fx.Node, size: Any) -> tuple[fx.Node, fx.Node | None]:
-    """The multiplication by a weight after a node, and the weight; or the node itself and None."""
+    """Return the multiplication by a weight after a node, and the weight; or the node itself and None."""
     users = list(node.users)
     factors = operands(users[0], *MUL) if len(users) == 1 else None
     if factors is None:
@@ -115,13 +115,13 @@ def _weighted(node: fx.Node, size: Any) -> tuple[fx.Node, fx.Node | None]:
 @contract(needs={APART_ADDITIONS}, ends={APART_ADDITIONS})
 @dataclass(frozen=True)
 class LowerNorms:
-    """Replace normalisations by the runtime's operators, an RMS norm by ONNX's `RMSNormalization`.
+    """Replace normalizations by the runtime's operators, an RMS norm by ONNX's `RMSNormalization`.
 
     Before: `s = Add(x, r); y = RMSNormalization(s, weight)`
     After:  `y, s = SkipSimplifiedLayerNormalization(x, r, weight)`
 
-    Likewise for `LayerNormalization`, whose fused operator also takes the bias of the linear layer before it: ONNX
-    Runtime would fuse it where it is still next to the normalisation, and so in another order with an adapter between.
+    Likewise for `LayerNormalization`, whose fused operator also takes the bias of the linear layer before it. ONNX
+    Runtime itself would fuse that bias only if no adapter is added in between, and so add in another order.
 
     Before: `s = Add(Add(MatMul(x, W), b), r); y = LayerNormalization(s, weight, shift)`
     After:  `y, s = SkipLayerNormalization(MatMul(x, W), r, weight, shift, b)`
@@ -151,7 +151,7 @@ class LowerNorms:
 
 
 def _residual(node: ir.Node) -> ir.Node | None:
-    """The addition of two tensors of equal shape that a normalisation over the last of three axes reads."""
+    """Return the addition of two tensors of equal shape that a normalization over the last of three axes reads."""
     x = node.inputs[0]
     addition = None if x is None else x.producer()
     axis = node.attributes.get("axis")
@@ -199,7 +199,7 @@ def _fuse(graph: ir.Graph, node: ir.Node, addition: ir.Node, norm: RmsNormNode |
 
 
 def _without_bias(terms: Sequence[ir.Value | None]) -> tuple[list[ir.Value | None], ir.Value | None]:
-    """The two terms of a residual addition, and the bias of a linear layer taken out of one of them, or None."""
+    """Return the two terms of a residual addition, and a linear layer's bias taken out of one of them, or None."""
     for index, term in enumerate(terms):
         node = None if term is None else term.producer()
         if term is None or node is None or node.op_type != "Add" or len(term.uses()) != 1 or term.is_graph_output():
@@ -217,7 +217,7 @@ def _without_bias(terms: Sequence[ir.Value | None]) -> tuple[list[ir.Value | Non
 
 
 def _ones(build: Builder, node: ir.Node, like: ir.Value | None) -> ir.Value:
-    """A weight of ones for a normalisation of tensors like another."""
+    """Build a weight of ones for a normalization of tensors like another."""
     size, dtype = static_dim(like, -1), node.outputs[0].dtype or ir.DataType.FLOAT
     if size is not None:
         return build.tensor(np.ones(size, np.float32), dtype)

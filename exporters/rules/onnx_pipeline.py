@@ -36,7 +36,7 @@ TRANSLATED = frozenset({FLOAT_MATRICES, OWN_WEIGHTS, APART_ADDITIONS, ROTARY_NOD
 
 @dataclass(frozen=True)
 class OnnxIrPass:
-    """A pass of the `onnx_ir` library as one of ours."""
+    """A pass of the `onnx_ir` library, adapted to this pipeline."""
 
     wrapped: InPlacePass
 
@@ -64,7 +64,7 @@ class OnnxPipeline(Pipeline[ir.Model]):
         return graph
 
     def problems(self, graph: ir.Model) -> Iterator[str]:
-        """Nodes that read values which no earlier node defines."""
+        """List nodes that read values which no earlier node defines."""
         earlier: set[ir.Node] = set()
         for node in graph.graph:
             for value in node.inputs:
@@ -75,7 +75,7 @@ class OnnxPipeline(Pipeline[ir.Model]):
 
 
 def export_log(dump: str | Path | None) -> PassLog:
-    """A log that dumps graphs to the given directory, or to the one that the environment names."""
+    """Return a log that dumps graphs to the given directory, or to the one that the environment names."""
     directory = (os.environ.get(DUMP) or None) if dump is None else dump
     if directory is None:
         return PassLog()

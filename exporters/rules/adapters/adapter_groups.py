@@ -23,15 +23,16 @@ NAME = "Adapter"
 
 
 def adapter_function(model: ir.Model, k: int, num_axes: int) -> str:
-    """The function that gives the two parts of an adapter's output, added to a model if it has none yet.
+    """Return the name of the ONNX function that computes an adapter's output, added to the model if it is missing.
 
     `blocks, general = Adapter(x, A, B, A_general, B_general)` with
 
         x [..., in], A [k, in/k, r], B [k, r, out/k], A_general [in, hybrid_r], B_general [hybrid_r, out]
         blocks [..., out], general [..., out]
 
-    whose sum is the adapter's output: one node adds both to what the layer gives. Every rank may be 0. The blocks of
-    GraLoRA exchange parts of their products between two batched matmuls; nothing is computed from shapes at run time.
+    The adapter's output is `blocks + general`; they stay apart so that one `Sum` adds both to the layer's output. Every
+    rank may be 0. GraLoRA's blocks exchange parts of their products between two batched matmuls; nothing is computed
+    from shapes at run time.
 
     In LoRA's form it is `general = Adapter(x, A_general, B_general)`.
     """
@@ -61,7 +62,7 @@ def _gralora(
 
 
 def _blocks(build: Builder, x: ir.Value, A: ir.Value, B: ir.Value, k: int, lead: int) -> ir.Value:
-    """What blocks give; `lead` axes are before those of tokens and features, with one group of tokens each or not."""
+    """Return the output of GraLoRA's blocks, `[..., tokens, out]`; `lead` counts the axes of `x` before the tokens."""
     kept, front = [0] * lead, list(range(lead))
     swap = [*front, lead + 1, lead]  # of blocks and tokens, before the features
     blocks = build("Reshape", x, [*kept, 0, k, -1])  # [..., tokens, input block, in/k]
@@ -75,7 +76,7 @@ def _blocks(build: Builder, x: ir.Value, A: ir.Value, B: ir.Value, k: int, lead:
 
 
 def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, *, chooses: bool) -> str:
-    """The function that gives the outputs of several adapters, each for a group of tokens, added if it is missing.
+    """Return the name of the ONNX function for a stack of adapters over groups of tokens, added if it is missing.
 
     `output = BatchedAdapter(x, ids, A, B, A_general, B_general, bias)` with
 
@@ -83,11 +84,11 @@ def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, *, choo
         A_general [adapters, in, hybrid_r], B_general [adapters, hybrid_r, out], bias [adapters, out]
         output [groups, length, out]
 
-    Of the tensors it takes those that the layer has. Where groups do not choose, there are as many as adapters, in
-    their order, and `ids` is left out.
+    It takes only those tensors that the layer has. Unless `chooses`, there is one group for each adapter of the stack,
+    in its order, and `ids` is left out.
 
-    The tensors of each group's adapter are copied where it chooses: a product with those of all adapters, masked, took
-    1.6 to 2.2 times as long for eight rows with an adapter each (SmolLM2-135M's layers, r = 8 and 32).
+    With `ids`, each group's tensors are copied: multiplying by all adapters and masking took 1.6 to 2.2 times as long
+    for eight rows with an adapter each (SmolLM2-135M's layers, r = 8 and 32).
     """
     k = site.blocks(k)
     form = f"k{k}" if k else "lora" if site.form != BIAS else "no_factors"
@@ -112,7 +113,7 @@ def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, *, choo
 
 
 def _bias_of_groups(build: Builder, x: ir.Value, bias: ir.Value) -> ir.Value:
-    """`[groups, length, out]` of `[groups, out]`."""
+    """Broadcast a bias of each group, `[groups, out]`, to `[groups, length, out]`."""
     shape = build("Concat", build("Shape", x, end=2), [1], axis=0)
     return build("Expand", build("Unsqueeze", bias, [1]), shape)
 
@@ -139,13 +140,13 @@ class Groups(NamedTuple):
 
 @dataclass
 class Grouping:
-    """What groups inputs by the adapter of their row.
+    """Groups inputs of layers by the adapter of each row.
 
     Attributes:
         model: The model.
         branches: Whether adapters of rows with lengths of their own are in branches.
-        is_any: Whether any row that reads has an adapter, a scalar; None without branches.
-        is_short: Whether groups by adapter are the better ones in a step, a scalar; None without branches.
+        is_any: Whether any row that reads tokens in this step has an adapter, a scalar; None without branches.
+        is_short: Whether one group for each adapter is faster than tiles in this step, a scalar; None without branches.
     """
 
     model: ir.Model
@@ -172,7 +173,7 @@ class Grouping:
             build.insert_before(graph[0])
 
     def count(self, stacked: ir.Value) -> None:
-        """Say what the stack's number of adapters is that of; the first time counts."""
+        """Build the groups by adapter, once the stack and so the number of adapters is known."""
         if self.is_any is None or self._of_adapters is not None:
             return
         graph = self.model.graph
@@ -185,7 +186,7 @@ class Grouping:
         build.insert_before(graph[0])
 
     def of(self, x: ir.Value) -> Groups | str:
-        """An input in groups, or why its rows cannot be told apart; made once, after the input."""
+        """Return an input in groups, built once after the input, or the reason why its rows cannot be told apart."""
         if x not in self._groups:
             build = Builder(self.model.graph)
             self._groups[x] = self.within(build, x)
@@ -193,7 +194,7 @@ class Grouping:
         return self._groups[x]
 
     def within(self, build: Builder, x: ir.Value, *, by_adapter: bool = False) -> Groups | str:
-        """The same, made where it is needed."""
+        """Build the groups of an input in the given builder (a branch); otherwise as `of`."""
         if x.shape is None:
             return "the shape of its input is not known"
         if not isinstance(self.batch, ir.SymbolicDim):
@@ -248,7 +249,7 @@ def _rows_of_matrix(build: Builder, x: ir.Value, flat: FlatTokens, ids: ir.Value
 
 
 def _rows(build: Builder, x: ir.Value, ids: ir.Value) -> Groups:
-    """Groups of an input whose first axis is the batch, of two axes or more."""
+    """Group an input of two axes or more whose first axis is the batch, one row a group."""
     assert x.shape is not None
     if len(x.shape) == 3:
         return Groups(ids, x, lambda build, output: output)
@@ -269,7 +270,7 @@ def _shown(x: ir.Value) -> str:
 
 @dataclass(frozen=True)
 class ConstantAdapters:
-    """Gives the stacked adapter tensors of a model their values, so that rows choose among fixed adapters.
+    """Gives the stacked adapter tensors of a model their values, so that each row chooses among fixed adapters.
 
     Before:
         graph(input_ids, adapter_ids, query.gralora_A, ...)

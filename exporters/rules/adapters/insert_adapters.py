@@ -35,17 +35,18 @@ class InsertAdapters:
     After:  `blocks, general = Adapter(x, A, B, A_general, B_general)`
             `y = Sum(MatMul(x, W), blocks, general)`
 
-    Of matmuls that were packed into one, each part of the output is concatenated first.
+    If matmuls were packed into one, the adapters' outputs are concatenated first.
 
     Before: `y = MatMul(x, [Wq Wk Wv])`
     After:  `y = Sum(MatMul(x, [Wq Wk Wv]), Concat(blocks of q, k and v), Concat(general of q, k and v))`
 
-    A bias that trains is one more term of the sum. `_place` says on which side of the layer's own bias, and of a factor
-    after it, the sum is: what ONNX Runtime fuses stays what it fuses without adapters.
+    A trained bias is one more term of the sum. `_place` decides on which side of the layer's own bias, and of a factor
+    after it, the sum goes: whatever ONNX Runtime fuses without adapters is still fused with them.
 
-    Stacked ones get the input in groups that share an adapter each (see `adapter_groups`). Where rows have lengths of
-    their own, all of it is in a branch, which is taken in a step in which a row with an adapter reads; in that, one
-    branch multiplies by the whole stack, where rows read few tokens each, and one by copies of the adapters of tiles:
+    Stacked adapters read the input in groups that share an adapter each (see `adapter_groups`). If rows have their own
+    lengths, the sum is in a branch that runs only in steps in which a row with an adapter reads tokens. Within it, one
+    branch multiplies by the whole stack, for rows that read few tokens each, and the other by a copy of each tile's
+    adapter:
 
     After:  `y = If(is_any, If(is_short, Sum(MatMul(x, W), stack), Sum(MatMul(x, W), copies)), MatMul(x, W))`
 
@@ -84,7 +85,7 @@ class _Insertion:
         self.tensors: dict[str, ir.Value] = {}
         self.count = 0
         self.reached: set[str] = set()  # layers with an adapter
-        # of half precision no branches: the CPU computes it in float32 and would round what goes through one
+        # no branches in half precision: the CPU computes it in float32 and would round values that pass through one
         self.grouping = Grouping(model, inputs.dtype == "float32") if inputs.mode == STACKED else None
         self.problems: dict[str, str] = {}  # the reasons why rows cannot be told apart, by layer
 
@@ -124,7 +125,7 @@ class _Insertion:
         *,
         by_adapter: bool = False,
     ) -> tuple[list[ir.Node], ir.Value]:
-        """The nodes that add adapters to a value, and what they give; the value itself where that is not possible."""
+        """Return the nodes that add adapters to a value, and the sum; no nodes and the value if that is impossible."""
         build = Builder(self.model.graph)
         marks = [mark for _, _, mark in spans if mark is not None]
         groups = self._groups_of(build, x, by_adapter=by_adapter)
@@ -150,7 +151,7 @@ class _Insertion:
         return site.form, site.has_bias
 
     def _groups_of(self, build: Builder, x: ir.Value, *, by_adapter: bool) -> Groups | str | None:
-        """An input in groups: within a branch, or made once for all that read it; None where it has none."""
+        """Return an input in groups, built in the branch or once for all readers; None if adapters are not stacked."""
         if self.grouping is None:
             return None
         if self.grouping.is_any is None:
@@ -160,13 +161,13 @@ class _Insertion:
     def _outputs(
         self, build: Builder, x: ir.Value, marks: Sequence[SiteOutput], groups: Groups | None
     ) -> list[ir.Value]:
-        """The adapters' outputs at sites with one input, one after the other, each kind by itself."""
+        """Return the outputs of adapters at sites with one input, concatenated by kind (blocks, general, bias)."""
         by_site = [self._outputs_at(build, x, mark, groups) for mark in marks]
         outputs = [_concat(build, parts) for parts in zip(*by_site, strict=True)]
         return outputs if groups is None else [groups.restored(build, output) for output in outputs]
 
     def _outputs_at(self, build: Builder, x: ir.Value, mark: SiteOutput, groups: Groups | None) -> Sequence[ir.Value]:
-        """The adapter's outputs at a site: of blocks, of LoRA, and its bias, those it has; of groups, the sum."""
+        """Return an adapter's outputs at a site (blocks, LoRA, bias, if present); for grouped rows, their sum alone."""
         site = self.sites[mark.path]
         tensors = self._tensors(site)
         outputs: Sequence[ir.Value]
@@ -194,7 +195,7 @@ class _Insertion:
         return [*node.outputs, *bias]
 
     def _tensors(self, site: AdapterSite) -> list[ir.Value]:
-        """The inputs that are a site's tensors; made for its first call."""
+        """Return the graph inputs with a site's tensors, created at its first call."""
         ranks = self.inputs.ranks(site)
         shapes = {name: self.inputs.stacked(shape) for name, shape in site.shapes(self.inputs.k, *ranks).items()}
         for name, shape in shapes.items():
@@ -213,14 +214,14 @@ class _Insertion:
 
 
 def _place(value: ir.Value, quantized: bool) -> tuple[ir.Value, list[ir.Node]]:
-    """Return where adapters are added so that ONNX Runtime fuses what is around a layer as it does without them.
+    """Return the value that adapters are added to, and the scalar factors before it, as ONNX Runtime's fusions need it.
 
     What it fuses with the product has to stay on the product's side of the sum, the rest on the other:
 
-    - A bias goes with the product (`Gemm`) where a matrix is multiplied, or a tensor of fixed sizes: the sum comes
-      after it. With more axes it goes with what follows, an activation or a normalization: the sum comes before it.
-      With a quantized product it goes (`MatMulNBits`), unless a GELU follows, which has it then.
-    - A scalar factor goes with the product (`FusedMatMul`): the sum comes after it, and the adapters' outputs are
+    - A bias is fused with the product (`Gemm`) where a matrix is multiplied, or a tensor of fixed sizes: the sum comes
+      after it. With more axes it is fused with what follows, an activation or a normalization: the sum comes before it.
+      With a quantized product (`MatMulNBits`) it is fused too, unless a GELU follows, which takes it then.
+    - A scalar factor is fused with the product (`FusedMatMul`): the sum comes after it, and the adapters' outputs are
       multiplied on their own.
     """
     node = value.producer()
@@ -261,7 +262,7 @@ def _is_factor(node: ir.Node, value: ir.Value) -> bool:
 
 
 def _scaled(build: Builder, outputs: Sequence[ir.Value], factors: Sequence[ir.Node]) -> list[ir.Value]:
-    """The outputs with the factors of nodes."""
+    """Multiply or divide outputs by the factors of nodes."""
     results = list(outputs)
     for node in factors:
         number = next(v for v in node.inputs if v is not None and ir.convenience.get_const_tensor(v) is not None)
@@ -274,7 +275,7 @@ def _concat(build: Builder, parts: Sequence[ir.Value]) -> ir.Value:
 
 
 def _spans(marks: Sequence[SiteOutput], width: int | None) -> Iterator[tuple[int, int, SiteOutput | None]]:
-    """The columns of a value one after the other: those of each site, and those of none between them."""
+    """Yield consecutive column ranges of a value: each site's with its mark, and those between sites with None."""
     position = 0
     for mark in sorted(marks, key=lambda mark: mark.start):
         if mark.start > position:
@@ -286,7 +287,7 @@ def _spans(marks: Sequence[SiteOutput], width: int | None) -> Iterator[tuple[int
 
 
 def _input_of(value: ir.Value) -> ir.Value:
-    """The input of the linear layers, or of the layer normalization, that a value is the output of."""
+    """Return the input of the linear layers, or of the layer normalization, that computed a value."""
     node = value.producer()
     if node is not None and node.op_type in _NORMS and node.inputs[0] is not None:
         return node.inputs[0]

@@ -37,7 +37,7 @@ class MarkSites:
     norm_biases: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Mark them in a model as it was translated, weights under their names; the summary is `MarkedSites`."""
+        """Mark them in a translated model whose weights still have their own names; the summary is `MarkedSites`."""
         paths_marked: set[str] = set()
         count = 0
         for name, paths in self.weights.items():
@@ -61,7 +61,7 @@ class MarkSites:
 
 
 def _norms(bias: ir.Value | None) -> Iterator[ir.Value]:
-    """The outputs of the layer normalizations that add a bias, or its cast."""
+    """Yield the outputs of the layer normalizations that add a bias, or its cast."""
     for usage in () if bias is None else list(bias.uses()):
         if usage.node.op_type == "LayerNormalization" and usage.idx == 2:
             yield usage.node.outputs[0]
@@ -70,7 +70,7 @@ def _norms(bias: ir.Value | None) -> Iterator[ir.Value]:
 
 
 def _products(weight: ir.Value, rows: tuple[int, int] | None) -> Iterator[tuple[ir.Node, tuple[int, int] | None]]:
-    """The nodes that multiply by a weight, its transpose or some of its rows, and which rows."""
+    """Yield the nodes that multiply by a weight, its transpose or some of its rows, with those rows."""
     for usage in list(weight.uses()):
         node = usage.node
         if node.op_type in ("MatMul", "Gemm") and usage.idx == 1:
@@ -82,7 +82,7 @@ def _products(weight: ir.Value, rows: tuple[int, int] | None) -> Iterator[tuple[
 
 
 def _limits(node: ir.Node) -> tuple[int, int] | None:
-    """The rows that a slice of a matrix takes, or None for a slice of something else."""
+    """Return the rows that a slice of a matrix takes, or None for a slice of something else."""
     starts, stops, axes, *steps = (const_ints(value) for value in node.inputs[1:])
     count = static_dim(node.inputs[0], 0)
     if starts is None or stops is None or axes != [0] or steps not in ([], [[1]]) or count is None:
@@ -100,7 +100,7 @@ def _owner(product: ir.Node, paths: Sequence[str]) -> str | None:
 
 
 def _with_bias(product: ir.Value) -> ir.Value:
-    """The output of a layer: the product, or the sum with a bias where that is its only reader."""
+    """Return the output of a layer: the product, or the sum with a bias if that is its only reader."""
     readers = [usage.node for usage in product.uses()]
     if len(readers) != 1 or readers[0].op_type != "Add" or product.is_graph_output():
         return product

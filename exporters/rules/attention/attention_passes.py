@@ -1,4 +1,4 @@
-"""The passes over attention without a cache, in torch.fx and in ONNX; a model without any loads no more of them."""
+"""The passes over attention without a cache, in torch.fx and ONNX; a model without attention loads this file alone."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class FuseDotProductAttention:
     Before: `y = DotProductAttention(Transpose(Reshape(q)), Transpose(Reshape(k)), Transpose(Reshape(v)), padding)`
     After:  `y = MultiHeadAttention(q, k, v, padding)`
 
-    That is ONNX Runtime's operator, which most execution providers have. Causal attention and attention with fewer
-    heads of keys, which it does not do, become ONNX's `Attention`. Queries, keys and values stay three products: a
-    packed one has to be split again, which takes longer than one product of three saves.
+    `MultiHeadAttention` is ONNX Runtime's operator, which most execution providers have. It supports neither causal
+    attention nor fewer key heads than query heads: those become ONNX's `Attention`. Queries, keys and values stay three
+    products: splitting a packed one again takes longer than packing saves.
     """
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:

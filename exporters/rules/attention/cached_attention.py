@@ -30,7 +30,7 @@ from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import AttentionNode, MaskNode
 
 _HEAD_MULTIPLE = 8  # GroupQueryAttention supports only multiples of it as head size
-_Shared = dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]  # what layers with the same mask share
+_Shared = dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]  # values that layers with the same mask share
 
 
 @contract(needs={FLOAT_MATRICES, FOLDED_TRANSPOSES, ROTARY_NODES}, leaves={FUSED_CACHED_ATTENTION}, ends={OWN_WEIGHTS})
@@ -46,7 +46,7 @@ class FuseAttention:
     """
 
     tables: RotaryTables  # the tables of rotary embeddings in the graph
-    # whether there is any, which its cache of keys and values tells; else the model keeps states
+    # whether the model has a cache of keys and values; else it keeps states
     has_attention: bool = True
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
@@ -104,7 +104,7 @@ def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:
 
 
 def _unfit(node: ir.Node) -> str | None:
-    """Why the operator does not support a layer, or None if it does."""
+    """Return why the operator does not support a layer, or None if it does."""
     attention = AttentionNode.read(node)
     query, key, value, mask = attention.query, attention.key, attention.value, attention.mask
     if static_dim(query, 1) is None and is_same_dim(query, key, 1):
@@ -129,10 +129,10 @@ def _unfit(node: ir.Node) -> str | None:
 def _lengths_and_bias(
     build: Builder, new: ir.Value, mask: ir.Value, dtype: ir.DataType
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """`seqlens_k [batch]`, `total_sequence_length [1]` and the bias `[batch, 1, length, total]` of a padding mask.
+    """Build `seqlens_k [batch]`, `total_sequence_length [1]` and the bias `[batch, 1, length, total]` from a mask.
 
-    `new` is `[batch, length, ...]`; the number of new positions cannot be told from the cache's length, since the cache
-    may be a larger buffer.
+    `new` is `[batch, length, ...]`: the number of new positions does not follow from the cache's length, since the
+    cache may be a larger buffer.
     """
     total = build("Cast", build("Shape", mask, start=1, end=2), to=ir.DataType.INT32)
     last = build("Sub", total, build.tensor([1], ir.DataType.INT32))
@@ -196,6 +196,6 @@ def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shar
 
 
 def _joins_heads(node: ir.Node, width: int) -> bool:
-    """Whether a node makes `[batch, length, heads * size]` of `[batch, length, heads, size]`."""
+    """Return whether a node reshapes `[batch, length, heads, size]` to `[batch, length, heads * size]`."""
     shape = node.outputs[0].shape
     return node.op_type == "Reshape" and shape is not None and len(shape) == 3 and shape[2] == width

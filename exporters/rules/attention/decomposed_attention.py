@@ -1,4 +1,4 @@
-"""Attention and masks as plain operators, where ONNX Runtime's own cannot take them."""
+"""Attention and masks as plain operators, where ONNX Runtime's own do not support them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def decompose_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Val
     Before: `y = Attention(query, key, value, mask, sinks)`
     After:  `y = Transpose(MatMul(Softmax(scale * MatMul(query, Transpose(key)) + mask), value))`
 
-    With fewer key heads, the query heads that share one become an axis of their own, so that no key is copied. Only
-    then, and with sinks, does their number have to be known: Inkling 2's attention over blocks has a head for each
+    With fewer key heads, the query heads that share one become an axis of their own, so that no key is copied. The
+    number of heads must be fixed only then, and with sinks: Inkling 2's attention over blocks has a head for each
     token.
     """
     attention = AttentionNode.read(node)
@@ -77,7 +77,7 @@ def decompose_masks(graph: ir.Graph) -> int:
 def _bias(
     graph: ir.Graph, node: ir.Node, attention: AttentionNode, masks: dict[tuple[ir.Value, int], ir.Value]
 ) -> ir.Value | None:
-    """The additive mask, created once for all layers with the same padding mask and window."""
+    """Return the additive mask, created once for all layers with the same padding mask and window."""
     query, mask, window = attention.query, attention.mask, attention.window
     if mask is None or (mask.shape is not None and len(mask.shape) == 4):
         return mask
@@ -89,7 +89,7 @@ def _bias(
 
 
 def _causal(build: Builder, padding: ir.Value, length: ir.Value, window: int, dtype: ir.DataType) -> ir.Value:
-    """The causal mask `[batch, 1, length, total]` of padding `[batch, total]` and the number of new positions `[1]`."""
+    """Build the mask `[batch, 1, length, total]` from padding `[batch, total]` and the number of queries `[1]`."""
     total = build("Shape", padding, start=1, end=2)
     ends, zero, one = build("Squeeze", total), build("Constant", value_int=0), build("Constant", value_int=1)
     begin = build("Squeeze", build("Sub", total, length))

@@ -1,4 +1,4 @@
-"""Attention as one operator: PyTorch's own, and what models compute by hand, with heads folded or not."""
+"""Attention as one operator: PyTorch's own, and attention written out in a model, with heads folded or not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DIVISION = (aten.div.Tensor, aten.div.Scalar)
 
 
 def replace_softmax(graph: fx.Graph, softmax: fx.Node) -> str | bool:
-    """Rewrite the attention that a softmax is part of; False where it is of none, or why it is not plain attention."""
+    """Rewrite the attention around a softmax; return False if there is none, or why it is not plain attention."""
     product = _product_after(softmax)
     if product is None:
         return False
@@ -65,25 +65,25 @@ def replace_operator(graph: fx.Graph, node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores that a softmax reads: `scale * query @ transpose(key)` and what is added."""
+    """The scores that a softmax reads: `scale * query @ transpose(key)` and the terms added."""
 
     query: fx.Node
     transposed_key: fx.Node
     scale: float
     biases: tuple[fx.Node, ...]
-    hidden: tuple[fx.Node, ...] = ()  # boolean, true at keys whose scores a number replaces that hides them
-    padding: fx.Node | None = None  # `[batch, keys]`, where a number replaces the scores of padding
-    folded_biases: tuple[fx.Node, ...] = ()  # added before heads were taken out of the batch
-    heads: int | None = None  # where the product has heads folded into the batch
+    hidden: tuple[fx.Node, ...] = ()  # boolean, true at keys whose scores are replaced by a number that hides them
+    padding: fx.Node | None = None  # `[batch, keys]`, if scores of padding are replaced by a number
+    folded_biases: tuple[fx.Node, ...] = ()  # terms added before heads were taken out of the batch
+    heads: int | None = None  # number of heads, if the product has them folded into the batch
 
     def times(self, factor: float) -> _Scores | None:
-        """The scores times a number, if nothing was added before."""
+        """Return the scores times a number, or None if a term was added before."""
         is_product = not (self.biases or self.hidden or self.padding or self.folded_biases)
         return dataclasses.replace(self, scale=self.scale * factor) if is_product else None
 
 
 def _product_after(softmax: fx.Node) -> fx.Node | None:
-    """The product of attention weights and values that reads a softmax alone."""
+    """Return the product of attention weights and values, if it is the only reader of a softmax."""
     weights, users = softmax, list(softmax.users)
     if len(users) == 1 and is_call(users[0], aten._to_copy.default):
         weights, users = users[0], list(users[0].users)
@@ -94,7 +94,7 @@ def _product_after(softmax: fx.Node) -> fx.Node | None:
 
 
 def _scores_of(softmax: fx.Node, product: fx.Node) -> _Scores | str:
-    """Return what a softmax between two products reads, or why that is not plain attention."""
+    """Return the scores that a softmax between two products reads, or why that is not plain attention."""
     rank = len(shape(softmax))
     axis = softmax.args[1] if len(softmax.args) > 1 else None
     if not isinstance(axis, int) or axis % rank != rank - 1:
@@ -150,7 +150,7 @@ def _is_mask(mask: fx.Node, scores: fx.Node) -> bool:
 def _is_of_keys(hidden: fx.Node, scores: fx.Node) -> bool:
     """Return whether a mask hides the same keys from every query.
 
-    Where `masked_fill` hides all keys from a query, it weighs them alike; the operator would not.
+    If `masked_fill` hides all keys from a query, all get equal weight; the operator would not do that.
     """
     source: Any = hidden
     while is_call(source, aten.expand.default, aten.expand_as.default):
@@ -185,7 +185,7 @@ def _replace(graph: fx.Graph, product: fx.Node, scores: _Scores) -> None:
 
 
 def _mask(graph: fx.Graph, scores: _Scores) -> MaskParts:
-    """Return what is added to scores and what replaces them as one mask, with the padding apart."""
+    """Return one mask of the terms added to scores and the numbers that replace them, with the padding apart."""
     mask: fx.Node | None = None
     padding = scores.padding
     for bias in scores.biases:
@@ -218,7 +218,7 @@ def _mask(graph: fx.Graph, scores: _Scores) -> MaskParts:
 
 
 def _added(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A new call with the value that tracing would note."""
+    """Insert a call whose metadata has the value that tracing would record."""
     node = graph.call_function(target, args, kwargs)
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
     node.meta = {**args[0].meta, "val": target(*values, **kwargs)}
@@ -226,7 +226,7 @@ def _added(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
 
 
 def _untransposed(graph: fx.Graph, key: Any) -> fx.Node:
-    """The key `[..., keys, size]` of its transpose."""
+    """Return the key `[..., keys, size]` given its transpose."""
     if (source := refolded(key)) is not None and is_call(source, aten.transpose.int, aten.permute.default):
         key = source
     rank = len(shape(key))
@@ -244,7 +244,7 @@ def _untransposed(graph: fx.Graph, key: Any) -> fx.Node:
 
 
 def refolded(node: Any) -> fx.Node | None:
-    """Return what a node gives again with heads folded into the batch or taken out of it; None of anything else.
+    """Return the source of a node that only folds heads into the batch or takes them out of it; None for others.
 
     Before: `x` of `[batch, heads, length, size]`
     After:  `reshape(x)` of `[batch * heads, length, size]`, or the reverse
@@ -260,14 +260,14 @@ def refolded(node: Any) -> fx.Node | None:
 
 
 def heads_of(node: Any) -> int | None:
-    """The number of heads of a tensor of four axes; None if it has other axes, or the number is not known."""
+    """Return the number of heads of a tensor of four axes; None if it has other axes or the number is not fixed."""
     sizes = shape(node)
     heads = expression(sizes[1]) if len(sizes) == 4 else None
     return heads if isinstance(heads, int) else None
 
 
 def with_heads(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
-    """A tensor `[batch, heads, length, size]`, taken from before its heads were folded where that is possible."""
+    """Return a tensor as `[batch, heads, length, size]`: its source before heads were folded, or else unflattened."""
     source: fx.Node | None = node
     while source is not None and heads_of(source) != heads:
         source = refolded(source)
@@ -283,7 +283,7 @@ def replace_folded(graph: fx.Graph, new: fx.Node, old: fx.Node) -> None:
     """Let the readers of a product of three axes read its counterpart of four.
 
     Args:
-        graph: The graph, at the place of the old node.
+        graph: The graph; new nodes are inserted at the old node.
         new: `[batch, heads, length, size]`.
         old: The same with folded heads.
     """

@@ -24,7 +24,7 @@ SWAP = [0, 2, 1, 3]  # heads and length
 
 
 def merge_heads(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Value:
-    """`[batch, heads, length, size]` as `[batch, length, heads * size]`."""
+    """Merge heads: `[batch, heads, length, size]` to `[batch, length, heads * size]`."""
     rotary = RotaryNode.of(tensor.producer())
     if rotary is not None:
         return rotated(build, rotary, merge_heads(build, rotary.x, tables), tables)
@@ -35,13 +35,13 @@ def merge_heads(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Va
 
 
 def merged_heads(tensor: ir.Value) -> ir.Value | None:
-    """The tensor `[batch, length, heads * size]` whose heads were split to `[batch, heads, length, size]`, or None."""
+    """Return the `[batch, length, heads * size]` whose heads were split to `[batch, heads, length, size]`, or None."""
     swapped = _before_swap(tensor)
     return None if swapped is None else _before_split(swapped, tensor)
 
 
 def _unswapped(build: Builder, tensor: ir.Value | None) -> ir.Value | None:
-    """The tensor `[batch, length, heads, size]` of which another is the transpose, or None.
+    """Return the tensor `[batch, length, heads, size]` whose transpose is given, or None.
 
     Operators along the last axis commute with the transpose, so they are created again before it.
     """
@@ -66,14 +66,14 @@ def _slices_last_axis(node: ir.Node) -> bool:
 def pack_qkv(
     build: Builder, graph: ir.Graph, query: ir.Value, key: ir.Value, value: ir.Value, tables: RotaryTables
 ) -> ir.Value | None:
-    """Queries, keys and values packed in one matmul, if all three are projections of one tensor; else None.
+    """Pack queries, keys and values in one matmul, if all three are projections of one tensor.
 
     Before: `q = rotary(x @ Wq + bq); k = rotary(x @ Wk + bk); v = x @ Wv + bv`
     After:  `rotary(x @ [Wq Wk Wv] + [bq bk bv])`, values rotated by an angle of zero, which keeps them bit for bit
 
     Args:
-        build: Makes the nodes that are needed.
-        graph: The graph, to which a concatenated weight is added; it is concatenated when it is written.
+        build: Makes the nodes.
+        graph: The graph; a lazily concatenated weight is added to it.
         query: `[batch, heads, length, size]`.
         key: `[batch, key heads, length, size]`.
         value: As `key`.
@@ -112,12 +112,12 @@ def pack_qkv(
 
 
 def _joint(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value]) -> ir.Value | None:
-    """Return what tensors were cut from, or the product that gives them all, one after the other."""
+    """Return the tensor of which others are the consecutive slices, or one matmul that computes them side by side."""
     return _cut_from_one(parts) or _product(build, graph, parts)
 
 
 def _product(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value | None]) -> ir.Value | None:
-    """One matmul with the concatenated weights of several projections of one tensor."""
+    """Build one matmul with the concatenated weights of several projections of one tensor."""
     matches = [_projection(part) for part in parts]
     projections = [projection for projection in matches if projection is not None]
     if len(projections) < len(parts):
@@ -138,7 +138,7 @@ def _product(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value | None]) 
 
 
 def _cut_from_one(parts: Sequence[ir.Value | None]) -> ir.Value | None:
-    """The tensor of which the parts are consecutive slices that cover it, or None."""
+    """Return the tensor that consecutive slices cover, or None."""
     source, position = None, 0
     for part in parts:
         swapped = _before_swap(part)
@@ -166,7 +166,7 @@ class _Projection(NamedTuple):
 
 
 def _projection(tensor: ir.Value | None) -> _Projection | None:
-    """The projection from which heads were split, if nothing else reads it."""
+    """Return the projection from which heads were split, if it has no other reader."""
     swapped = _before_swap(tensor)
     value = None if swapped is None or tensor is None else _before_split(swapped, tensor)
     producer = None if value is None else value.producer()
@@ -192,14 +192,14 @@ def _alike(first: RotaryNode, second: RotaryNode) -> bool:
 
 
 def _before_swap(tensor: ir.Value | None) -> ir.Value | None:
-    """The tensor `[batch, length, heads, size]` from which another was transposed, or None."""
+    """Return the tensor `[batch, length, heads, size]` whose transpose is given, or None."""
     producer = None if tensor is None else tensor.producer()
     swaps = producer is not None and producer.op_type == "Transpose"
     return producer.inputs[0] if swaps and list(producer.attributes["perm"].as_ints()) == SWAP else None  # type: ignore[union-attr]
 
 
 def _before_split(swapped: ir.Value, tensor: ir.Value) -> ir.Value | None:
-    """The tensor `[batch, length, heads * size]` from which `[batch, length, heads, size]` was reshaped, or None."""
+    """Return the `[batch, length, heads * size]` that was reshaped to `[batch, length, heads, size]`, or None."""
     producer = swapped.producer()
     before = None if producer is None or producer.op_type != "Reshape" else producer.inputs[0]
     heads, size = static_dim(tensor, 1), static_dim(tensor, 3)
@@ -209,9 +209,9 @@ def _before_split(swapped: ir.Value, tensor: ir.Value) -> ir.Value | None:
 
 
 def concat_initializers(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
-    """Concatenate initializers along their last axis into a new one, lazily: when it is written.
+    """Concatenate initializers along their last axis into a new one, computed when it is written.
 
-    Graphs that hold the same tensors share what is concatenated of them.
+    Graphs that hold the same tensors share the concatenation.
     """
     name = _joint_name([str(value.name) for value in values])
     parts = [value.const_value for value in values if value.const_value is not None]
@@ -219,7 +219,7 @@ def concat_initializers(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value
 
 
 def _joint_name(names: Sequence[str]) -> str:
-    """`attn.q_proj+k_proj+v_proj.weight` of `attn.q_proj.weight`, `attn.k_proj.weight` and `attn.v_proj.weight`."""
+    """Name a concatenation: `attn.q_proj.weight` and `attn.k_proj.weight` give `attn.q_proj+k_proj.weight`."""
     parts = [name.split(".") for name in names]
     columns = list(zip(*parts, strict=False))
     if len({len(part) for part in parts}) > 1:

@@ -31,15 +31,15 @@ _EXPAND = (aten.expand.default, aten.expand_as.default)
 class MaskParts(NamedTuple):
     """A mask in two parts, both of which hide keys."""
 
-    rest: fx.Node | None  # what it does beside hiding padding, boolean or additive; None for nothing
-    padding: fx.Node | None  # `[batch, keys]`, zero at the keys that it hides as padding; None where it hides none
+    rest: fx.Node | None  # all that is not padding, boolean or additive; None if there is nothing else
+    padding: fx.Node | None  # `[batch, keys]`, zero at padding; None if no padding is hidden
 
 
 def split_mask(mask: fx.Node) -> MaskParts:
-    """A mask of `[batch or 1, heads or 1, queries or 1, keys]` in its two parts; what is not understood is the rest.
+    """Split a mask `[batch or 1, heads or 1, queries or 1, keys]` into padding and the rest.
 
-    Understood are transformers' own masks, in either form: `allowed & padding[batch, key]`, `where(mask, bias, min)`,
-    `bias + mask`, and `(1 - padding[:, None, None, :]) * min`.
+    Recognised are transformers' own masks, in either form: `allowed & padding[batch, key]`, `where(mask, bias, min)`,
+    `bias + mask`, and `(1 - padding[:, None, None, :]) * min`. All else counts as the rest.
     """
     is_boolean = bool(mask.meta["val"].dtype == torch.bool)  # numbers are added to scores, ones and zeros too
     padding = _shown_keys(mask) if is_boolean else _added_padding(mask)
@@ -49,12 +49,12 @@ def split_mask(mask: fx.Node) -> MaskParts:
 
 
 def hidden_padding(hidden: fx.Node) -> fx.Node | None:
-    """The padding of a boolean mask that is true at padding and nowhere else; None of any other."""
+    """Return the padding of a boolean mask that is true at padding and nowhere else; None for any other mask."""
     return _hidden_keys(hidden) if len(shape(hidden)) == 4 else None
 
 
 def _expanded(mask: fx.Node) -> MaskParts | None:
-    """Of `expand(mask)`, which an attention operator does by itself."""
+    """Split `expand(mask)`: attention operators broadcast by themselves."""
     if not is_call(mask, *_EXPAND) or not isinstance(mask.args[0], fx.Node):
         return None
     parts = split_mask(mask.args[0]) if len(shape(mask.args[0])) == 4 else None
@@ -62,7 +62,7 @@ def _expanded(mask: fx.Node) -> MaskParts | None:
 
 
 def _conjunction(mask: fx.Node) -> MaskParts | None:
-    """Of `rest & padding`."""
+    """Split `rest & padding`."""
     both = operands(mask, *_AND)
     parts = [split_mask(part) for part in both or () if isinstance(part, fx.Node) and len(shape(part)) == 4]
     if len(parts) != 2 or all(part.padding is None for part in parts):
@@ -73,7 +73,7 @@ def _conjunction(mask: fx.Node) -> MaskParts | None:
 
 
 def _selected(mask: fx.Node) -> MaskParts | None:
-    """Of `where(padding, bias, smallest)`."""
+    """Split `where(padding, bias, smallest)`."""
     selection = selection_of(mask)
     padding = None if selection is None else _shown_keys(selection[0])
     if selection is None or padding is None or not hides(selection[2]) or not isinstance(selection[1], fx.Node):
@@ -83,7 +83,7 @@ def _selected(mask: fx.Node) -> MaskParts | None:
 
 
 def _sum(mask: fx.Node) -> MaskParts | None:
-    """Of `bias + mask`."""
+    """Split `bias + mask`."""
     terms = operands(mask, *ADD)
     for bias, other in (terms, terms[::-1]) if terms is not None else ():
         if isinstance(bias, fx.Node) and isinstance(other, fx.Node) and len(shape(bias)) == 4:
@@ -94,7 +94,7 @@ def _sum(mask: fx.Node) -> MaskParts | None:
 
 
 def _shown_keys(node: Any) -> fx.Node | None:
-    """The padding of a boolean mask that is true at the keys which are not padding, whatever the query."""
+    """Return the padding `[batch, keys]` of a boolean mask that is true at real keys, for every query alike."""
     if len(shape(node)) != 4:
         return None
     if is_call(node, *_EXPAND, *_CAST):
@@ -111,7 +111,7 @@ def _shown_keys(node: Any) -> fx.Node | None:
 
 
 def _hidden_keys(node: Any) -> fx.Node | None:
-    """The padding of a boolean mask that is true at the keys which are padding."""
+    """Return the padding `[batch, keys]` of a boolean mask that is true at padding."""
     if is_call(node, *_EXPAND, *_CAST):
         return _hidden_keys(node.args[0])
     if is_call(node, *_NOT):
@@ -134,7 +134,7 @@ def _hidden_keys(node: Any) -> fx.Node | None:
 
 
 def _row_of_keys(node: fx.Node) -> fx.Node | None:
-    """The padding `[batch, keys]` that a mask `[batch, 1, 1, keys]` repeats."""
+    """Return the padding `[batch, keys]` that a mask `[batch, 1, 1, keys]` repeats."""
     if is_call(node, aten.index.Tensor):
         rows, indices = node.args
         if not isinstance(indices, (list, tuple)) or len(indices) != 2:
@@ -159,7 +159,7 @@ def _row_of_keys(node: fx.Node) -> fx.Node | None:
 
 
 def _row(node: Any) -> fx.Node | None:
-    """The input `[batch, keys]` that tells padding, behind casts and comparisons with zero."""
+    """Return the graph input `[batch, keys]` behind casts and comparisons with zero."""
     while is_call(node, *_CAST, *_NONZERO):
         if len(node.args) > 1 and node.args[1] != 0:
             return None
@@ -168,7 +168,7 @@ def _row(node: Any) -> fx.Node | None:
 
 
 def _added_padding(node: Any) -> fx.Node | None:
-    """The padding of an additive mask that is zero at all other keys and hides those of padding."""
+    """Return the padding of an additive mask that is zero at real keys and hides padding."""
     if len(shape(node)) != 4:
         return None
     if is_call(node, *_EXPAND, *_CAST):
@@ -187,7 +187,7 @@ def _added_padding(node: Any) -> fx.Node | None:
 
 
 def selection_of(node: Any) -> tuple[Any, Any, Any] | None:
-    """`(condition, value, other)` of `where`, and of `masked_fill`, whose condition selects the number."""
+    """Return `(condition, value, other)` of a `where`, or of a `masked_fill`, whose condition selects the number."""
     if is_call(node, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
         condition, value, other = node.args
         return condition, value, other
@@ -198,14 +198,14 @@ def selection_of(node: Any) -> tuple[Any, Any, Any] | None:
 
 
 def _is_range(node: Any) -> bool:
-    """Whether a node counts from zero along one axis."""
+    """Return whether a node counts from zero along one axis."""
     while is_call(node, aten.unsqueeze.default, *_CAST) or (is_call(node, *ADD) and number(node.args[1]) == 0.0):
         node = node.args[0]
     return is_call(node, aten.arange.default) and len(node.args) == 1
 
 
 def _is_true(node: Any) -> bool:
-    """Whether a boolean is true everywhere."""
+    """Return whether a boolean tensor is true everywhere."""
     if is_call(node, *_EXPAND, *_CAST):
         return _is_true(node.args[0])
     both = operands(node, *_AND)
@@ -219,7 +219,7 @@ def _is_true(node: Any) -> bool:
 
 
 def _is_number(value: Any, wanted: float) -> bool:
-    """Whether a value is a number everywhere."""
+    """Return whether a value is a given number everywhere."""
     if is_call(value, aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
         return wanted == 0.0
     if is_call(value, aten.ones_like.default, aten.ones.default):
@@ -228,12 +228,12 @@ def _is_number(value: Any, wanted: float) -> bool:
 
 
 def hides(value: Any) -> bool:
-    """Whether a value, added to a score, hides the key."""
+    """Return whether a value, added to a score, hides the key."""
     constant = _constant(value)
     return constant is not None and constant <= _HIDDEN
 
 
 def _constant(value: Any) -> float | None:
-    """A number, or the number that a tensor is filled with."""
+    """Return a number, or the number that a tensor is filled with."""
     is_filled = is_call(value, aten.full.default, aten.full_like.default, aten.scalar_tensor.default)
     return number(value.args[-1] if is_filled else value)

@@ -15,14 +15,14 @@ from gralora_fx.exporters.translation.operators import AttentionNode, DotProduct
 
 @dataclass
 class Masks:
-    """Masks, each made once for all layers that share it."""
+    """Masks, each created once for all layers that share it."""
 
     graph: ir.Graph
     additive_masks: dict[tuple[ir.Value | None, ir.Value | None, str], ir.Value] = field(default_factory=dict)
     keys: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def of_keys(self, padding: ir.Value, node: ir.Node) -> ir.Value:
-        """A padding mask `[batch, total]` as the runtime's operator takes it: integers, zero for padding."""
+        """Return a padding mask `[batch, total]` as the runtime's operator takes it: integers, zero for padding."""
         if padding not in self.keys:
             build = Builder(self.graph)
             is_float = padding.dtype is not None and padding.dtype.is_floating_point()
@@ -32,7 +32,7 @@ class Masks:
         return self.keys[padding]
 
     def additive(self, attention: DotProductAttentionNode, node: ir.Node) -> ir.Value | None:
-        """The mask of an operator as `[batch or 1, heads or 1, length, total]`, which is added to its scores."""
+        """Return the mask `[batch or 1, heads or 1, length, total]` that is added to an operator's scores."""
         mask, padding, query = attention.mask, attention.padding, attention.query
         if mask is None and padding is None:
             return None
@@ -67,7 +67,7 @@ def _bias(build: Builder, attention: DotProductAttentionNode, dtype: ir.DataType
 
 
 def _length(build: Builder, query: ir.Value) -> ir.Value:
-    """The number of queries, read off an input of the graph where one has it, so that nothing else reads the query."""
+    """Return the number of queries, from a graph input if one has it, so that the query gets no more readers."""
     size = None if query.shape is None else query.shape[2]
     if isinstance(size, int):
         return build.ints(size)
@@ -79,7 +79,7 @@ def _length(build: Builder, query: ir.Value) -> ir.Value:
 
 
 def replace_attention(graph: ir.Graph, node: ir.Node, attention: DotProductAttentionNode, masks: Masks) -> str | None:
-    """Replace attention by one operator, or by others if none does what it does; return why then."""
+    """Replace attention by one operator, or by plain ones if none supports it; return the reason then."""
     why = _unfit(attention)
     build = Builder(graph)
     if why is None:
@@ -131,7 +131,7 @@ def _replace(build: Builder, node: ir.Node, attention: DotProductAttentionNode, 
 
 
 def _merging_reshapes(output: ir.Value) -> list[ir.Value]:
-    """The values `[batch, length, heads * size]` that are made of attention's output and of nothing else."""
+    """Return the values `[batch, length, heads * size]` that are reshaped from attention's output alone."""
     merged = []
     for usage in list(output.uses()):
         node = usage.node
@@ -168,7 +168,7 @@ def _decompose(build: Builder, node: ir.Node, attention: DotProductAttentionNode
 
 
 def _causal(build: Builder, query: ir.Value, key: ir.Value) -> ir.Value:
-    """The additive mask `[1, 1, length, total]` by which a position attends to no later one."""
+    """Build the additive mask `[1, 1, length, total]` that hides later positions."""
     dtype = query.dtype or ir.DataType.FLOAT
     start, step = build.scalar(0), build.scalar(1)
     sizes = [build("Squeeze", build("Shape", part, start=2, end=3)) for part in (query, key)]

@@ -61,7 +61,7 @@ def match_rotary(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _rotation(node: fx.Node) -> tuple[fx.Node, _Table, _Table, bool] | None:
-    """`(x, cos, sin, interleaved)` of a rotation; None for anything else."""
+    """Return `(x, cos, sin, interleaved)` of a rotation; None for anything else."""
     rotate = Rotate.of(node)
     if rotate is not None and rotate.axis in (1, -3):
         cos, sin = (_flat_table(factor, False) for factor in (rotate.cos, rotate.sin))
@@ -86,7 +86,7 @@ def _rotation(node: fx.Node) -> tuple[fx.Node, _Table, _Table, bool] | None:
 
 
 def _quarter_turn(node: Any) -> tuple[fx.Node, bool] | None:
-    """`(x, interleaved)` of a node that is `x` with each pair swapped and its first member negated, or None."""
+    """Return `(x, interleaved)` of a node that swaps each pair of `x` and negates its first member, or None."""
     halves = concat_operands(node)
     if halves is not None and len(halves) == 2 and is_call(halves[0], aten.neg.default):
         second, first = last_axis_slice(halves[0].args[0]), last_axis_slice(halves[1])
@@ -112,7 +112,7 @@ def _quarter_turn(node: Any) -> tuple[fx.Node, bool] | None:
 
 
 def _table(node: Any, x: fx.Node, interleaved: bool) -> _Table | None:
-    """The table of a factor `[batch, 1, length, size]`, if the members of each pair share a value; else None."""
+    """Return the table of a factor `[batch, 1, length, size]`, if the members of each pair share a value."""
     sizes, expected = shape(node), shape(x)
     if len(sizes) != 4 or expression(sizes[1]) != 1 or not all(same_size(sizes[i], expected[i]) for i in (0, 2, 3)):
         return None
@@ -122,12 +122,12 @@ def _table(node: Any, x: fx.Node, interleaved: bool) -> _Table | None:
 
 
 def _flat_table(values: Any, interleaved: bool) -> _Table | None:
-    """The table of values `[batch, length, size]`, if the members of each pair share a value; else None."""
+    """Return the table of values `[batch, length, size]`, if the members of each pair share a value."""
     return _Table(values, True) if len(shape(values)) == 3 and _is_shared(values, interleaved) else None
 
 
 def _is_shared(values: Any, interleaved: bool) -> bool:
-    """Whether the members of each pair share a value, looking through elementwise operators."""
+    """Return whether the members of each pair share a value, looking through elementwise operators."""
     source = values
     while is_call(source, aten.cos.default, aten.sin.default, aten._to_copy.default, *MUL):
         if is_call(source, *MUL) and number(source.args[1]) is None:
@@ -147,7 +147,7 @@ class _Table(NamedTuple):
 
 
 def _half(graph: fx.Graph, table: _Table, interleaved: bool, memo: dict[fx.Node, fx.Node]) -> fx.Node:
-    """`[batch, length, half]`: the value that the members of each pair share, computed once."""
+    """Return the value that the members of each pair share, `[batch, length, half]`, computed once."""
     half = _of_pairs(graph, table.values, interleaved, memo)
     if table.is_flat:
         return half
@@ -159,7 +159,7 @@ def _half(graph: fx.Graph, table: _Table, interleaved: bool, memo: dict[fx.Node,
 
 
 def _of_pairs(graph: fx.Graph, values: fx.Node, interleaved: bool, memo: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The same computation on one member of each pair, for values that pairs share (see `_is_shared`)."""
+    """Repeat a computation on one member of each pair, for values that pairs share (see `_is_shared`)."""
     source = values.args[0]
     if is_call(values, aten.repeat_interleave.self_int):
         assert isinstance(source, fx.Node)
@@ -178,7 +178,7 @@ def _of_pairs(graph: fx.Graph, values: fx.Node, interleaved: bool, memo: dict[fx
 
 
 def _in_rows(graph: fx.Graph, half: fx.Node, x: fx.Node, memo: dict[fx.Node, fx.Node]) -> fx.Node:
-    """A table expanded to as many rows as `x`, if it has one row for all."""
+    """Expand a table to as many rows as `x`, if it has one row for all."""
     source = _row_source(graph, half, x)
     assert source is not None  # checked for the table already
     if source is half:
@@ -193,7 +193,7 @@ def _in_rows(graph: fx.Graph, half: fx.Node, x: fx.Node, memo: dict[fx.Node, fx.
 
 
 def _row_source(graph: fx.Graph, table: fx.Node, x: fx.Node) -> fx.Node | None:
-    """A node with as many rows as `x`: the table itself or an input; None if there is none."""
+    """Return a node with as many rows as `x`: the table itself or an input; None if there is none."""
     table_rows, rows = expression(shape(table)[0]), expression(shape(x)[0])
     if table_rows != 1 or rows == 1:
         return table
@@ -202,7 +202,7 @@ def _row_source(graph: fx.Graph, table: fx.Node, x: fx.Node) -> fx.Node | None:
 
 
 def _with_rest(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The node to replace and the rotated input: for a partial rotation, the whole head."""
+    """Return the node to replace and the rotated input: for a partial rotation, the whole head."""
     first, users = last_axis_slice(x), list(node.users)
     if first is None or first[1] != 0 or first[3] != 1 or len(users) != 1:
         return node, x
@@ -216,7 +216,7 @@ def _with_rest(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
 class RotaryTables:
     """Cosines and sines as the runtime's operators take them: a table, and the row index of each position.
 
-    Every position of every batch row has a table row of its own, so any `position_ids` are respected.
+    Every position of every batch row has its own table row, so any `position_ids` are respected.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -225,11 +225,11 @@ class RotaryTables:
         self._memo: dict[tuple[Any, ...], ir.Value] = {}
 
     def table(self, values: ir.Value) -> ir.Value:
-        """`[batch * length, half]` of `[batch, length, half]`."""
+        """Return the table `[batch * length, half]` of `[batch, length, half]`."""
         return self._once(values, lambda build: build("Reshape", values, [-1, static_dim(values, 2)]))
 
     def rows(self, values: ir.Value) -> ir.Value:
-        """`[batch, length]`: the row index of each position in the table of `[batch, length, half]`."""
+        """Return `[batch, length]`, the index of each position's row in the table of `[batch, length, half]`."""
 
         def rows(build: Builder) -> ir.Value:
             sizes = build("Shape", values, start=0, end=2)
@@ -239,7 +239,7 @@ class RotaryTables:
         return self._once(values, rows, "rows")
 
     def table_after_rest(self, values: ir.Value, rest: float, count: int) -> ir.Value:
-        """The table of `[batch, length, half]` after `count` rows filled with one number."""
+        """Return the table of `[batch, length, half]` after `count` rows filled with one number."""
         dtype = values.dtype or ir.DataType.FLOAT
         fill = np.full((count, static_dim(values, 2) or 0), rest)
         table = self.table(values)
@@ -248,7 +248,7 @@ class RotaryTables:
         )
 
     def rows_of_heads(self, values: ir.Value, num_rotated: int, num_kept: int) -> ir.Value:
-        """`[batch * length, num_rotated + num_kept]`: the row of each head; 0 if it is not rotated.
+        """Return `[batch * length, num_rotated + num_kept]`, the table row of each head; 0 if it is not rotated.
 
         The table begins with as many extra rows as there are heads, the fewest that the runtime accepts.
         """
@@ -262,7 +262,7 @@ class RotaryTables:
         return self._once(values, heads, num_rotated, num_kept, after=table)
 
     def flat_shape(self, values: ir.Value, width: int) -> ir.Value:
-        """`[batch, length, width]` as a shape."""
+        """Return the shape `[batch, length, width]` as a value."""
 
         def sizes(build: Builder) -> ir.Value:
             return build("Concat", build("Shape", values, start=0, end=2), [width], axis=0)

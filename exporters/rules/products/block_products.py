@@ -23,7 +23,7 @@ from gralora_fx.exporters.rules.products.constant_matrices import (
 )
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
 
-_NEAR = 0.25  # squares of the errors of blocks of a matrix, over its squares
+_NEAR = 0.25  # largest squared error of a matrix's blocks, relative to its squares
 _BlocksOf: TypeAlias = Callable[[Sequence[str], tuple[int, int], Blocks], BlockArrays | None]
 
 
@@ -31,13 +31,13 @@ class BlockValues(NamedTuple):
     """The initializers of a quantized matrix."""
 
     packed: ir.Value  # `[N, K/block, block * bits / 8]`, uint8
-    scales: ir.Value  # `[N, K/block]`; those that are stored in fewer bits after the cast that widens them
-    # `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range
+    scales: ir.Value  # `[N, K/block]`, after the cast that widens them if they are stored in fewer bits
+    # `[N, ceil(K/block * bits / 8)]`, uint8; None if all are the middle of the integers' range
     zero_points: ir.Value | None
 
     @property
     def present(self) -> list[ir.Value]:
-        """Those that there are, in the order of an operator's inputs."""
+        """The initializers present, in the order of an operator's inputs."""
         return [value for value in self if value is not None]
 
 
@@ -50,8 +50,8 @@ class BlockProducts:
             bias added behind it; `e = GatherBlockQuantized(table_Q4, ids, table_scales, table_zero_points)` for a table
             that is tied to a head
 
-    Scales of fewer bits than a float have a `Cast` behind them, which ONNX Runtime computes when it opens the model. A
-    matrix is read and quantized when it is written. An embedding that is not tied to a head keeps its precision, as
+    Scales stored in fewer bits than a float are followed by a `Cast`, which ONNX Runtime folds when it opens the model.
+    A matrix is read and quantized when it is written. An embedding that is not tied to a head keeps its precision, as
     in onnxruntime-genai.
     """
 
@@ -63,11 +63,11 @@ class BlockProducts:
 
     @property
     def matrices(self) -> tuple[ConstantMatrix, ...]:
-        """The matrices that are stored so."""
+        """The matrices that are stored as blocks."""
         return tuple(self._stored)
 
     def multiply(self, node: ir.Node, matrix: ConstantMatrix) -> None:
-        """Put the product in the place of a node."""
+        """Replace a node by the quantized product."""
         (inputs, outputs), form = matrix.sizes, self.form
         attributes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.block_size}
         if form.accuracy_level:
@@ -76,7 +76,7 @@ class BlockProducts:
         replace_product(node, [ir.node("MatMulNBits", operands, attributes=attributes, domain=MICROSOFT)])
 
     def store_table(self, name: str) -> None:
-        """Store an embedding so too, though no head of this model is tied to it."""
+        """Store an embedding as blocks too, though no head of this model is tied to it."""
         table = self.graph.initializers.get(name)
         if table is not None and _is_looked_up(table, self.form):
             self._blocks(ConstantMatrix(table, True))
@@ -93,7 +93,7 @@ class BlockProducts:
 
 
 def _quantized(matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> list[NDArray[Any]]:
-    """A matrix's packed integers, scales and, if there are some, zero points."""
+    """Return a matrix's packed integers, its scales and, if it has any, its zero points."""
 
     def group(columns: NDArray[Any]) -> list[NDArray[Any]]:
         columns = np.ascontiguousarray(columns)
@@ -111,7 +111,7 @@ def _quantized(matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> li
 
 
 def _is_rounding(blocks: BlockArrays, matrix: ConstantMatrix, form: Blocks) -> bool:
-    """Whether blocks are near a matrix: not of one that was changed since, or is multiplied by the other way round."""
+    """Return whether blocks approximate a matrix; not if it was changed since, or is multiplied transposed."""
     error, whole, end = 0.0, 0.0, 0
     for columns in matrix.column_groups():
         begin, end = end, end + columns.shape[1]
@@ -146,12 +146,12 @@ def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, blocks_
 
 
 def stored_as(form: Blocks, dtype: ir.DataType) -> ir.DataType:
-    """The dtype in which the scales of a matrix of some dtype are stored (see `scale_dtype`)."""
+    """Return the ONNX dtype in which scales of a matrix of some dtype are stored (see `scale_dtype`)."""
     return ir.DataType.from_numpy(scale_dtype(form, dtype.numpy()))
 
 
 def widened(graph: ir.Graph, scales: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """The value of an initializer of scales in the dtype that products take."""
+    """Return scales in the dtype that products take, behind a cast if they are stored in another."""
     if scales.dtype == dtype:
         return scales
     build = Builder(graph)
@@ -162,7 +162,7 @@ def widened(graph: ir.Graph, scales: ir.Value, dtype: ir.DataType) -> ir.Value:
 
 
 def _gather(table: ir.Value, blocks: BlockValues, form: Blocks) -> int:
-    """Let lookups in a table that is tied to a head read the head's blocks, so that it is stored once."""
+    """Redirect lookups in a table that is tied to a head to the head's blocks, so that it is stored once."""
     if not _is_looked_up(table, form):
         return 0
     assert table.shape is not None
@@ -195,7 +195,7 @@ def _is_looked_up(table: ir.Value, form: Blocks) -> bool:
 
 
 def tables_of_heads(model: ir.Model) -> set[str]:
-    """Names of the matrices that are both looked up and multiplied by."""
+    """Return the names of matrices that are both looked up and multiplied by."""
     matrices = [matrix for node in model.graph.all_nodes() if (matrix := matrix_of(node)) is not None]
     weights = [matrix.value for matrix in matrices if matrix.is_transposed]
     return {str(weight.name) for weight in weights if any(use.node.op_type == "Gather" for use in weight.uses())}

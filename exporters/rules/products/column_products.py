@@ -1,4 +1,4 @@
-"""Products with columns: int8 weights with a scale a column, activations rounded row by row; and lookups of columns."""
+"""Products with columns: int8 weights with one scale per column, activations rounded by row; and lookups of columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gralora_fx.exporters.rules.products.constant_matrices import ComputedTogeth
 from gralora_fx.exporters.rules.products.quantized_products import FACTORS, MARK, PRODUCT, STEP, WEIGHT
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
 
-_REMAINDERS = 2 * ROW_LARGEST  # integers of a step: what rounding leaves is at most half of one
+_REMAINDERS = 2 * ROW_LARGEST  # integers of a step: the rounding error is at most half a step
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,24 @@ class ColumnProducts:
             `y = MatMul(DequantizeLinear(q, 1, 128), DequantizeLinear(w_quantized [K, N], w_scale [N])) * s`, and the
             bias added behind it
 
-    All operators are of the ONNX standard. ONNX Runtime fuses what dequantizes with the product to one operator
+    All operators are of the ONNX standard. ONNX Runtime fuses the dequantization with the product to one operator
     (`MatMulIntegerToFloat`), which multiplies integers. A row is rounded by its own largest value, so that it has the
     same result in any batch. Products of one tensor share its rounding. A matrix is read and quantized when it is
     written.
 
-    A vector, or what has no known rank, is divided by `s` first and rounded by steps of 1: a scale of one value has no
-    blocks.
+    A vector, or a tensor of unknown rank, is divided by `s` first and rounded by steps of 1: a scale of one value has
+    no blocks.
 
-    With factors, channels of `x` are brought nearer to each other before they are rounded, and the rows of the matrix
-    take the factors back (see `input_factors`). With 16 bits what rounding leaves is rounded once more, and both parts
-    are multiplied in one product:
+    With factors, channels of `x` are scaled closer to each other before rounding, and the rows of the matrix are
+    divided by the same factors (see `input_factors`). With 16 bits the rounding error is rounded once more, and both
+    parts are multiplied in one product:
 
     After:  `r = x * factors / s - q`, `y = (MatMul(q, w) + MatMul(r rounded, w)) * s`
     """
 
     graph: ir.Graph  # the model's graph, which gets the initializers
     form: Columns  # how they are stored
-    # what is known of the inputs of a matrix's products, by the names of its parameters; None for nothing
+    # statistics of a matrix's inputs, by the names of its parameters; None if unknown
     inputs_of: Callable[[Sequence[str]], ColumnInputs | None] = lambda names: None
     _stored: dict[ConstantMatrix, StoredColumns] = field(default_factory=dict, init=False)
     _rounded: dict[Hashable, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
@@ -56,11 +56,11 @@ class ColumnProducts:
 
     @property
     def matrices(self) -> tuple[ConstantMatrix, ...]:
-        """The matrices that are stored so."""
+        """The matrices that are stored as columns."""
         return tuple(self._stored)
 
     def store_table(self, name: str) -> None:
-        """Store an embedding so too, though no head of this model is tied to it."""
+        """Store an embedding as columns too, though no head of this model is tied to it."""
         table = self.graph.initializers.get(name)
         if table is not None and is_table(table):
             self._columns(ConstantMatrix(table, True))
@@ -71,7 +71,7 @@ class ColumnProducts:
         return sum(look_up_columns(table, stored) for table, stored in tables.items())
 
     def multiply(self, node: ir.Node, matrix: ConstantMatrix) -> None:
-        """Put the product in the place of a node."""
+        """Replace a node by the quantized product."""
         source, branch = node.inputs[0], node.graph
         assert source is not None
         assert isinstance(branch, ir.Graph)
@@ -94,12 +94,12 @@ class ColumnProducts:
         if matrix not in self._stored:
             inputs = self.inputs_of(matrix.names)
             if inputs is not None and len(inputs.rest) != matrix.sizes[0]:
-                inputs = None  # of a parameter that is multiplied by the other way too
+                inputs = None  # statistics of a parameter that is also multiplied transposed
             self._stored[matrix] = _initializers(self.graph, matrix, self._factors(matrix, inputs), inputs)
         return self._stored[matrix]
 
     def _round(self, build: _Named, source: ir.Value, factors: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        """The integers of a tensor, of both parts if there are two, and the steps of its rows."""
+        """Return the integers of a tensor, both parts if there are two, and the step of each row."""
         one, zero_point = self._constant("one", np.float32(1)), self._constant("zero_point", np.uint8(128))
         scaled = source if factors is None else build.marked(FACTORS, "Mul", source, factors)
         high, low = (build(kind, scaled, build.ints(-1), keepdims=1) for kind in ("ReduceMax", "ReduceMin"))
@@ -119,14 +119,14 @@ class ColumnProducts:
         return integers, steps
 
     def _constant(self, name: str, number: Any) -> ir.Value:
-        """A number that all products share."""
+        """Return a constant that all products share."""
         label = f"int8_rows.{name}"
         return self.graph.initializers.get(label) or add_initializer(
             self.graph, ir.tensor(np.asarray(number), name=label)
         )
 
     def _factors(self, matrix: ConstantMatrix, inputs: ColumnInputs | None) -> ir.Value | None:
-        """The factors of what the products of a matrix read; one initializer for all products of one tensor."""
+        """Return the factors of a matrix's input, one initializer for all products of one tensor; None without any."""
         factors = None if inputs is None else inputs.factors
         if factors is None:
             return None
@@ -138,9 +138,9 @@ class ColumnProducts:
 
 
 class _Named(Builder):
-    """A builder of a product's nodes, which it marks (see `quantized_products`).
+    """A builder that marks a product's nodes (see `quantized_products`).
 
-    Their values are named after the product: names that a branch draws may be taken outside it.
+    Values are named after the product: a generated name in a branch may be taken outside it.
     """
 
     def __init__(self, graph: ir.Graph, name: str) -> None:
@@ -148,7 +148,7 @@ class _Named(Builder):
         self.name = name
 
     def node(self, op_type: str, inputs: Any, *, domain: str = "", num_outputs: int = 1, **attributes: Any) -> ir.Node:
-        """Make a node with a mark, whose outputs have names."""
+        """Make a marked node whose outputs have names."""
         node = super().node(op_type, inputs, domain=domain, num_outputs=num_outputs, **attributes)
         node.metadata_props[MARK] = STEP
         for index, output in enumerate(node.outputs):
@@ -156,7 +156,7 @@ class _Named(Builder):
         return node
 
     def marked(self, part: str, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        """Make a node that is a part of its own."""
+        """Make a node that belongs to another marked part."""
         node = self.node(op_type, inputs, **attributes)
         node.metadata_props[MARK] = part
         return node.outputs[0]
@@ -165,7 +165,7 @@ class _Named(Builder):
 def _quantized(
     matrix: ConstantMatrix, factors: NDArray[np.float32] | None, known: ColumnInputs | None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """A matrix's integers `[K, N]` and scales `[N]`."""
+    """Return a matrix's integers `[K, N]` and scales `[N]`."""
     inputs, outputs = matrix.sizes
     values, scales = np.empty((inputs, outputs), np.int8), np.empty(outputs, np.float32)
     end = 0
@@ -204,7 +204,7 @@ class StoredColumns(NamedTuple):
 
     integers: ir.Value  # `[K, N]`, int8
     scale: ir.Value  # `[N]`
-    factors: ir.Value | None  # `[K]`, what its rows are multiplied by; None where there are none
+    factors: ir.Value | None  # `[K]`, factors of its rows; None if there are none
 
 
 def is_table(value: ir.Value) -> bool:
@@ -234,7 +234,7 @@ def look_up_columns(table: ir.Value, stored: StoredColumns) -> int:
         found = found if stored.factors is None else build("Mul", found, stored.factors)
         for index, made in enumerate(build.nodes):
             for output in made.outputs:
-                output.name = f"{old.name}_int8_{index}"  # names that a branch draws may be taken outside it
+                output.name = f"{old.name}_int8_{index}"  # a generated name in a branch may be taken outside it
         build.replace(node, found)
     return len(readers)
 

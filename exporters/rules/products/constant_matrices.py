@@ -1,4 +1,4 @@
-"""Products with a constant matrix: which nodes are some, what takes their place, and why others are none."""
+"""Products with a constant matrix: how they are recognised and replaced, and why others are left alone."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ class ConstantMatrix(NamedTuple):
         return tuple(str(part.name) for part in parts_of(self.tensor))
 
     def free_name(self, graph: ir.Graph, suffix: str) -> str:
-        """What names of its quantized parts begin with: its own, unless the same matrix the other way round has it."""
+        """Return the prefix for names of its quantized parts; another one if its transpose has taken the plain name."""
         is_taken = f"{self.value.name}{suffix}" in graph.initializers
         return f"{self.value.name}_transposed" if is_taken else str(self.value.name)
 
     def column_groups(self) -> Iterator[NDArray[Any]]:
-        """The matrix `[K, N]` as groups of columns, one after the other; of a concatenated one, part by part.
+        """Yield groups of columns of the matrix `[K, N]`, in order; of a concatenated one, part by part.
 
-        A copy of the whole matrix would be the largest thing in memory.
+        A copy of the whole matrix would be the largest array in memory.
         """
         for part in (self.tensor,) if self.is_transposed else parts_of(self.tensor):
             values = part.numpy().T if self.is_transposed else part.numpy()
@@ -70,7 +70,7 @@ class ConstantMatrix(NamedTuple):
 
 
 def matrix_of(node: ir.Node) -> ConstantMatrix | None:
-    """The constant matrix by which a node multiplies; None for other nodes."""
+    """Return the constant matrix by which a node multiplies; None for other nodes."""
     if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx") or node.inputs[1] is None:
         return None
     value, is_transposed = node.inputs[1], False
@@ -89,7 +89,7 @@ def matrix_of(node: ir.Node) -> ConstantMatrix | None:
 
 
 def replace_product(node: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Put nodes in the place of a `MatMul` or `Gemm`; the last one's output takes the name of the old product.
+    """Replace a `MatMul` or `Gemm` by nodes; the last one's output takes the name of the old product.
 
     Before: `y = Gemm(x, w, b)`
     After:  `...; y = Add(<output of the last of the nodes>, b)`; without a bias, `y` is the last of the nodes' output
@@ -102,7 +102,7 @@ def replace_product(node: ir.Node, nodes: Sequence[ir.Node]) -> None:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
         product = nodes[-1].outputs[0]
-        product.name = product.name or f"{old.name}_product"  # names that branches draw may be those of another
+        product.name = product.name or f"{old.name}_product"  # another branch may generate the same name
         nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias]))
     replace_value(nodes[-1].outputs[0], old)
     graph.insert_before(node, nodes)
@@ -123,7 +123,7 @@ def drop_unread(graph: ir.Graph, names: Iterable[str]) -> None:
 
 
 def unquantized(model: ir.Model) -> tuple[Skip, ...]:
-    """Weights and products that a quantized model holds in its own precision, each with the reason."""
+    """Return the weights and products that stay float in a quantized model, each with the reason."""
     skips = dict(skip for node in model.graph.all_nodes() for skip in _skips(node))
     return tuple(Skip(place, reason) for place, reason in skips.items())
 
@@ -156,28 +156,28 @@ def _why_not(node: ir.Node) -> str:
 
 
 def _constant(value: ir.Value) -> ir.TensorProtocol | None:
-    """The constant that a value is, or is the transpose of."""
+    """Return the constant behind a value, directly or through a transpose."""
     producer = value.producer()
     source = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
     return None if source is None else ir.convenience.get_const_tensor(source)
 
 
 def _is_scaled(node: ir.Node) -> bool:
-    """Return whether a `Gemm` does more than to multiply and add."""
+    """Return whether a `Gemm` does more than multiply and add."""
     numbers = attributes_of(node)
     return bool(numbers.get("transA")) or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0
 
 
 @dataclass
 class ComputedTogether:
-    """Arrays that are computed together, and dropped once written, which threads do at once."""
+    """Arrays that are computed together and dropped once written; threads may write them at once."""
 
     compute: Callable[[], Iterable[NDArray[Any]]]  # computes them
     _arrays: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def tensor(self, index: int) -> ir.TensorProtocol:
-        """Return one of them by its index."""
+        """Return one array by its index, as a lazy tensor."""
         with self._lock:
             if index not in self._arrays:
                 self._arrays = dict(enumerate(self.compute()))

@@ -1,4 +1,4 @@
-"""Passes over products with matrices of floats: transposes folded, products merged; and vectors filled up."""
+"""Passes over products with float matrices: transposes folded, products merged; and vectors padded."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _transposes(node: ir.Node) -> bool:
 
 @contract(needs={FLOAT_MATRICES, FOLDED_TRANSPOSES}, ends={OWN_WEIGHTS})
 def merge_matmuls(model: ir.Model) -> PassResult[ir.Model]:
-    """Merge matmuls of one tensor with weights of equal width into one over their concatenation.
+    """Merge matmuls of one tensor, with weights of equal width, into one matmul with their concatenation.
 
     Before: `gate = MatMul(x, Wg); up = MatMul(x, Wu)`
     After:  `gate, up = Split(MatMul(x, [Wg Wu]))`
@@ -75,8 +75,8 @@ def _join(graph: ir.Graph, nodes: list[ir.Node]) -> None:
 
 
 VECTOR = 4  # values: the width of Eigen's vectors in the builds of ONNX Runtime
-OPERATORS = {"Cos", "Sin", "Log", "Softplus", "Mish"}  # whose last digits depend on a value's place in a vector or none
-SUMS = {"ReduceSum", "ReduceMean"}  # of rows, whose last digits depend on the place where a row begins
+OPERATORS = {"Cos", "Sin", "Log", "Softplus", "Mish"}  # last digits depend on whether a value lies in a whole vector
+SUMS = {"ReduceSum", "ReduceMean"}  # last digits depend on the alignment of a row
 
 
 def fill_vectors(model: ir.Model) -> PassResult[ir.Model]:
@@ -85,10 +85,10 @@ def fill_vectors(model: ir.Model) -> PassResult[ir.Model]:
     Before: `y = Cos(x)`, `z = ReduceSum(x, axes=[-1])`, `x [..., 6]`
     After:  `y = Cos(Pad(x))[..., :6]`, `z = ReduceSum(Pad(x), axes=[-1])`, `Pad(x) [..., 8]`
 
-    The values after a tensor's last whole vector are computed one by one, by a function with other last digits. A row
-    is added one by one up to the first address of a whole vector, then vector by vector: in another order than a row
-    that begins there, such as the weights of six routes of a token. Where a row is a multiple of a vector, there are
-    none of either.
+    Eigen computes the values after a tensor's last whole SIMD vector one by one, with a function that differs in the
+    last digits. It sums a row one by one up to the first vector-aligned address, then by vectors, so that rows with
+    different alignment, such as the weights of six routes of a token, are summed in different orders. Rows padded to a
+    multiple of the vector have neither remainder.
     """
     count = 0
     padded: dict[tuple[ir.Graph | ir.Function, ir.Value], ir.Value] = {}
@@ -114,13 +114,13 @@ def fill_vectors(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def _width(node: ir.Node) -> int | None:
-    """The size of the last axis of what an operator of one input takes and gives, if it is known."""
+    """Return the last axis' size of an elementwise operator's input or output, if it is known."""
     ends = [value for value in (*node.inputs, *node.outputs) if value is not None and value.shape]
     return next((size for value in ends if (size := static_dim(value, -1)) is not None), None)
 
 
 def _summed_width(node: ir.Node) -> int | None:
-    """The size of the rows that a reduction adds, if it is known; None of two values, which have one order."""
+    """Return the size of the rows that a reduction adds; None if it is unknown or at most 2, where one order exists."""
     x, axes = node.inputs[0] if node.inputs else None, const_ints(node.inputs[1]) if len(node.inputs) > 1 else None
     if node.op_type not in SUMS or x is None or x.shape is None or x.dtype is None or not x.dtype.is_floating_point():
         return None

@@ -41,14 +41,14 @@ class ProductWeight:
     transposed: bool  # whether it is stored `[in, out]`, not `[out, in]` as in PyTorch
     in_features: int  # width of the products' input
     out_features: int  # width of their output
-    readers: tuple[Reader, ...]  # the inputs that products read it by, of a transpose or a cast before them too
+    readers: tuple[Reader, ...]  # the node inputs through which products read it, also of a transpose or cast
     others: tuple[Reader, ...]  # other inputs that read it, such as a lookup's
     scales: ir.Value | None = None  # the scales of blocks `[out, in/block]` or of columns `[out]`; None for floats
     is_widened: bool = False  # whether scales are stored in fewer bits than the floats that they are cast to
-    zero_points: ir.Value | None = None  # the packed zero points of blocks `[out, bytes]`; None where they have none
+    zero_points: ir.Value | None = None  # the packed zero points of blocks `[out, bytes]`; None if there are none
     block_size: int = 0  # values of a block; 0 for other storage
     bits: int = 0  # bits of a quantized value; 0 for floats
-    # those of what is multiplied by columns, `[in]`, which they take back; None where there are none
+    # factors of the columns' input, `[in]`, by which the stored columns are divided; None if there are none
     factors: ir.Value | None = None
     problem: str = ""  # why nothing can be folded into it; empty if it can
 
@@ -59,22 +59,22 @@ class ProductWeight:
 
     @property
     def parts(self) -> tuple[ir.Value, ...]:
-        """Its initializers, in the order of a product's inputs: the values, then scales and zero points it has."""
+        """Its initializers in the order of a product's inputs: values, then scales and zero points if present."""
         return (self.value, *(value for value in (self.scales, self.zero_points) if value is not None))
 
 
 def product_weights(graph: ir.Graph) -> list[ProductWeight]:
-    """The weights that the products of a graph multiply by, those in branches included, in the order of first use."""
+    """Return the weights that a graph's products multiply by, branches included, in the order of first use."""
     return [weight for value in initializers(graph) if (weight := _product_weight(value)) is not None]
 
 
 def initializer_names(graphs: Iterable[ir.Graph]) -> list[str]:
-    """The names of the initializers of several graphs, each once."""
+    """Return the names of the initializers of several graphs, each once."""
     return list(dict.fromkeys(str(value.name) for graph in graphs for value in initializers(graph)))
 
 
 def initializers(graph: ir.Graph) -> Iterator[ir.Value]:
-    """The initializers that the nodes of a graph read and no caller overrides, those of branches too, each once."""
+    """Yield the initializers that nodes read and no caller overrides, branches included, each once."""
     seen: set[int] = set()
     for node in graph.all_nodes():
         for value in node.inputs:
@@ -85,7 +85,7 @@ def initializers(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 class _Product(NamedTuple):
-    """How a product reads a weight."""
+    """A product's way of reading a weight."""
 
     storage: Storage
     transposed: bool
@@ -114,7 +114,7 @@ def _product_weight(value: ir.Value) -> ProductWeight | None:
 def _described(
     value: ir.Value, product: _Product, readers: Sequence[Reader], others: Sequence[Reader], problems: Iterable[str]
 ) -> ProductWeight | None:
-    """The weight with its widths; None for a tensor of another shape than products have."""
+    """Return the weight with its widths; None for a tensor of a shape that no product has."""
     assert value.const_value is not None
     sizes = [int(size) for size in value.const_value.shape.numpy()]
     problem = next(iter(problems), "")
@@ -147,7 +147,7 @@ def _described(
 
 
 def _products(reader: Reader, value: ir.Value, *, transposed: bool = True) -> Iterator[_Product | None]:
-    """The products that an input leads to, through transposes and casts; None for each reader of another kind."""
+    """Yield the products that an input leads to, through transposes and casts; None for each reader of another kind."""
     node, index = reader
     if node.op_type == "DequantizeLinear":
         from gralora_fx.exporters.rules.products.quantized_products import EARLIER, MARK, WEIGHT, is_unmarked
@@ -167,7 +167,7 @@ def _products(reader: Reader, value: ir.Value, *, transposed: bool = True) -> It
 
 
 def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _Product | None:
-    """How a node multiplies by a matrix; None if it does something else with it."""
+    """Return how a node multiplies by a matrix; None if it does something else with it."""
     flags = attributes_of(node)
     is_float = value.const_value is not None and value.const_value.dtype in _FLOATS
     if index != 1:
@@ -192,7 +192,7 @@ def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _P
 
 
 _QUANTIZED = re.compile(r"(_transposed)?_(Q[48](G\d+)?|quantized)$")
-_FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # which constants onnxscript computed one from
+_FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # names of the constants that onnxscript folded into one
 
 
 def parameter_names(value: ir.Value) -> list[tuple[str, ...]]:

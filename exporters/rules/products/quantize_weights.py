@@ -1,4 +1,4 @@
-"""The pass that quantizes a model: it asks the plan for each matrix, and writes the product of its format."""
+"""The pass that quantizes a model: it asks the plan for each matrix's format and writes the product."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from gralora_fx.exporters.translation.weights import parts_of
 
 
 class Quantized(NamedTuple):
-    """Weights of a feature that are quantized now."""
+    """The weights that a feature has quantized."""
 
     # format, inputs, outputs and bits of the floats of each, as `Counts.of` takes them
     matrices: list[tuple[Format, int, int, int]]
-    floats: tuple[Skip, ...] = ()  # what stays float, with the reason
+    floats: tuple[Skip, ...] = ()  # weights that stay float, with the reason
 
 
 @contract(needs={FLOAT_MATRICES}, ends={FLOAT_MATRICES})
@@ -87,7 +87,7 @@ class QuantizeWeights:
         )
 
     def _part(self, model: ir.Model) -> None:
-        """Multiply by each part of a matrix whose parts have several formats."""
+        """Replace a product with a concatenated matrix whose parts have several formats by a product for each part."""
         for node in list(model.graph.all_nodes()):
             matrix = matrix_of(node)
             parts = () if matrix is None or matrix.is_transposed else parts_of(matrix.tensor)
@@ -113,7 +113,7 @@ def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
 
 @dataclass(frozen=True)
 class _Products:
-    """What writes the products of each format into a graph."""
+    """The writers of quantized products, by format."""
 
     graph: ir.Graph
     plan: QuantizationPlan
@@ -121,11 +121,11 @@ class _Products:
 
     @property
     def all(self) -> tuple[BlockProducts | ColumnProducts, ...]:
-        """The writers of all formats that there are."""
+        """The writers of all formats in use."""
         return tuple(self.writers.values())
 
     def of(self, form: Format) -> BlockProducts | ColumnProducts:
-        """The writer of a format."""
+        """Return the writer of a format, created once."""
         if form not in self.writers:
             self.writers[form] = (
                 BlockProducts(self.graph, form, self.plan.blocks_of)

@@ -31,7 +31,7 @@ class QuantizedProduct(NamedTuple):
 
 
 def quantized_products(model: ir.Model) -> list[QuantizedProduct]:
-    """Return the products with columns of a model, in order, those of branches too."""
+    """Return the products with columns of a model, in order, branches included."""
     nodes = list(model.graph.all_nodes())
     if earlier := next((node for node in nodes if node.op_type == "MatMulInteger" or is_unmarked(node)), None):
         raise _not_marked(earlier)
@@ -39,14 +39,14 @@ def quantized_products(model: ir.Model) -> list[QuantizedProduct]:
 
 
 def is_unmarked(node: ir.Node) -> bool:
-    """Return whether a node dequantizes int8 columns as one of a product does, without its mark."""
+    """Return whether a node dequantizes int8 columns as a product's node does, but has no mark."""
     values = node.inputs[0] if node.op_type == "DequantizeLinear" and len(node.inputs) == 2 else None
     is_int8 = values is not None and values.is_initializer() and values.dtype == ir.DataType.INT8
     return is_int8 and MARK not in node.metadata_props
 
 
 def factors_of(weight: ir.Node) -> ir.Value | None:
-    """Return the factors `[K]` of what is multiplied by the columns that a node dequantizes; None if there are none."""
+    """Return the factors `[K]` on the input of the columns that a node dequantizes; None if there are none."""
     product = next(use.node for use in weight.outputs[0].uses())
     scaling = None if is_unmarked(weight) else _input(_nodes_to(product)).producer()
     return scaling.inputs[1] if scaling is not None and scaling.metadata_props.get(MARK) == FACTORS else None
@@ -62,7 +62,7 @@ def _product(last: ir.Node) -> QuantizedProduct:
 
 
 def _nodes_to(last: ir.Node) -> tuple[ir.Node, ...]:
-    """Return what a node of a product is computed by within the product, in order, the node itself included."""
+    """Return the nodes within a product that a node's value depends on, in order, itself included."""
     nodes: dict[ir.Node, None] = {}
     for value in last.inputs:
         producer = None if value is None else value.producer()
@@ -73,7 +73,7 @@ def _nodes_to(last: ir.Node) -> tuple[ir.Node, ...]:
 
 
 def _input(nodes: Sequence[ir.Node]) -> ir.Value:
-    """Return the one value that nodes of a product read of others."""
+    """Return the one value that a product's nodes read from outside."""
     read = dict.fromkeys(value for node in nodes for value in node.inputs if value is not None)
     others = [value for value in read if value.is_graph_input() or not value.is_initializer()]
     return _only([value for value in others if value.producer() not in nodes], nodes[-1])
@@ -112,7 +112,7 @@ def why_not_blocks(node: ir.Node) -> str:
 
 
 def stored_scales(value: ir.Value | None) -> ir.Value | None:
-    """The initializer of scales, behind the cast that widens them where they are stored in bfloat16."""
+    """Return the initializer of scales, looking behind the cast that widens them if they are stored in bfloat16."""
     cast = None if value is None else value.producer()
     source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
     is_stored = source is not None and source.is_initializer() and source.dtype == ir.DataType.BFLOAT16
@@ -120,7 +120,7 @@ def stored_scales(value: ir.Value | None) -> ir.Value | None:
 
 
 def why_not_apart(products: Sequence[ir.Node], is_looked_up: bool) -> str:
-    """Return why blocks that products read cannot change without those of another matrix; empty if they can."""
+    """Return why blocks cannot change without those of another matrix; empty if they can."""
     nodes = {id(node) for node in products}
     for index, name in ((2, "scales"), (3, "zero points")):
         part, *rest = (input_at(node, index) for node in products)

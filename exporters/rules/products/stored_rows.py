@@ -15,13 +15,13 @@ from gralora_fx.base.sources.rewriting import StoredBytes
 
 
 def tensor_of(value: ir.Value) -> ir.TensorProtocol:
-    """The stored tensor of an initializer."""
+    """Return the stored tensor of an initializer."""
     assert value.const_value is not None
     return value.const_value
 
 
 def external_tensors(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]:
-    """The tensors of a model and its branches that lie in data files, with the names of their initializers."""
+    """Yield the tensors in data files, branches included, with the names of their initializers."""
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
@@ -35,18 +35,18 @@ def stored_bytes(tensor: ir.ExternalTensor) -> StoredBytes:
 
 
 def rows_and_columns(value: ir.Value) -> tuple[int, int]:
-    """Shape of an initializer as rows of bytes that follow each other: `[first axis, others]`; a vector is one row."""
+    """Return an initializer's shape as rows of contiguous bytes, `[first axis, others]`; a vector is one row."""
     sizes = [int(size) for size in tensor_of(value).shape.numpy()]
     return (sizes[0], math.prod(sizes[1:])) if len(sizes) > 1 else (1, math.prod(sizes))
 
 
 def dtype_of(value: ir.Value) -> np.dtype[Any]:
-    """Dtype of an initializer."""
+    """Return the NumPy dtype of an initializer."""
     return tensor_of(value).dtype.numpy()
 
 
 def read_rows(value: ir.Value, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-    """Rows of an initializer, `[rows, columns]` as of `rows_and_columns`, in memory of their own."""
+    """Read rows of an initializer, `[rows, columns]` as by `rows_and_columns`, into memory of their own."""
     count, columns = rows_and_columns(value)
     stop = count if stop is None else stop
     tensor, dtype = tensor_of(value), dtype_of(value)

@@ -48,9 +48,9 @@ _LOOKED_THROUGH = frozenset({"Add", "Cast", "Identity", "Reshape", "Sub", "Unsqu
 
 
 class CachedLayers(Protocol):
-    """Layers of a model, other than attention, that keep something of each row: a part of the point "rows".
+    """Layers other than attention that keep data of each row: a part of the point "rows".
 
-    It is made of the model, before anything is rewritten.
+    It is made from the model before any rewriting.
 
     Attributes:
         readers: Operators that may read the cache.
@@ -59,13 +59,13 @@ class CachedLayers(Protocol):
     readers: Collection[str]
 
     def drop_padding_mask(self, mask: ir.Value, ids: ir.Value) -> None:
-        """Take away what hides padding from the layers, since all tokens of a row count."""
+        """Remove the part of the layers that hides padding, since all tokens of a row count."""
 
     def values_of_rows(self) -> set[ir.Value]:
-        """Return the values that are one of each row, beside the cache: they keep their shapes."""
+        """Return the values with one entry for each row, beside the cache: they keep their shapes."""
 
     def rewrite(self, tokens: RowTokens) -> int:
-        """Let the layers read and give rows of tokens, in place; return how many there are."""
+        """Let the layers read and return rows of tokens, in place; return how many layers there are."""
 
 
 @contract(needs={FUSED_CACHED_ATTENTION})
@@ -75,14 +75,13 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     Before: `y, present... = GroupQueryAttention(f(input_ids, position_ids), past..., lengths, total, bias)`
     After:  `y, present... = GroupQueryAttention(rows(f(tokens, positions)), past..., lengths, total, attended)`
 
-    `tokens [1, tokens]` are those ids that count, `rows` puts what was computed for each into its place in
-    `[batch, length]`, and what attention gives is `[1, tokens]` again. Mask and positions are not inputs any more: both
-    follow from the lengths. Where the caches are one buffer for input and output, those of an idle row stay as they
-    are.
+    `tokens [1, tokens]` are the ids that count, `rows` scatters their values to `[batch, length]`, and attention's
+    output is gathered to `[1, tokens]` again. Mask and positions are no longer inputs: both follow from the lengths. If
+    input and output of a cache are one buffer, an idle row's cache stays as it is.
 
-    `attended` is `Max(query_seqlens, attention_seqlens)`: ONNX Runtime has another kernel for the attention of one
-    token than for several, with other last bits, so rows that verify tokens ask for that of several. A model that keeps
-    states has no such input, since its rows cannot be set back.
+    `attended` is `Max(query_seqlens, attention_seqlens)`: ONNX Runtime's attention kernel for one token differs from
+    that for several in the last bits, so rows that verify tokens ask for the latter. A model that keeps states has no
+    such input, since its rows cannot be set back.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
@@ -130,7 +129,7 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def _by_rows(graph: ir.Graph, node: ir.Node, tokens: RowTokens) -> None:
-    """Let attention read and give rows of tokens."""
+    """Let attention read and return rows of tokens."""
     before = Builder(graph)
     new_inputs = [*node.inputs, *[None] * (_QUERY_LENGTHS + 1 - len(node.inputs))]
     for index in range(3):
@@ -152,7 +151,7 @@ def _by_rows(graph: ir.Graph, node: ir.Node, tokens: RowTokens) -> None:
 
 
 def _count_one_row(inputs: Mapping[str, ir.Value], ids: ir.Value) -> None:
-    """Let nodes that take the number of rows from a mask or a cache take it from the tokens, which are one row."""
+    """Redirect nodes that read the number of rows from a mask or a cache to the tokens, which are one row."""
     for name, value in inputs.items():
         for usage in list(value.uses()) if name != "input_ids" else ():
             if takes_row_count(usage.node):
@@ -160,7 +159,7 @@ def _count_one_row(inputs: Mapping[str, ir.Value], ids: ir.Value) -> None:
 
 
 def _rename_inner(graph: ir.Graph, batch: str, length: str, others: Sequence[CachedLayers]) -> None:
-    """Give values that nodes compute the sizes that they have now; a plan of memory relies on them."""
+    """Give computed values their new symbolic sizes; ONNX Runtime's memory plan relies on them."""
     tokens = ir.SymbolicDim(NUM_TOKENS)
     names: dict[str, int | ir.SymbolicDim] = {
         batch: 1,
@@ -205,7 +204,7 @@ def _check_layers(graph: ir.Graph, layers: Sequence[ir.Node]) -> None:
 
 
 def _across_positions(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Nodes that compute something of several positions at once: of those that are inputs, or along the tokens."""
+    """Yield the nodes that combine several positions: those that always do, and some that read `position_ids`."""
     yield from (node for node in graph if node.op_type in ("Conv", "GRU", "LSTM", "RNN", "Scan"))
     waiting = [value for value in graph.inputs if value.name == "position_ids"]
     while waiting:
@@ -231,14 +230,14 @@ def _check_readers(inputs: Mapping[str, ir.Value], known: Collection[str]) -> No
 @contract(needs={APART_ADDITIONS})
 @dataclass(frozen=True)
 class LogitsOfRows:
-    """Give logits of rows: of chosen tokens, or of every position.
+    """Compute logits by row: of chosen tokens, or of every position.
 
     Before: `logits = MatMul(x, head)`, of the tokens that count
     After:  `logits = MatMul(Gather(x, logits_indices or last), head)`, or `logits = rows(MatMul(x, head))`
 
-    Tokens are chosen by an input, `logits_indices`; where it is empty, they are the last of each row. A head that reads
-    more than the tokens, such as the adapter of each row, and a model that keeps states, have no such input. An idle
-    row's logits mean nothing, and so do those of positions that do not count.
+    The input `logits_indices` chooses tokens; if it is empty, the last of each row. There is no such input if the head
+    reads more than the tokens, such as the adapter of each row, or if the model keeps states. Logits of an idle row,
+    and of positions that do not count, have no meaning.
     """
 
     logits: str  # `"last"` or `"all"`
@@ -266,7 +265,7 @@ class LogitsOfRows:
 
 
 def _chosen_or(build: Builder, chosen: ir.Value, otherwise: ir.Value) -> ir.Value:
-    """`[num_logits, 1]`: chosen tokens `[num_logits]`, or others `[batch, 1]` where none are chosen."""
+    """Return `[num_logits, 1]`: the chosen tokens `[num_logits]`, or the others `[batch, 1]` if none are chosen."""
     number = build("Shape", chosen)
     end = build("Where", build("Cast", number, to=ir.DataType.BOOL), number, build("Shape", otherwise, end=1))
     both = build("Concat", build("Unsqueeze", chosen, [1]), otherwise, axis=0)
@@ -274,7 +273,7 @@ def _chosen_or(build: Builder, chosen: ir.Value, otherwise: ir.Value) -> ir.Valu
 
 
 def _reads_tokens_alone(head: Head) -> bool:
-    """Return whether the logits of a token depend on nothing but the token: no row's adapter, no other input."""
+    """Return whether a token's logits depend on nothing but the token: no row's adapter, no other input."""
     members = {head.hidden, *head.chain}
     if any(sites_in(value) for value in members - {head.hidden}):
         return False
@@ -288,6 +287,6 @@ def _reads_tokens_alone(head: Head) -> bool:
 
 
 def _read_for(value: ir.Value) -> list[ir.Value]:
-    """Return what the node reads that computes a value."""
+    """Return the input of the node that computes a value."""
     node = value.producer()
     return [] if node is None else [read for read in node.inputs if read is not None]

@@ -16,7 +16,7 @@ from gralora_fx.exporters.rules.rows.token_regions import ALONG_FEATURES, NORMS,
 
 @dataclass
 class FlatTokens:
-    """How token tensors were flattened to matrices (see `FlattenTokens`), by the names of values."""
+    """Token tensors flattened to matrices by `FlattenTokens`, as later passes find them in a model's metadata."""
 
     META: ClassVar[str] = "gralora_flat_tokens"  # key in a model's metadata, of these by the name of the matrices' axis
 
@@ -27,7 +27,7 @@ class FlatTokens:
 
 
 def copied(model: ir.Model) -> ir.Model:
-    """A copy that shares the tensors, with what passes have noted of the model; names of values are its own."""
+    """Copy a model, sharing its tensors and including the metadata that passes have recorded by value."""
     copy = model.clone()
     copy.meta.update(model.meta)
     flat: dict[str, FlatTokens] = model.meta.get(FlatTokens.META, {})
@@ -36,7 +36,7 @@ def copied(model: ir.Model) -> ir.Model:
         values |= {value.name: value for value in (*copy.graph.inputs, *copy.graph.initializers.values())}
 
         def of_copy(value: ir.Value) -> ir.Value:
-            return values.get(value.name, value)  # what passes have removed since is in neither graph
+            return values.get(value.name, value)  # values that passes have removed since are in neither graph
 
         copy.meta[FlatTokens.META] = {
             axis: dataclasses.replace(
@@ -59,18 +59,18 @@ class FlattenTokens:
     After:  `t = Gather(Reshape(x), tokens); y = Attention(back(t @ Wq), back(t @ Wk), back(t @ Wv), bias)`
             `z = back(LayerNormalization(Add(Gather(Reshape(y), tokens) @ Wo, t)))`
 
-    where `tokens` are the indices of all positions that the padding mask shows, and of the first position of each row,
-    which classifiers read; `back` puts rows at their positions. Only attention sees the padded form. Positions of
-    padding are zero in outputs: a padding mask says that they have no meaning.
+    `tokens` are the indices of all positions that the padding mask keeps, and of the first position of each row, which
+    classifiers read; `back` scatters rows to their positions. Only attention sees the padded form. Outputs are zero at
+    padding, where the mask says that they have no meaning.
 
-    Matrices have a second use where nothing is padded: ONNX Runtime joins an addition and the normalisation of a
-    tensor of three axes to `SkipLayerNormalization`, whose kernel takes five times as long on a CPU.
+    Matrices help even without padding: ONNX Runtime fuses an addition and the normalization of a tensor of three axes
+    to `SkipLayerNormalization`, whose kernel takes five times as long on a CPU.
     """
 
     removes_padding: bool = True  # whether to leave padding out
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Change every region of token tensors, in place; skipped are those whose padding stays."""
+        """Change every region of token tensors, in place; regions whose padding stays are reported as skipped."""
         changed, skipped = 0, []
         batch = _first_axis(model.graph)
         flat: dict[str, FlatTokens] = model.meta.setdefault(FlatTokens.META, {})
@@ -91,13 +91,13 @@ class FlattenTokens:
 
 
 def _first_axis(graph: ir.Graph) -> str | None:
-    """The size of the batch, as text: of the first axis of the first input."""
+    """Return the name or size of the batch axis: the first axis of the first input."""
     shape = next((value.shape for value in graph.inputs if value.shape), None)
     return None if shape is None else str(shape[0] if isinstance(shape[0], int) else shape[0].value)
 
 
 def _padding(region: TokenRegion) -> ir.Value | str | None:
-    """The padding mask by which tokens can be left out; None where there is none, or why they cannot be."""
+    """Return the padding mask by which tokens can be left out; None if there is none, or why they cannot be."""
     inside = {*region.nodes, *region.attention}
     masks: set[ir.Value | None] = set()
     for node in region.attention:
@@ -118,7 +118,7 @@ def _padding(region: TokenRegion) -> ir.Value | str | None:
 
 
 def _ignores_padding(node: ir.Node, value: ir.Value, padding: ir.Value) -> bool:
-    """Return whether what a node makes of tokens does not depend on those of padding, or is a token tensor again."""
+    """Return whether a node's result does not depend on tokens of padding, or is a token tensor again."""
     if _is_first(node) and node.inputs[0] is value:
         return True
     if node.op_type in ATTENTION:  # as keys and values of another sequence's queries
@@ -149,7 +149,7 @@ def _is_made_of(value: ir.Value | None, padding: ir.Value) -> bool:
 
 
 class _Flattening:
-    """One region's change."""
+    """The rewriting of one region."""
 
     def __init__(self, graph: ir.Graph, region: TokenRegion, padding: ir.Value | None) -> None:
         self.graph = graph
@@ -157,7 +157,7 @@ class _Flattening:
         self.padding = padding
         self.build = Builder(graph)
         self.entries: dict[ir.Value, ir.Value] = {}  # the matrices of token tensors that the region reads
-        self.matrices: set[ir.Value] = set()  # what its nodes give now
+        self.matrices: set[ir.Value] = set()  # outputs of its nodes now
         self.restored: dict[tuple[ir.Value, bool], ir.Value] = {}  # token tensors, and whether padding is zero in them
         self.kept: ir.Value | None = None  # [batch, length, 1], false for padding
         self.tokens: ir.Value | None = None  # [tokens], their positions
@@ -166,7 +166,7 @@ class _Flattening:
         self.num_rows = ir.SymbolicDim(f"tokens of {' x '.join(region.dims)}")
 
     def run(self) -> int:
-        """Change the region; the number of nodes that compute on matrices now."""
+        """Rewrite the region; return the number of nodes that now compute on matrices."""
         inside = set(self.region.nodes)
         for node in list(self.graph):
             if node in inside:
@@ -183,7 +183,7 @@ class _Flattening:
         return len(inside)
 
     def _flatten(self, node: ir.Node) -> None:
-        """Let a node that computes token by token read and give matrices."""
+        """Let a node that computes token by token read and return matrices."""
         for index, value in enumerate(node.inputs):
             is_tokens = value is not None and value.shape is not None and len(value.shape) == 3
             if value is not None and is_tokens:
@@ -200,7 +200,7 @@ class _Flattening:
             self.matrices.add(output)
 
     def _matrix(self, value: ir.Value, node: ir.Node) -> ir.Value:
-        """The matrix of a token tensor that the region reads, made before the first node that reads it."""
+        """Return the matrix of a token tensor that the region reads, created before its first reader."""
         if value not in self.entries:
             assert value.shape is not None
             self._prepare(value)
@@ -212,7 +212,7 @@ class _Flattening:
         return self.entries[value]
 
     def _prepare(self, entry: ir.Value) -> None:
-        """Make what tells tokens and their positions, once, of the padding mask or of the first token tensor."""
+        """Compute the tokens and their positions, once, from the padding mask or the first token tensor."""
         if self.sizes is not None:
             return
         build = self.build
@@ -230,7 +230,7 @@ class _Flattening:
         self.kept = build("Unsqueeze", kept, [2])
 
     def _read_restored(self, node: ir.Node) -> None:
-        """Let a node outside the region read token tensors made of matrices."""
+        """Redirect a node outside the region to token tensors restored from matrices."""
         is_zero = node.op_type not in ATTENTION  # which hides padding
         for index, value in enumerate(node.inputs):
             if value is None or value not in self.matrices:
@@ -241,7 +241,7 @@ class _Flattening:
             node.replace_input_with(index, self.restored[value, is_zero])
 
     def _back(self, matrix: ir.Value, *, is_zero: bool) -> ir.Value:
-        """The token tensor of a matrix; positions of padding are zero, or repeat the token before them."""
+        """Restore a token tensor from its matrix; positions of padding are zero, or repeat the token before them."""
         assert matrix.shape is not None
         build, width = self.build, matrix.shape[1]
         if self.row_at is not None:
@@ -255,7 +255,7 @@ class _Flattening:
         return tokens
 
     def _shape(self, width: int | ir.SymbolicDim) -> ir.Value:
-        """The shape of a token tensor, a constant where batch or length is fixed."""
+        """Return the shape of a token tensor, a constant if batch or length is fixed."""
         sizes = [int(size) if size.isdigit() else -1 for size in self.region.dims]
         if min(sizes) < 0 < max(sizes) or min(sizes) > 0:
             return self.build.ints(*sizes, width)

@@ -42,12 +42,12 @@ def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def optional_verifying_inputs(model: ir.Model) -> PassResult[ir.Model]:
-    """Give the inputs of a rows' graph with which proposed tokens are verified a value that stands for none.
+    """Give the inputs that verify proposed tokens a default that means none, so that callers may leave them out.
 
     Before: `graph(input_ids, query_seqlens, past_seqlens, attention_seqlens, logits_indices, ...)`
     After:  the same with `attention_seqlens = [0]` and `logits_indices = []` where they are not given
 
-    So a program that knows the first three inputs gets the logits after the last token of each row.
+    A program that knows only the first three inputs gets the logits after the last token of each row.
     """
     inputs = {str(value.name): value for value in model.graph.inputs}
     defaults: dict[str, NDArray[Any]] = {
@@ -61,7 +61,7 @@ def optional_verifying_inputs(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def give_default(graph: ir.Graph, value: ir.Value, array: NDArray[Any]) -> None:
-    """Make an input an initializer too, which a caller may override."""
+    """Give an input a default: an initializer of its name, which a caller may override."""
     assert value.dtype is not None
     value.const_value = ir.tensor(array, dtype=value.dtype, name=str(value.name))
     graph.initializers[str(value.name)] = value
@@ -73,7 +73,7 @@ _ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}
 
 @contract(needs={APART_ADDITIONS})
 def keep_last_position(model: ir.Model) -> PassResult[ir.Model]:
-    """Compute logits only for the last position of each row that is not padding, all that a prompt needs."""
+    """Compute logits only for the last position of each row that is not padding: all that a prompt needs."""
     head = head_of(model)
     hidden = head.hidden
     ids, mask = (_input(model, name) for name in ("input_ids", "attention_mask"))
@@ -91,17 +91,17 @@ def keep_last_position(model: ir.Model) -> PassResult[ir.Model]:
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of hidden states."""
+    """The projection that makes logits of hidden states."""
 
     hidden: ir.Value  # `[batch, length, size]`
     node: ir.Node  # the projection that reads them
-    chain: tuple[ir.Value, ...]  # its output, and what is made of it element by element, up to the logits
+    chain: tuple[ir.Value, ...]  # its output and the elementwise results after it, up to the logits
 
     def read(self, build: Builder, positions: ir.Value) -> None:
-        """Let it read some positions instead of all.
+        """Let the head read some positions instead of all.
 
         Args:
-            build: What made them, whose nodes are inserted.
+            build: The builder whose nodes computed them; they are inserted.
             positions: `[batch, 1, size]`.
         """
         build.insert_before(self.node)
@@ -112,7 +112,7 @@ class Head:
 
 
 def head_of(model: ir.Model) -> Head:
-    """The projection that leads to a decoder's logits, its first output."""
+    """Return the projection that leads to a decoder's logits, its first output."""
     logits = model.graph.outputs[0]
     value, chain = logits, [logits]
     node = value.producer()

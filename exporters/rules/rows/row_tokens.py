@@ -17,7 +17,7 @@ NUM_TOKENS = "num_tokens"
 
 
 class RowsError(ExportError):
-    """Why rows cannot be told apart in a model, so that they have no lengths or adapters of their own."""
+    """Rows cannot be told apart in a model, so that they cannot have their own lengths or adapters."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class RowTokens:
     total: ir.Value  # `[1]` int32, the most positions that a row has cached afterwards
 
     def to_rows(self, build: Builder, value: ir.Value) -> ir.Value:
-        """`[batch, length, width]` of `[1, tokens, width]`."""
+        """Scatter `[1, tokens, width]` to `[batch, length, width]`."""
         return take_tokens(build, value, self.token_at, self.sizes)
 
     def of_rows(self, build: Builder, value: ir.Value) -> ir.Value:
-        """`[1, tokens, width]` of `[batch, length, width]`."""
+        """Gather `[1, tokens, width]` from `[batch, length, width]`."""
         return flat_tokens(build, value, self.tokens)
 
     def of_input(self, build: Builder, value: ir.Value, axis: int) -> ir.Value:
-        """`[..., 1, tokens, ...]` of an input `[..., batch, length, ...]`."""
+        """Gather `[..., 1, tokens, ...]` from an input `[..., batch, length, ...]`."""
         assert value.shape is not None
         sizes = list(value.shape)
         flat = build("Reshape", value, [*sizes[:axis], -1, *sizes[axis + 2 :]])
@@ -55,7 +55,7 @@ class RowTokens:
         return taken
 
     def is_read(self, build: Builder) -> ir.Value:
-        """`[batch, length, 1]`: whether a token at each position counts, `arange(length) < query[:, None]`."""
+        """Return `[batch, length, 1]`, whether a token counts at each position: `arange(length) < query[:, None]`."""
         length = build.size(self.token_at, 1)
         places = build("Range", 0, length, 1)
         counts = build("Unsqueeze", build("Cast", self.query, to=ir.DataType.INT64), [1])
@@ -63,7 +63,7 @@ class RowTokens:
 
 
 def take_tokens(build: Builder, value: ir.Value, index: ir.Value, sizes: Sequence[int | ir.SymbolicDim]) -> ir.Value:
-    """`[*sizes, width]` of the tokens at an index, of `[1, tokens, width]` or `[tokens, width]`."""
+    """Gather tokens of `[1, tokens, width]` or `[tokens, width]` to `[*sizes, width]`."""
     flat = value if value.shape is not None and len(value.shape) == 2 else build("Flatten", value, axis=2)
     taken = build("Gather", flat, index, axis=0)
     taken.type = value.type
@@ -73,14 +73,14 @@ def take_tokens(build: Builder, value: ir.Value, index: ir.Value, sizes: Sequenc
 
 
 def flat_tokens(build: Builder, value: ir.Value, index: ir.Value) -> ir.Value:
-    """`[1, tokens, width]` of the tokens at an index, of `[.., .., width]`."""
+    """Gather tokens of `[.., .., width]` to `[1, tokens, width]`."""
     return build("Gather", build("Flatten", value, axis=2), index, axis=0)
 
 
 def row_tokens(
     build: Builder, input_ids: ir.Value, query: ir.Value, past: ir.Value, attended: ir.Value | None = None
 ) -> RowTokens:
-    """Compute which tokens count of rows that are padded on the right, and where each belongs.
+    """Compute which tokens count in rows padded on the right, and where each belongs.
 
         counts = arange(length) < query[:, None]   tokens = flatnonzero(counts)
         ids = input_ids.flat[tokens]               positions = (past[:, None] + arange(length)).flat[tokens]
@@ -114,7 +114,7 @@ def row_tokens(
 
 
 def longest_row(build: Builder, tokens: RowTokens) -> RowTokens:
-    """Trim rows to the longest of them, which a batch may be longer than.
+    """Trim the batch to its longest row.
 
     longest = max(query, 1)                                     token_at = token_at[:, :longest]
     tokens = tokens - tokens // length * (length - longest)
@@ -131,7 +131,7 @@ def longest_row(build: Builder, tokens: RowTokens) -> RowTokens:
 
 
 def last_tokens(build: Builder, query: ir.Value) -> ir.Value:
-    """`[batch, 1]`: the last token of each row, `max(cumsum(query) - 1, 0)`; any for an idle row.
+    """Return `[batch, 1]`, the index of each row's last token, `max(cumsum(query) - 1, 0)`; any for an idle row.
 
     Args:
         build: Makes the nodes.
@@ -143,7 +143,7 @@ def last_tokens(build: Builder, query: ir.Value) -> ir.Value:
 
 
 class RowLengths:
-    """What the lengths of rows say.
+    """Values that follow from the lengths of rows.
 
     Attributes:
         counts: `[batch]` int64, how many tokens of each row count.

@@ -15,7 +15,7 @@ _COPY = 3  # times that a copy of an adapter's tensors moves them through memory
 
 @dataclass(frozen=True)
 class TokenGroups:
-    """The same tokens in groups that share an adapter each."""
+    """Tokens in groups that share an adapter each."""
 
     # `[groups]`, the adapter of each; None where each adapter of the stack has one group, in its order
     ids: ir.Value | None
@@ -23,16 +23,16 @@ class TokenGroups:
     slots: ir.Value  # `[1, tokens]`, the index of each token among all `groups * size`
 
     def grouped(self, build: Builder, value: ir.Value) -> ir.Value:
-        """`[groups, size, width]` of `[1, tokens, width]` or `[tokens, width]`."""
+        """Gather `[groups, size, width]` from `[1, tokens, width]` or `[tokens, width]`."""
         return take_tokens(build, value, self.tokens, (ir.SymbolicDim("num_groups"), ir.SymbolicDim("group_size")))
 
     def restored(self, build: Builder, value: ir.Value) -> ir.Value:
-        """`[1, tokens, width]` of `[groups, size, width]`."""
+        """Gather `[1, tokens, width]` from `[groups, size, width]`."""
         return flat_tokens(build, value, self.slots)
 
 
 def highest_id(build: Builder, query: ir.Value, ids: ir.Value) -> ir.Value:
-    """`[1]`: the highest id of an adapter among the rows that read, `max(ids * min(query, 1))`.
+    """Return `[1]`, the highest adapter id among the rows that read tokens, `max(ids * min(query, 1))`.
 
     Args:
         build: Makes the nodes.
@@ -44,11 +44,11 @@ def highest_id(build: Builder, query: ir.Value, ids: ir.Value) -> ir.Value:
 
 
 def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Value) -> TokenGroups:
-    """The tokens of rows that are padded on the right, in tiles: each some tokens of one row.
+    """Group the tokens of rows padded on the right in tiles, each of tokens of one row.
 
-    A tile has as many tokens as the longest row, at most `TILE`. Where all rows that read have one adapter, all their
+    A tile has as many tokens as the longest row, at most `TILE`. If all rows that read tokens have one adapter, their
     tokens are one tile, whose adapter is copied once: then `counts` and `ids` below are those of all rows together, and
-    `length` and `size` how many tokens there are.
+    `length` and `size` the number of tokens.
 
         size = max(min(length, TILE), 2)                            offsets = arange(ceil(length / size)) * size
         row, tile = nonzero(offsets < counts[:, None])              starts = cumsum(counts) - counts
@@ -77,7 +77,7 @@ def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Va
     end = build("Where", is_one, [1], [2**31])
 
     def either(whole: ir.Value, by_row: ir.Value) -> ir.Value:
-        """`[1]` for all rows together, or `[batch]`."""
+        """Choose `[1]` for all rows together, or `[batch]`."""
         return build("Slice", build("Concat", whole, by_row, axis=0), begin, end)
 
     counts, ids = either(total, lengths.counts), either(highest, ids)
@@ -105,10 +105,10 @@ def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Va
 def tokens_of_adapters(
     build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Value, adapters: ir.Value
 ) -> tuple[TokenGroups, ir.Value]:
-    """The tokens of rows that are padded on the right, a group for each adapter of the stack.
+    """Group the tokens of rows padded on the right by adapter, one group for each of the stack.
 
-    So no adapter is copied. That is worth it while the groups are short, and the stack has few adapters beside those
-    that are used: a copy is read and written, and then read again.
+    No adapter is copied then. That is faster while the groups are short and few adapters of the stack are unused: a
+    copy is read, written and read again.
 
         own = ids[row of each token]                                hits = own[:, None] == arange(adapters)
         most = max(max(sum(hits, 0)), 2)                            before = sum(cumsum(hits, 0) * hits, 1) - 1
@@ -143,8 +143,8 @@ def tokens_of_adapters(
 
 
 def _at_least_two(build: Builder, size: ir.Value) -> ir.Value:
-    """Return the size of a group with room for two tokens, the second of which may be any.
+    """Return the size of a group with room for at least two tokens, the second of which may be any.
 
-    ONNX Runtime multiplies a lone token by an adapter in another order than several, with other last bits.
+    ONNX Runtime multiplies a lone token by an adapter in another order than several, which changes the last bits.
     """
     return build("Max", size, 2)

@@ -24,16 +24,16 @@ Dims = tuple[str, str]
 
 @dataclass
 class TokenRegion:
-    """The token tensors `[batch, length, features]` of a sequence, and what computes them."""
+    """The token tensors `[batch, length, features]` of a sequence, and the nodes that compute them."""
 
     dims: Dims  # batch and length, as text; a number where the size is fixed
     nodes: list[ir.Node] = field(default_factory=list)  # nodes that compute every token by itself, in the graph's order
     attention: list[ir.Node] = field(default_factory=list)  # attention with queries of this sequence
-    values: set[ir.Value] = field(default_factory=set)  # what all of these nodes give
+    values: set[ir.Value] = field(default_factory=set)  # the outputs of all these nodes
 
 
 def token_regions(graph: ir.Graph) -> list[TokenRegion]:
-    """The regions of a graph around its attention, one for each size of sequence."""
+    """Return the regions of a graph around its attention, one for each size of sequence."""
     regions: dict[Dims, TokenRegion] = {}
     attention: dict[Dims, list[ir.Node]] = {}
     candidates: dict[Dims, list[ir.Node]] = {}
@@ -54,15 +54,15 @@ def token_regions(graph: ir.Graph) -> list[TokenRegion]:
 
 
 def _attention_around(attention: dict[Dims, list[ir.Node]], dims: Dims) -> Iterator[ir.Node]:
-    """Attention whose queries, keys or values are of a sequence."""
+    """Yield attention whose queries, keys or values are of a sequence."""
     for nodes in attention.values():
         yield from (node for node in nodes if any(token_dims(value) == dims for value in node.inputs[:3]))
 
 
 def token_dims(value: ir.Value | None) -> Dims | None:
-    """Batch and length of a token tensor `[batch, length, features]`; None of anything else.
+    """Return batch and length of a token tensor `[batch, length, features]`; None for anything else.
 
-    Its number of features is known; a tensor `[batch, features, length]` has the length there.
+    Its number of features is fixed; that tells it from a tensor `[batch, features, length]`.
     """
     if value is None or value.shape is None or len(value.shape) != 3:
         return None
@@ -73,7 +73,7 @@ def token_dims(value: ir.Value | None) -> Dims | None:
 
 
 def _tokens_of(node: ir.Node) -> Dims | None:
-    """Batch and length of the token tensors that a node computes token by token; None if it does anything else."""
+    """Return batch and length of the token tensors that a node computes token by token; None for other nodes."""
     if node.domain != "" or any(usage.node.graph is not node.graph for value in node.outputs for usage in value.uses()):
         return None  # a branch of a condition reads it
     if node.op_type == "MatMul":
@@ -95,7 +95,7 @@ def _tokens_of(node: ir.Node) -> Dims | None:
 
 
 def _width(weight: ir.Value | None) -> int | None:
-    """The columns of a matrix that is an initializer, or the transpose of one, as a tied embedding; else None."""
+    """Return the number of columns of a matrix that is an initializer or its transpose (a tied embedding), or None."""
     node = None if weight is None else weight.producer()
     is_transposed = node is not None and node.op_type == "Transpose"
     source = node.inputs[0] if is_transposed and node is not None else weight
@@ -105,7 +105,7 @@ def _width(weight: ir.Value | None) -> int | None:
 
 
 def _same_tokens(node: ir.Node) -> Dims | None:
-    """Of an elementwise node: its inputs are tokens of one sequence, or the same for every token."""
+    """Return batch and length of an elementwise node whose inputs are one sequence's tokens or equal for all tokens."""
     tokens = [value for value in node.inputs if value is not None and not _is_of_features(value)]
     all_dims = {token_dims(value) for value in tokens}
     dims = all_dims.pop() if len(all_dims) == 1 else None
@@ -123,7 +123,7 @@ def _is_of_features(value: ir.Value) -> bool:
 
 
 def _along_features(node: ir.Node) -> Dims | None:
-    """Of a node that takes or joins features."""
+    """Return batch and length of a node that slices, splits or concatenates features."""
     tokens = list(node.inputs) if node.op_type == "Concat" else [node.inputs[0]]
     if node.op_type == "Slice":
         axes = const_ints(node.inputs[3]) if len(node.inputs) > 3 else None
@@ -137,7 +137,7 @@ def _along_features(node: ir.Node) -> Dims | None:
 
 
 def _connected(nodes: list[ir.Node], attention: list[ir.Node]) -> list[ir.Node]:
-    """Those nodes that attention depends on or that depend on it, through each other."""
+    """Return the nodes that are connected to attention through nodes of the list."""
     inside, connected = set(nodes), set()
     waiting = list(attention)
     while waiting:
