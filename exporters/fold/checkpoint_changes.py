@@ -1,4 +1,4 @@
-"""What an adapter changes in the files of a base: a source and an edit for every tensor of the result."""
+"""Changes that an adapter makes to a base's files: a source and an edit for every tensor of the result."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class TensorChanges:
 
     @property
     def replaced(self) -> list[str]:
-        """Keys of the base's tensors that the adapter has values of, sorted."""
+        """Keys of the base's tensors that the adapter replaces, sorted."""
         return sorted(key for key, tensor in self.changed.items() if isinstance(tensor.edit, ValuesEdit))
 
     def shards(self, base: SavedWeights) -> list[NewShard]:
-        """What is written instead of the base's files."""
+        """Return the files that replace the base's."""
         stored = {key for old in base.shards for key in old.tensors}
         new = {key: tensor for key, tensor in self.changed.items() if key not in stored}  # of integers of another name
 
@@ -147,13 +147,13 @@ def _replacement(
 
 
 def _common_dtype(base: SavedWeights) -> str:
-    """The dtype of most of the base's float tensors."""
+    """Return the dtype of most of the base's float tensors."""
     dtypes = Counter(tensor.dtype for tensor in base.tensors.values() if tensor.dtype in FLOATS)
     return dtypes.most_common(1)[0][0] if dtypes else "F32"
 
 
 def _difference(name: str, repeated: StoredTensor, base: SavedWeights, names: Names) -> list[str]:
-    """Whether the adapter's file has the base's values of a parameter that it does not train."""
+    """Return what differs if the adapter's file repeats an untrained parameter with other values than the base's."""
     key = names.key_of(name)
     if key is None:
         return [f"unexpected {name}, which is not trained and not in the base"]
@@ -166,14 +166,14 @@ def _difference(name: str, repeated: StoredTensor, base: SavedWeights, names: Na
 
 
 def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether a tensor cast to the dtype of another of its shape equals it; some values of both are read at a time."""
+    """Return whether a tensor, cast to the dtype of another of its shape, equals it; both are read in blocks."""
     with np.errstate(over="ignore"):
         pairs = zip(one.blocks(), other.blocks(), strict=True)
         return all(np.array_equal(values.astype(others.dtype), others) for values, others in pairs)
 
 
 def _placed(wanted: Mapping[str, NewTensor], base: SavedWeights, names: Names) -> TensorChanges:
-    """The changes by key, with tensors of their own for weights that are no longer tied."""
+    """Return the changes by key; weights that are no longer tied get their own tensors."""
     changes = TensorChanges()
     last = [key for key in base.shards[-1].tensors if key in base.tensors][-1]
     tokens = {other: _token(other, wanted.get(other), names) for name in wanted for other in names.tied_with(name)}
@@ -196,7 +196,7 @@ def _placed(wanted: Mapping[str, NewTensor], base: SavedWeights, names: Names) -
 
 
 def _is_one(name: str, other: str, base: SavedWeights, names: Names) -> bool:
-    """Whether the base has one weight by two names; transformers does not tie those stored with different values."""
+    """Return whether two names are one weight in the base; transformers unties weights stored with different values."""
     keys = names.key_of(name), names.key_of(other)
     if keys[0] == keys[1] or keys[0] is None or keys[1] is None:
         return keys[0] == keys[1]
@@ -205,22 +205,22 @@ def _is_one(name: str, other: str, base: SavedWeights, names: Names) -> bool:
 
 
 def _token(name: str, change: NewTensor | None, names: Names) -> tuple[str | None, str | None]:
-    """What tells a parameter's new values from others: where they come from, and what is done with them."""
+    """Return a token that equals another parameter's if both get the same values: their source and their edit."""
     if change is None or not isinstance(change.edit, ValuesEdit):
         return names.key_of(name), None if change is None else name
     return None, hashlib.sha256(bytes_of(change.edit.values())).hexdigest()
 
 
 class StackFolds:
-    """What becomes of a base's tensors at the parameters of an adapter."""
+    """Edits of a base's tensors that fold the parameters of an adapter."""
 
     def __init__(self, base: SavedWeights, names: Names, adapter: StoredAdapter, not_finite: str) -> None:
-        """Read nothing yet."""
+        """Prepare; nothing is read yet."""
         self.base, self.names, self.adapter, self.not_finite = base, names, adapter, not_finite
         self._update = kept_updates(adapter)
 
     def at(self, path: str, problems: list[str]) -> dict[str, NewTensor]:
-        """The changed tensors of one parameter, by key."""
+        """Return the changed tensors of one parameter, by key; problems are appended to the list."""
         site, before = self.adapter.sites[path], len(problems)
         transposed = site.stack is not None and self.names.stacks_transposed(path)
         matrix = site.features[::-1]

@@ -1,8 +1,8 @@
-"""What the tensors in a base's files are in the model: as its class says, or as the files show by themselves.
+"""Names in the model of the tensors in a base's files, from its class or from the files alone.
 
 A merge must know three things: which tensor is which parameter, which parameters are one (tied), and whether a weight
-is stored `[in, out]`, as in transformers' `Conv1D`. Where the files show all three, nothing of torch and transformers
-is imported; where they do not, the model is asked.
+is stored `[in, out]`, as in transformers' `Conv1D`. If the files show all three, neither torch nor transformers is
+imported; if not, the model is built.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _NUMBER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Names:
-    """What the tensors of the files are in the model."""
+    """The model's names of the tensors in the files."""
 
     model: PreTrainedModel | None  # the model without values; None for a class that transformers does not have
     keys: Mapping[str, str]  # keys in the files by the model's names
-    parts: Set[str]  # names of parameters that are put together from several tensors of the files
+    parts: Set[str]  # names of parameters that are merged from several tensors of the files
     # without a model, whether layers store their weights `[in, out]`, if the files show it
     transposed: bool | None = None
-    # the parts of those of them that are stacks of matrices, by name
+    # the parts of each parameter in `parts` that is a stack of matrices, by name
     stacks: Mapping[str, Sequence[StackPart]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -79,11 +79,11 @@ class Names:
         return groups
 
     def tied_with(self, name: str) -> list[str]:
-        """The names of one parameter, itself included."""
+        """Return all names of a tied parameter, the given one included."""
         return self._groups[id(self.parameters[name])] if name in self.parameters else [name]
 
     def key_of(self, name: str) -> str | None:
-        """The key of a parameter's values: its own, or that of one it is tied with."""
+        """Return the key of a parameter's values: its own, or that of a parameter it is tied with."""
         return next((self.keys[other] for other in (name, *self.tied_with(name)) if other in self.keys), None)
 
     def is_transposed(self, path: str) -> bool | None:
@@ -96,10 +96,10 @@ class Names:
 
 
 def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_labels: int | None) -> Names:
-    """The names of a base's tensors in the model that an adapter is for.
+    """Return the model's names of a base's tensors, from the class that an adapter is for.
 
-    That is the class for the adapter's task, the one that the configuration names, or the bare model: the first that
-    has all the parameters that the adapter names.
+    The class is the first that has all parameters that the adapter names, of these: the one for the adapter's task, the
+    one that the configuration names, and the bare model.
     """
     from gralora_fx.base.sources.streamed_models import keys_by_name, stack_parts
     from gralora_fx.core.loading.models import make_empty  # they import torch and transformers
@@ -136,7 +136,7 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
 
 
 def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | None) -> SavedWeights:
-    """Return a base's files with weights, stored as `[out, in]`, as the model's layers multiply by them."""
+    """Return a base's files with weights as the matrices `[out, in]` that the model's layers multiply by."""
     if names.model is None:
         raise CheckpointError(
             f"{base.directory} is of a class that transformers does not have, which would say how its layers hold "
@@ -160,7 +160,7 @@ def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | Non
 
 
 def names_in_files(base: SavedWeights, adapter: StoredAdapter) -> Names | None:
-    """The names of a base's tensors where the files show all that a merge must know; None where they do not."""
+    """Return the model's names of a base's tensors, if the files show all that a merge must know; else None."""
     keys = [f"{path}.weight" for path in adapter.sites]
     if adapter.copies or adapter.repeats or adapter.config.target_parameters:
         return None
@@ -180,21 +180,21 @@ def names_in_files(base: SavedWeights, adapter: StoredAdapter) -> Names | None:
 
 
 def _known_layers(base: SavedWeights, fields: Mapping[str, Any]) -> KnownLayers:
-    """Matrices of numbered layers, which are those of linear layers but for parameters of a model's own."""
+    """Return the matrices of numbered layers: linear layers, except for a model's own parameters."""
     weights = [key for key in base.tensors if key.endswith(".weight") and _NUMBER.search(key)]
     matrices = [key for key in weights if len(base.tensors[key].shape) == 2]
     return KnownLayers([key.removesuffix(".weight") for key in matrices], fields.get("model_type"))
 
 
 def _ties_parts(fields: Mapping[str, Any]) -> bool:
-    """Return whether the configuration says that parts of the model are one, other than the embedding and the head."""
+    """Return whether the configuration ties parts of the model other than the embedding and the head."""
     return any(name.startswith("tie_") and name != "tie_word_embeddings" and value for name, value in fields.items())
 
 
 def _is_of_a_series(key: str, keys: Iterable[str]) -> bool:
-    """Whether a key is in a numbered layer of which the files have every number, so that none is tied to an absent one.
+    """Return whether a key is in a series of numbered layers without gaps, so that none is tied to an absent one.
 
-    Embeddings, heads and single layers are not: what is tied to them may be absent from the files.
+    Embeddings, heads and single layers are not: a tensor tied to them may be absent from the files.
     """
     number = _NUMBER.search(key)
     if number is None:
@@ -207,7 +207,7 @@ def _is_of_a_series(key: str, keys: Iterable[str]) -> bool:
 
 
 def _have_twins(keys: Iterable[str], base: SavedWeights) -> bool:
-    """Whether another tensor begins with the same values as one of some, as the second name of a tied weight does."""
+    """Return whether another tensor begins with the same values as a given one, as a tied weight's second name does."""
     kinds = {key: (tensor.dtype, tensor.shape) for key, tensor in base.tensors.items()}
     asked = {kinds[key] for key in keys}
     firsts = {key: (kind, _first_bytes(base.tensors[key])) for key, kind in kinds.items() if kind in asked}

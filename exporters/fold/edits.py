@@ -1,4 +1,4 @@
-"""What becomes of stored weights: updates folded in, or values replaced, some rows at a time."""
+"""Edits of stored weights, some rows at a time: updates folded in, or values replaced."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ _KEPT = 4  # updates of parameters that are in memory at once, since the parts o
 
 @dataclass(frozen=True)
 class LayerEdit:
-    """What happens to a layer's weight `[out, in]` in a matrix: an update is added, or other values take its place."""
+    """The edit of a layer's weight `[out, in]` within a matrix: an update is added, or values are replaced."""
 
     name: str  # the layer, for messages
     start: int  # first of its output features in the matrix
     stop: int  # end of them
     update: Callable[[], Update] | None = None  # reads the update; None to take the values
     values: NDArray[Any] | None = None  # the values `[out, in]`
-    takes_parts: bool = True  # whether parts of the weight can be changed apart, rather than the whole weight at once
+    takes_parts: bool = True  # whether parts of the weight can be changed one at a time
 
     @classmethod
     def folding(cls, adapter: StoredAdapter, path: str, name: str, start: int, stop: int) -> Self:
-        """An adapter's update added to the weight of a layer."""
+        """Return the edit that adds an adapter's update to a layer's weight."""
         return cls(name, start, stop, partial(adapter.update, path), takes_parts=adapter.method.has_lora_form)
 
     def prepare(self, in_features: int, not_finite: str = NOT_FINITE) -> Callable[[NDArray[Any], slice, slice], None]:
-        """Read the update; the result changes a part of the weight in place.
+        """Read the update; return a function that changes a part of the weight in place.
 
-        It is given the part `[rows, columns]`, which may be a view, its output features, counted from the layer's
-        first, and its input features.
+        Its arguments are the part `[rows, columns]`, which may be a view, the part's output features, counted from the
+        layer's first, and its input features.
         """
         updates = () if self.update is None else (self.update(),)
 
@@ -61,9 +61,9 @@ class LayerEdit:
 
 @dataclass(frozen=True)
 class MatrixEdit:
-    """What happens to a matrix of floats that holds the weights of one or several layers."""
+    """The edit of a float matrix that holds the weights of one or several layers."""
 
-    layers: tuple[LayerEdit, ...]  # what happens to each of them
+    layers: tuple[LayerEdit, ...]  # the edit of each
     in_features: int  # input features of the matrix
     transposed: bool  # whether it is stored `[in, out]`
     not_finite: str = NOT_FINITE  # text of the error, as of `LayerEdit.prepare`
@@ -74,7 +74,7 @@ class MatrixEdit:
         return all(layer.takes_parts for layer in self.layers)
 
     def prepare(self) -> RowEdit:
-        """Read the updates; the result changes rows of the matrix as it is stored."""
+        """Read the updates; return a function that changes rows of the matrix as it is stored."""
         changes = [(layer, layer.prepare(self.in_features, self.not_finite)) for layer in self.layers]
 
         def change(rows: NDArray[Any], first: int) -> None:
@@ -93,23 +93,23 @@ class MatrixEdit:
 
 @dataclass(frozen=True)
 class StackEdit:
-    """Updates added to a stack of matrices, of which a tensor holds one, or some of its rows, or all."""
+    """The edit that adds an update to a stack of matrices; a tensor holds one, some rows of one, or all."""
 
     name: str  # the tensor, for messages
     update: Callable[[], Update]  # reads the update of the stack
     shape: tuple[int, int]  # `[out, in]` of a whole matrix
-    # shape of a matrix as it is stored, where a stored row of the tensor is one; None for rows of a matrix
+    # shape of a stored matrix if each row of the tensor is a whole matrix; None if it is a row of one
     stored: tuple[int, ...] | None = None
-    index: int = 0  # the matrix whose rows those are
-    start: int = 0  # the first of them in the matrix
-    # gives `[out, in]` of a stored matrix; it may be a view
+    index: int = 0  # index of the matrix to which the tensor's rows belong
+    start: int = 0  # the first of these rows in the matrix
+    # converts a stored matrix to `[out, in]`; the result may be a view
     as_modelled: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
-    as_stored: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray  # undoes that
+    as_stored: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray  # the inverse of `as_modelled`
     not_finite: str = NOT_FINITE  # text of the error, as of `LayerEdit.prepare`
     takes_rows: bool = field(default=True, init=False)
 
     def prepare(self) -> RowEdit:
-        """Read the update; the result changes stored rows in place."""
+        """Read the update; return a function that changes stored rows in place."""
         update = self.update()
 
         def change(rows: NDArray[Any], first: int) -> None:
@@ -132,22 +132,22 @@ class StackEdit:
 
 
 def kept_updates(adapter: StoredAdapter) -> Callable[[str], Update]:
-    """Reads the updates of an adapter's parameters by their paths, and keeps the last ones for their other parts."""
+    """Return a reader of an adapter's updates by path, which caches the last ones for their other parts."""
     return lru_cache(_KEPT)(adapter.update)
 
 
 @dataclass(frozen=True)
 class ValuesEdit:
-    """New values of a tensor that is not multiplied by, such as a bias or an embedding, or of a whole one."""
+    """New values of a tensor that no product multiplies by, such as a bias or an embedding, or of a whole tensor."""
 
     name: str  # name of the parameter
-    values: Callable[[], NDArray[Any]]  # reads the values `[rows, ...]`; those of a vector are one row
+    values: Callable[[], NDArray[Any]]  # reads the values `[rows, ...]`; a vector is one row
     start: int = 0  # first of them in each stored row
     not_finite: str = NOT_FINITE  # text of the error, as of `LayerEdit.prepare`
     takes_rows: bool = field(default=True, init=False)
 
     def prepare(self) -> RowEdit:
-        """Read the values; the result replaces rows."""
+        """Read the values; return a function that replaces rows."""
         values = self.values()
         values = values.reshape(len(values) if values.ndim > 1 else 1, -1)
 
@@ -160,12 +160,12 @@ class ValuesEdit:
 
 
 def constant(values: NDArray[Any]) -> Callable[[], NDArray[Any]]:
-    """A reader of values that are at hand."""
+    """Return a reader of values in memory."""
     return lambda: values
 
 
 def assign(part: NDArray[Any], values: NDArray[Any]) -> None:
-    """Write values over others, cast to their dtype; those that it does not have become infinite."""
+    """Write values over others, cast to their dtype; values that the dtype cannot hold become infinite."""
     with np.errstate(over="ignore"):
         part[...] = values
 

@@ -1,4 +1,4 @@
-"""The report of a fold: where each layer's weight was found, and what rounding leaves of the update."""
+"""The report of a fold: where each layer's weight was found, and how much of the update rounding leaves."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class FoldReport(Report):
 
     @property
     def summary(self) -> Summary:
-        """What was folded, what was written, how it is used, and what must be noted."""
+        """Lines on what was folded and written, how it is used, and notes."""
         count = len({site.path for site in self.sites})
         return Summary(
             f"folded {count} layer{'s' * (count > 1)}",
@@ -87,7 +87,7 @@ class FoldReport(Report):
 
     @property
     def details(self) -> str:
-        """What was written, what was found how, and what is left of the update where it was rounded."""
+        """Lines on the files written, how weights were found, and how much of the update rounding left."""
         lines = written_lines(self.output_dir, self.files)
         ways = Counter(how for _, how in dict.fromkeys((site.path, site.how) for site in self.sites))
         found = ", ".join(f"{count} {how}" for how, count in ways.items())

@@ -1,4 +1,4 @@
-"""Which weight of the model an initializer holds, in other programs' exports too: by its name, or by values."""
+"""The model's weight that an initializer holds, in other programs' exports too: by name, or by values."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from gralora_fx.exporters.rules.products.stored_rows import dtype_of, read_rows,
 # Names that onnxruntime-genai's builder gives to the parts of a path, beside those of transformers.
 _SYNONYMS = {"self_attn": "attn", "self_attention": "attn", "attention": "attn"}
 _FILLERS = ("MatMul", "Gemm")
-# Weights that are stored as one under a name of their own, in this order.
+# Weights that are stored as one under a new name, in this order.
 _JOINT = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_ALIKE = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections that have one width
+_ALIKE = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections of equal width
 _WEIGHT = ".weight"
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 _READ_AT_ONCE = 2**22  # bytes
 
 
 def foreign_names(value: ir.Value) -> list[tuple[str, ...]]:
-    """As `parameter_names`, of an initializer that another exporter named, reduced as `reduced` does."""
+    """Return the parameters that another exporter's initializer may hold, as `parameter_names`, names `reduced`."""
     readings = []
     for names in parameter_names(value):
         last = names[0].removesuffix(_WEIGHT).split(".")
@@ -45,13 +45,13 @@ def foreign_names(value: ir.Value) -> list[tuple[str, ...]]:
 
 
 def reduced(name: str) -> str:
-    """A parameter's name without what exporters change: the operator's name, `self_attn` or `attn`."""
+    """Return a parameter's name without the parts that exporters change: the operator's name, `self_attn` or `attn`."""
     parts = [_SYNONYMS.get(part, part) for part in name.split(".") if part not in _FILLERS]
     return ".".join(parts)
 
 
 def ranges(names: Sequence[str], total: int, width_of: Callable[[str], int | None]) -> Iterator[tuple[int, int]]:
-    """First and last output feature of each part of an initializer; nothing if the widths do not say."""
+    """Yield the first and last output feature of each part of an initializer; nothing if widths are unknown."""
     widths = dict(zip(names, _widths(names, total, width_of), strict=True))
     if len(widths) < len(names) or sum(width or total for width in widths.values()) != total:
         return
@@ -63,7 +63,7 @@ def ranges(names: Sequence[str], total: int, width_of: Callable[[str], int | Non
 
 
 def _widths(names: Sequence[str], total: int, width_of: Callable[[str], int | None]) -> list[int | None]:
-    """The known widths, and those that follow from the total and from projections that have one width."""
+    """Return the known widths, and those that follow from the total or from a projection of equal width."""
     widths: dict[str, int | None] = {name: width_of(name) for name in names}
     twins = _twins(names)
     for name, other in twins.items():
@@ -77,14 +77,14 @@ def _widths(names: Sequence[str], total: int, width_of: Callable[[str], int | No
 
 
 def _twins(names: Sequence[str]) -> Mapping[str, str]:
-    """The part of equal width of each part that has one."""
+    """Map each part to the part of equal width, if it has one."""
     layers = {name.removesuffix(_WEIGHT).rpartition(".")[2]: name for name in names}
     pairs = [(layers[a], layers[b]) for a, b in _ALIKE if a in layers and b in layers]
     return {one: other for pair in pairs for one, other in (pair, pair[::-1])}
 
 
 class BaseWeights:
-    """The safetensors files of a base model; a tensor is read when it is asked for."""
+    """The safetensors files of a base model; a tensor is read on demand."""
 
     def __init__(self, base: str | Path, rounding: BaseQuantization | None = None) -> None:
         """Read the headers."""
@@ -95,7 +95,7 @@ class BaseWeights:
         self._is_tied = bool(config.get("tie_word_embeddings", True))
 
     def weight(self, path: str, features: tuple[int, int]) -> NDArray[Any]:
-        """The weight `[out, in]` of a layer."""
+        """Return the weight `[out, in]` of a layer."""
         inputs, outputs = features
         key = self._key(f"{path}.weight", outputs)
         if key is None:
@@ -117,7 +117,7 @@ class BaseWeights:
 
     @cached_property
     def _rounded_paths(self) -> Set[str]:
-        """The layers that are rounded."""
+        """The layers whose weights are rounded."""
         from gralora_fx.core.loading.models import make_empty  # they import transformers
         from gralora_fx.core.loading.quantized_layers import quantized_layers
 
@@ -131,7 +131,7 @@ class BaseWeights:
 
     @cached_property
     def _renamed(self) -> Mapping[str, str]:
-        """The keys by the names that transformers gives the tensors when it loads the model; parts are left out."""
+        """The keys by the names that transformers gives the tensors when it loads the model, without merged parts."""
         from gralora_fx.base.sources.streamed_models import keys_by_name
         from gralora_fx.core.loading.models import make_empty  # it imports transformers
 
@@ -143,7 +143,7 @@ class BaseWeights:
         return {name: key for name, key in keys.items() if key not in parts}
 
     def _key_among(self, keys: Mapping[str, str], name: str, outputs: int) -> str | None:
-        """The key of a weight among keys by their names."""
+        """Return the key of a weight among keys by their names, or None."""
         if name in keys:
             return keys[name]
         ends = [key for other, key in keys.items() if other.endswith(f".{name}") or name.endswith(f".{other}")]
@@ -155,7 +155,7 @@ class BaseWeights:
 
 
 def find_values(weights: Iterable[ProductWeight], values: NDArray[Any]) -> Iterator[tuple[ProductWeight, int]]:
-    """The weights that hold a matrix, alone or beside others, and its first output feature there.
+    """Yield the weights that hold a matrix, alone or beside others, with its first output feature there.
 
     Shapes are compared first, then the values of one input feature, then all.
 
@@ -172,10 +172,10 @@ def find_values(weights: Iterable[ProductWeight], values: NDArray[Any]) -> Itera
 
 
 def holds(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:
-    """Whether a weight holds a matrix, rounded to its dtype, from an output feature on; compared in pieces.
+    """Return whether a weight holds a matrix, rounded to its dtype, at an output feature; compared in pieces.
 
     Args:
-        weight: A weight of floats.
+        weight: A float weight.
         start: Output feature of the weight at which the matrix begins.
         values: `[out, in]`.
     """
@@ -193,7 +193,7 @@ def holds(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:
 
 
 def _first_input(weight: ProductWeight) -> NDArray[Any]:
-    """The weight's values for its first input feature, `[out]`."""
+    """Return the weight's values for its first input feature, `[out]`."""
     if weight.transposed:
         return read_rows(weight.value, 0, 1)[0]  # type: ignore[no-any-return]
     step = max(1, _READ_AT_ONCE // (weight.in_features * dtype_of(weight.value).itemsize))
@@ -203,7 +203,7 @@ def _first_input(weight: ProductWeight) -> NDArray[Any]:
 
 
 def _starts(row: NDArray[Any], part: NDArray[Any]) -> list[int]:
-    """Where a vector occurs in another."""
+    """Return the positions at which a vector occurs in another."""
     last = len(row) - len(part) + 1
     candidates: list[int] = np.flatnonzero(row[:last] == part[0]).tolist()
     return [start for start in candidates if np.array_equal(row[start : start + len(part)], part)]

@@ -1,4 +1,4 @@
-"""ONNX files and their data files rewritten: which initializers change, which are new, and who reads those."""
+"""ONNX files and their data files rewritten: which initializers change or are added, and which nodes read them."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ _ALIGNED = 4096  # bytes; where a new tensor begins, as ONNX Runtime maps files 
 
 @dataclass
 class OnnxRewriting:
-    """What is written instead of an export's files."""
+    """The changes to an export's files."""
 
     models: Mapping[str, ir.Model]  # the models by file, whose initializers are changed in place
     changed: set[str] = field(default_factory=set)  # the files whose graphs changed, so that they are saved anew
     bytes_changed: int = 0  # how many bytes of weights are written anew
-    # names of the initializers that layers have of their own now, by file, layer and old name
+    # names of the new initializers of single layers, by file, layer and old name
     renamed: dict[tuple[str, str, str], str] = field(default_factory=dict)
-    _parts: dict[Path, list[Part]] = field(default_factory=dict)  # of data files: the tensors that change
+    _parts: dict[Path, list[Part]] = field(default_factory=dict)  # the tensors that change, by data file
     _edited: dict[tuple[Path, int], tuple[int, object]] = field(default_factory=dict)
     _added: dict[tuple[Path, int, str], int] = field(default_factory=dict)  # where copies begin
-    _names: set[tuple[str, str]] = field(default_factory=set)  # files and initializers that are edited in location
+    _names: set[tuple[str, str]] = field(default_factory=set)  # files and initializers that are edited in place
 
     def fold_matrix(self, file: str, weight: ProductWeight, layers: tuple[LayerEdit, ...]) -> None:
-        """Fold into a matrix of floats; one that others read too is left to them."""
+        """Fold into a float matrix; if it has other readers, they keep the old values."""
         edit = MatrixEdit(layers, weight.in_features, weight.transposed)
         if weight.others:
             name = self._new_name(file, f"{layers[0].name}.weight")
@@ -60,7 +60,7 @@ class OnnxRewriting:
             self._edit(file, weight.value, edit, _identity(layers))
 
     def fold_quantized(self, file: str, edit: QuantizedEdit) -> None:
-        """Fold into a quantized matrix; likewise."""
+        """Fold into a quantized matrix; its other readers keep the old values too."""
         weight = edit.weight
         if not weight.others:
             for value, part in zip(weight.parts, edit.parts, strict=True):
@@ -77,7 +77,7 @@ class OnnxRewriting:
         self._note(file, edit.layers, weight.name, f"{name}{endings[0]}")
 
     def replace(self, location: ValueLocation, edit: ValuesEdit) -> None:
-        """Replace the values of a parameter that is not multiplied by; products that read it keep the old ones."""
+        """Replace the values of a parameter; products that read it keep the old ones."""
         file, value = location.file, location.value
         if location.is_shared:
             self._add(file, value, self._new_name(file, f"{location.name}_trained"), edit, location.readers)
@@ -89,7 +89,7 @@ class OnnxRewriting:
         self._edit(location.file, location.value, edit, (location.path, location.arrangement))
 
     def files(self, data: Iterable[Path]) -> list[NewFile]:
-        """What is written instead of data files: changed tensors where they are, new ones behind, all else as it is.
+        """Return the new data files: changed tensors in place, added ones at the end, all else copied.
 
         Raises:
             MergeError: Another initializer lies in the bytes that change, and would change with them.
@@ -98,7 +98,7 @@ class OnnxRewriting:
         return [NewFile(path.name, list(_with_copies(path, self._parts.get(path, ())))) for path in data]
 
     def _edit(self, file: str, value: ir.Value, edit: Edit, what: object) -> None:
-        """Change an initializer where it is; graphs over the same bytes have to agree on `what` happens to them."""
+        """Change an initializer in place; graphs over the same bytes must agree on the edit, given as `what`."""
         tensor = tensor_of(value)
         self._names.add((file, str(value.name)))
         if not isinstance(tensor, ir.ExternalTensor):
@@ -115,12 +115,12 @@ class OnnxRewriting:
             raise MergeError(f"{value.name} of {file} shares its bytes with another initializer that changes otherwise")
 
     def _add(self, file: str, value: ir.Value, name: str, edit: Edit, readers: Iterable[Reader]) -> None:
-        """Add an initializer, an edited copy of another, for some readers."""
+        """Add an initializer, an edited copy of another, and redirect some readers to it."""
         old = tensor_of(value)
         new = ir.Value(name=name, shape=ir.Shape(old.shape.numpy()), type=ir.TensorType(old.dtype))
         if isinstance(old, ir.ExternalTensor):
             source = stored_bytes(old)
-            key = source.file, source.begin, name  # the same copy of another file's graph over these bytes
+            key = source.file, source.begin, name  # graphs of other files over these bytes share the copy
             if key not in self._added:
                 ends = [part.end for part in self._parts.get(source.file, ())]
                 end = max([source.file.stat().st_size, *ends])
@@ -177,7 +177,7 @@ def plan_rewriting(
     replacements: Replacements,
     stacks: Sequence[StackLocation] = (),
 ) -> tuple[OnnxRewriting, list[QuantizedEdit]]:
-    """What is to be rewritten, and the edits of quantized weights.
+    """Return the rewriting of files, and the edits of quantized weights.
 
     Raises:
         MergeError: Weights share bytes.
@@ -212,7 +212,7 @@ def plan_rewriting(
 
 
 def _widening(reader: Reader) -> Reader:
-    """The input of a cast of its own, for a node that reads a cast that others read too."""
+    """Give a node its own copy of a cast that it shares; return the input of the copy."""
     node, position = reader
     shared = node.inputs[position]
     cast = None if shared is None else shared.producer()
@@ -225,7 +225,7 @@ def _widening(reader: Reader) -> Reader:
 
 
 def _with_copies(path: Path, changed: Iterable[Part]) -> Iterator[Part]:
-    """The parts of a new data file: those that change, and copies of what is between them."""
+    """Yield the parts of a new data file: the changed ones, and copies of the bytes between them."""
     position, size = 0, path.stat().st_size
     for part in sorted(changed, key=lambda part: part.begin):
         if position < (stop := min(part.begin, size)):
@@ -237,7 +237,7 @@ def _with_copies(path: Path, changed: Iterable[Part]) -> Iterator[Part]:
 
 
 def _inline(value: ir.Value, edit: Edit) -> ir.TensorProtocol:
-    """An initializer's tensor after an edit, to be stored in the ONNX file itself."""
+    """Return an initializer's tensor after an edit, to be stored in the ONNX file itself."""
     old, rows = tensor_of(value), read_rows(value)
     edit.prepare()(rows, 0)
     proto = onnx.TensorProto(name=value.name, dims=old.shape.numpy(), data_type=int(old.dtype))

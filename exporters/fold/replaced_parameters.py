@@ -32,27 +32,27 @@ _WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class ValueLocation:
-    """An initializer that holds a parameter which is not multiplied by."""
+    """An initializer that holds a parameter which no product multiplies by."""
 
     name: str  # the parameter
     file: str  # the ONNX file
     value: ir.Value  # the initializer
     start: int  # first of the parameter's values in a stored row
-    readers: tuple[Reader, ...]  # the inputs that read it, those of products left out
-    is_shared: bool  # whether products read it too, which keep their values
+    readers: tuple[Reader, ...]  # the node inputs that read it, except products
+    is_shared: bool  # whether products read it too; they keep the old values
 
 
 @dataclass(frozen=True)
 class Replacements:
-    """What replaces parameters."""
+    """The parameters that an adapter replaces."""
 
-    # weights of linear layers: where they lie, and what happens there
+    # weights of linear layers: their locations and edits
     layers: tuple[tuple[WeightLocation, LayerEdit], ...]
-    values: tuple[tuple[ValueLocation, ValuesEdit], ...]  # other parameters: likewise
+    values: tuple[tuple[ValueLocation, ValuesEdit], ...]  # other parameters: their locations and edits
 
 
 def find_replacements(export: Export, adapter: StoredAdapter, adapted: Iterable[WeightLocation]) -> Replacements:
-    """Where the parameters lie that an adapter replaces; those that it only repeats are compared."""
+    """Locate the parameters that an adapter replaces; compare those that it only repeats."""
     layers: list[tuple[WeightLocation, LayerEdit]] = []
     values: list[tuple[ValueLocation, ValuesEdit]] = []
     problems: list[str] = []
@@ -76,7 +76,7 @@ def find_replacements(export: Export, adapter: StoredAdapter, adapted: Iterable[
 
 
 def _layer_edits(export: Export, name: str, tensor: NDArray[Any]) -> Iterator[tuple[WeightLocation, LayerEdit]]:
-    """Locations of a parameter that is the weight of a linear layer, and what happens there."""
+    """Return the locations of a parameter that is a linear layer's weight, with their edits."""
     path = name.removesuffix(_WEIGHT)
     if tensor.ndim != 2 or path == name:
         return
@@ -95,7 +95,7 @@ def _layer_edits(export: Export, name: str, tensor: NDArray[Any]) -> Iterator[tu
 
 
 def _weight_locations(export: Export, path: str) -> list[WeightLocation]:
-    """Locations of a linear layer's weight, as recorded or by its exact name; none for other modules."""
+    """Return the locations of a linear layer's weight, as recorded or by exact name; none for other modules."""
     if export.record is not None:
         locations = recorded_locations(export, path)
         if sharing := export.sharing(locations):
@@ -104,7 +104,9 @@ def _weight_locations(export: Export, path: str) -> list[WeightLocation]:
     locations = list(named_locations(export, path))
     if not locations and export.manifest is None:  # under a prefix, as of a model within another module
         locations = list(named_locations(export, path, foreign=True))
-        locations = [] if len(locations) > 1 and export.base is not None else unique(locations)  # else its values tell
+        locations = (
+            [] if len(locations) > 1 and export.base is not None else unique(locations)
+        )  # else values tell them apart
     for location in locations:
         if location.weight.others or len(location.weight.readers) > 1:
             raise MergeError(f"{location.weight.name} has several readers, and nothing says that all are of one layer")
@@ -112,7 +114,7 @@ def _weight_locations(export: Export, path: str) -> list[WeightLocation]:
 
 
 def _as_matrix(export: Export, location: WeightLocation, tensor: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
-    """A layer's trained weight as `[out, in]`, of `shape` if it fits."""
+    """Return a layer's trained weight as `[out, in]`; raise a `MergeError` if the layout is unknown."""
     if export.manifest is not None or not location.weight.transposed:
         return tensor.T if export.is_conv1d(location.path) else tensor
     if shape[0] != shape[1]:
@@ -125,7 +127,7 @@ def _as_matrix(export: Export, location: WeightLocation, tensor: NDArray[Any], s
 
 
 def _value_edits(export: Export, name: str, tensor: NDArray[Any]) -> list[tuple[ValueLocation, ValuesEdit]]:
-    """Locations of any other parameter, and what happens there."""
+    """Return the locations of any other parameter, with their edits."""
     locations = list(named_values(export, name))
     if not locations:
         raise MergeError("no initializer of the export has its name; export the merged model instead")
@@ -146,7 +148,7 @@ def _value_edits(export: Export, name: str, tensor: NDArray[Any]) -> list[tuple[
 
 
 def named_values(export: Export, name: str) -> Iterator[ValueLocation]:
-    """Locations of a parameter by its name, alone in an initializer or beside others."""
+    """Yield the locations of a parameter by name, alone in an initializer or beside others."""
     locations = list(_named_values(export, name, foreign=False))
     if not locations and export.manifest is None:
         locations = list(_named_values(export, name, foreign=True))
@@ -177,7 +179,7 @@ def _named_values(export: Export, name: str, *, foreign: bool) -> Iterator[Value
 
 
 def _repeats(export: Export, known: Mapping[str, list[WeightLocation]], name: str, tensor: NDArray[Any]) -> bool:
-    """Whether the export holds these values of a parameter already."""
+    """Return whether the export already holds these values of a parameter."""
     path = name.removesuffix(_WEIGHT)
     locations = known.get(path) or (_weight_locations(export, path) if path != name else [])
     if locations and tensor.ndim == 2:

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 _COLUMNS = 1024  # output features that are quantized at once
 # Square of a row's error over that of rounding to the nearest; a search makes it up to eight times larger.
 _LARGEST_ERROR = 10.0
-LEAST_SHARE = 0.5  # of an update that has to survive at every layer
+LEAST_SHARE = 0.5  # the least share of an update that must survive at every layer
 
 
 @dataclass
 class Survival:
-    """How much of a layer's update is left after rounding: `<after - before, dW> / <dW, dW>`.
+    """The share of a layer's update that is left after rounding: `<after - before, dW> / <dW, dW>`.
 
-    `before` and `after` are the dequantized weights before and after the fold. It is 1 where rounding changes nothing,
-    0 where the update is rounded away, and near 1 on average where the rounding is of the base's own weights.
+    `before` and `after` are the dequantized weights before and after the fold. The share is 1 if rounding changes
+    nothing, 0 if the update is rounded away, and about 1 on average if rounding affects only the base's own weights.
     """
 
     kept: float = 0.0  # `<after - before, dW>`, summed over all values
@@ -43,17 +43,17 @@ class Survival:
         return self.kept / self.whole if self.whole else 1.0
 
     def add(self, before: NDArray[Any], after: NDArray[Any], update: NDArray[Any]) -> None:
-        """Add a part of the weight, whose update is known too."""
+        """Add a part of the weight, given its update."""
         self.kept += float(((after - before) * update).sum(dtype=np.float64))
         self.whole += float((update * update).sum(dtype=np.float64))
 
 
 @dataclass
 class QuantizedEdit:
-    """What happens to a quantized matrix: of the layers that change all values are quantized again, no others."""
+    """The edit of a quantized matrix: all values of the changed layers are quantized again, no others."""
 
     weight: ProductWeight  # the initializer of the integers
-    layers: tuple[LayerEdit, ...]  # what happens to each layer
+    layers: tuple[LayerEdit, ...]  # the edit of each layer
     # the base's float weight `[out, in]` of a layer by its path, to quantize from; None to quantize from the
     # dequantized values
     base: Callable[[str], NDArray[Any]] | None
@@ -62,11 +62,11 @@ class QuantizedEdit:
 
     @property
     def parts(self) -> tuple[PartEdit, ...]:
-        """What happens to each of `weight.parts`."""
+        """The edit of each of `weight.parts`."""
         return tuple(PartEdit(self, index) for index in range(len(self.weight.parts)))
 
     def take(self, index: int) -> NDArray[Any]:
-        """New values of one of `weight.parts`; all are computed together, and kept until each was taken."""
+        """Return new values of one of `weight.parts`; all are computed together, and cached until taken."""
         if index not in self._computed:
             self._computed = dict(enumerate(self._compute()))
         return self._computed.pop(index)
@@ -109,14 +109,14 @@ class QuantizedEdit:
 
 @dataclass(frozen=True)
 class PartEdit:
-    """What happens to one of the tensors of a quantized matrix."""
+    """The edit of one tensor of a quantized matrix."""
 
-    matrix: QuantizedEdit  # what happens to the matrix
+    matrix: QuantizedEdit  # the edit of the matrix
     index: int  # number of the tensor among `weight.parts`
     takes_rows: bool = field(default=True, init=False)
 
     def prepare(self) -> RowEdit:
-        """Compute the values, or take them if they are; the result replaces rows."""
+        """Compute the matrix' new values, unless they are cached; return a function that replaces rows."""
         values = self.matrix.take(self.index)
 
         def change(rows: NDArray[Any], first: int) -> None:
@@ -141,13 +141,13 @@ class _StoredBlocks:
         return parts if self.all_zero_points is None else (*parts, self.all_zero_points)
 
     def values(self, outputs: slice) -> NDArray[Any]:
-        """Dequantized values `[n, in]`."""
+        """Return dequantized values `[n, in]`."""
         from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks
 
         return dequantize_blocks(self._arrays(outputs), self.weight.bits, self.weight.in_features)
 
     def _arrays(self, outputs: slice) -> BlockArrays:
-        """The blocks of output features, scales in float32."""
+        """Return the blocks of output features, with scales in float32."""
         from gralora_fx.exporters.quantize.block_search import BlockArrays
 
         scales = self.all_scales[outputs]
@@ -157,7 +157,7 @@ class _StoredBlocks:
 
     @property
     def form(self) -> Blocks:
-        """How they are stored; as far as they tell."""
+        """The format of the blocks, as far as it shows."""
         return Blocks(
             self.weight.bits,
             self.weight.block_size,
@@ -166,7 +166,7 @@ class _StoredBlocks:
         )
 
     def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
-        """Return whether the stored values are as near to others as rounding puts them: each row's error tells."""
+        """Return whether the stored values are as close to others as rounding puts them, by each row's error."""
         from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
 
         if not np.isfinite(source).all():
@@ -183,8 +183,8 @@ class _StoredBlocks:
             outputs: The output features.
             values: Their values `[n, in]`.
             path: The layer, for messages.
-            is_near: Whether the values are the stored ones but for an update: scales and zero points stay where they
-                fit better than new ones, so that what the update leaves as it is returns to its grid.
+            is_near: Whether the values are the stored ones plus an update: scales and zero points are then kept where
+                they fit better than new ones, so that values without an update return to their grid.
         """
         from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks, with_scales
 
@@ -217,7 +217,7 @@ class _StoredColumns:
         return self.integers, self.all_scales
 
     def values(self, outputs: slice) -> NDArray[Any]:
-        """Dequantized values `[n, in]`."""
+        """Return dequantized values `[n, in]`."""
         from gralora_fx.exporters.quantize.quantized_arrays import dequantize_columns
 
         values = dequantize_columns(self.integers[:, outputs], self.all_scales[outputs], self.factors)
@@ -241,7 +241,7 @@ StoredValues: TypeAlias = _StoredBlocks | _StoredColumns
 
 
 def stored_values(weight: ProductWeight) -> StoredValues:
-    """The tensors of a quantized weight, in memory of their own: all are read at once."""
+    """Read all tensors of a quantized weight into memory."""
     if weight.problem == EARLIER:
         raise ExportError(f"{weight.name} cannot be read: {EARLIER}")
     integers, scales, *zero_points = (read_rows(value) for value in weight.parts)
@@ -253,22 +253,22 @@ def stored_values(weight: ProductWeight) -> StoredValues:
 
 
 def dequantized(weight: ProductWeight, outputs: slice) -> NDArray[Any]:
-    """Values `[n, in]` of output features of a quantized weight."""
+    """Return the values `[n, in]` of output features of a quantized weight."""
     return stored_values(weight).values(outputs)
 
 
 def is_rounding_of(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:
-    """Whether the output features of a quantized weight from one on are what a matrix `[out, in]` is rounded to."""
+    """Return whether output features of a quantized weight, from `start`, are the rounding of a matrix `[out, in]`."""
     return stored_values(weight).is_rounded(values.astype(np.float32), slice(start, start + len(values)))
 
 
 def survival_by_layer(edits: Sequence[QuantizedEdit]) -> dict[str, Survival]:
-    """Return what is left of the update of each layer, by path."""
+    """Return the share that is left of each layer's update, by path."""
     return {path: survival for edit in edits for path, survival in edit.survival.items()}
 
 
 def overall_share(survival: Mapping[str, Survival]) -> float | None:
-    """The share of the whole update that is left after rounding; None if nothing is quantized."""
+    """Return the share of the whole update that is left after rounding; None if nothing is quantized."""
     parts = survival.values()
     return Survival(sum(part.kept for part in parts), sum(part.whole for part in parts)).share if parts else None
 

@@ -1,4 +1,4 @@
-"""The export that an adapter is folded into: its files as they are read, and the adapters that it holds already."""
+"""The export that an adapter is folded into: its files, and the adapters that it already holds."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class SourceExport:
     models: Mapping[str, ir.Model]  # its models by file; external weights are not read
     companions: tuple[str, ...]  # its other files, data files left out, as POSIX paths
     data: tuple[Path, ...]  # its data files
-    is_lone_file: bool  # whether an ONNX file is given that no manifest describes, so that it alone is folded into
+    is_lone_file: bool  # whether an ONNX file without a manifest is given, so that only it is folded into
 
     @property
     def layers(self) -> KnownLayers | None:
-        """Its linear layers and parameters; None of other exporters' directories, which do not say."""
+        """Its linear layers and parameters; None for other exporters' directories, which do not record them."""
         if self.manifest is None:
             return None
         names = initializer_names(model.graph for model in self.models.values())
@@ -89,7 +89,7 @@ def _directory_and_file(onnx_dir: str | Path) -> tuple[Path, Path | None]:
 
 
 def _others(directory: Path, file: Path | None) -> Iterator[Path]:
-    """Files that may be companions: all of an export's directory, beside a lone file what says how it is used."""
+    """Yield files that may be companions: all of an export's directory, or files that configure a lone file."""
     if file is None:
         yield from sorted(directory.rglob("*"))
     else:
@@ -100,7 +100,7 @@ def _load(path: Path, weights: Container[str] | None) -> ir.Model:
     check_external_data(path, weights=weights)
     try:
         model = ir.load(path)
-    except Exception as failure:  # protobuf and onnx_ir raise types of their own
+    except Exception as failure:  # protobuf and onnx_ir raise their own types
         raise ExportError(f"{path} is not an ONNX model ({first_line(failure)}); export the model again") from failure
     for name, tensor in external_tensors(model):
         place, size = stored_bytes(tensor), Path(tensor.path).stat().st_size
@@ -113,7 +113,7 @@ def _load(path: Path, weights: Container[str] | None) -> ir.Model:
 
 
 def digest_of(adapter: StoredAdapter) -> str:
-    """The digest of an adapter's tensors as a manifest holds it, without values that it only repeats from its base."""
+    """Return the digest of an adapter's tensors as in a manifest, without values repeated from its base."""
     trained = set(adapter.copies.values())
     kept = [tensor for site in adapter.sites.values() for tensor in site.tensors.values()]
     kept += [tensor for tensor in adapter.others.values() if tensor in trained]
@@ -132,7 +132,7 @@ def check_earlier_adapters(manifest: Manifest, adapter: StoredAdapter, sha256: s
                     f"{pair}, another base: {marked(compared.reason)}; give one of the same base, or "
                     f"{option(force=True)} to fold it"
                 )
-            if compared.outcome != SAME and manifest.base is None:  # else the export's own base is compared
+            if compared.outcome != SAME and manifest.base is None:  # otherwise compared with the export's own base
                 warn_caller(f"{pair}, which may be another base: {marked(compared.reason)}")
         if entry.sha256 is not None and entry.sha256 == sha256:
             raise MergeError(
@@ -156,7 +156,7 @@ def check_earlier_adapters(manifest: Manifest, adapter: StoredAdapter, sha256: s
 
 
 def _replaced_again(earlier: AdapterConfig, adapter: StoredAdapter) -> Iterator[str]:
-    """Parameters that the new adapter replaces and the earlier one trained or adapted."""
+    """Yield the parameters that the new adapter replaces and the earlier one trained or adapted."""
     rule = None if earlier.target_modules is None else rule_of(earlier, None)
     for parameter in adapter.copies:
         module, _, last = parameter.rpartition(".")
@@ -167,23 +167,22 @@ def _replaced_again(earlier: AdapterConfig, adapter: StoredAdapter) -> Iterator[
 
 
 def _adapted_again(earlier: AdapterConfig, adapter: StoredAdapter) -> Iterator[str]:
-    """Layers that both adapters adapt, or may, where the earlier one's layers are those of its model's type."""
+    """Yield the layers that both adapters adapt, or may adapt if the earlier one's targets follow its model type."""
     rule = None if earlier.target_modules is None else rule_of(earlier, None)
     return (path for path in adapter.sites if rule is None or rule.rejection(path) is None)
 
 
 def _replaced_before(earlier: AdapterConfig, adapter: StoredAdapter) -> Iterator[str]:
-    """Layers that the new adapter adapts and the earlier one replaced."""
+    """Yield the layers that the new adapter adapts and the earlier one replaced."""
     return (path for path in adapter.sites if trains_whole_at(path, earlier.saved_module_names))
 
 
 def with_adapter(
     manifest: Manifest, name: str, adapter: StoredAdapter, sha256: str, base: BaseComparison
 ) -> tuple[Manifest, str]:
-    """The manifest with one more adapter, and its name: the wanted one, with a number if another adapter has it.
+    """Return the manifest with one more adapter, and that adapter's name, numbered if another adapter has it.
 
-    A base with replaced parameters has a fingerprint of its own that is not known here, so it is left out. So is what
-    was measured before.
+    Replaced parameters change the base's fingerprint to an unknown one, so it is left out. So are earlier measurements.
     """
     count, free = 1, name
     while free in manifest.adapters:

@@ -1,4 +1,4 @@
-"""Where the stacks of matrices that an adapter changes lie in an export."""
+"""Locations in an export of the stacks of matrices that an adapter changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NOT_FOUND = (
 
 
 class Arrangement(Protocol):
-    """How an operator of an export stores the matrices of a stack; equal ones store them alike."""
+    """The layout in which an export's operator stores the matrices of a stack; equal objects have equal layouts."""
 
     def as_modelled(self, matrix: NDArray[Any]) -> NDArray[Any]:
         """Return a stored matrix as the model has it, `[out, in]`; it may be a view."""
@@ -42,11 +42,11 @@ class Transposed:
     """Matrices that are stored `[in, out]`."""
 
     def as_modelled(self, matrix: NDArray[Any]) -> NDArray[Any]:
-        """Return it transposed."""
+        """Return the matrix transposed."""
         return matrix.T
 
     def as_stored(self, matrix: NDArray[Any]) -> NDArray[Any]:
-        """Return it transposed."""
+        """Return the matrix transposed."""
         return matrix.T
 
 
@@ -58,10 +58,10 @@ class StackLocation:
     file: str  # the ONNX file
     value: ir.Value  # the initializer, `[stack, ...]`
     shape: tuple[int, int]  # `[out, in]` of a matrix, as the adapter has it
-    arrangement: Arrangement | None = None  # how they are stored; None for as the adapter has them
+    arrangement: Arrangement | None = None  # their layout; None if it is the adapter's
 
     def edit(self, update: Callable[[], Update]) -> StackEdit:
-        """Return an update of the stack added to its matrices."""
+        """Return the edit that adds an update to the stack's matrices."""
         assert self.value.shape is not None
         _, *stored = (int(size) for size in self.value.shape.numpy())
         new = StackEdit(self.path, update, self.shape, tuple(stored))
@@ -72,7 +72,7 @@ class StackLocation:
 
 
 def named_by_export(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> StoredAdapter:
-    """An adapter with the names of its parameters, as far as an export's initializers tell them by their widths."""
+    """Return an adapter whose parameters are named after an export's initializers, as far as widths identify them."""
     names = initializer_names(graphs.values())
     shapes = {name: found for graph in graphs.values() for name in names if (found := _possible_features(graph, name))}
     order: list[str] = []
@@ -96,7 +96,7 @@ def named_by_export(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> S
 
 
 def find_stacks(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> list[StackLocation]:
-    """Where the parameters of an adapter lie; one may lie in several files."""
+    """Return where the parameters of an adapter lie; one may lie in several files."""
     found: list[StackLocation] = []
     problems: list[str] = []
     for path in adapter.parameters:
@@ -114,7 +114,7 @@ def find_stacks(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> list[
 
 
 def _at(graph: ir.Graph, file: str, path: str, adapter: StoredAdapter) -> Iterator[StackLocation]:
-    """The location of a parameter in a graph, if it is there."""
+    """Yield the location of a parameter in a graph, if it is there."""
     value = next((value for value in initializers(graph) if value.name == path), None)
     if value is None or value.shape is None:
         return
@@ -140,14 +140,14 @@ def _at(graph: ir.Graph, file: str, path: str, adapter: StoredAdapter) -> Iterat
 
 
 def _arrangement(value: ir.Value) -> Arrangement | None:
-    """Return how the operator of a feature that reads an initializer has it stored; None for other operators."""
+    """Return the layout of an initializer that a feature's operator reads; None for other operators."""
     use = next(iter(value.uses()), None)
     found = [] if use is None else [arrangement_at(use.node, use.idx) for arrangement_at in parts("arrangements")]
     return next((arrangement for arrangement in found if arrangement is not None), None)
 
 
 def _possible_features(graph: ir.Graph, name: str) -> set[tuple[int, int]]:
-    """What the widths in and out of the matrices of an initializer may be; none for one that is no stack."""
+    """Return possible widths in and out of an initializer's matrices; none if it is not a stack."""
     value = graph.initializers.get(name)
     if value is None or value.shape is None or len(value.shape) != 3:
         return set()

@@ -1,4 +1,4 @@
-"""Where the weights of adapted layers lie in ONNX files: as the export recorded, by name, or by value."""
+"""Locations of the weights of adapted layers in ONNX files: as the export recorded, by name, or by value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECORDED, BY_NAME, BY_VALUE = "as recorded", "by name", "by value"
 
 @dataclass(frozen=True)
 class WeightLocation:
-    """Where a layer's weight lies."""
+    """The location of a layer's weight."""
 
     path: str  # the layer
     file: str  # the ONNX file
@@ -33,7 +33,7 @@ class WeightLocation:
 
 @dataclass(frozen=True)
 class Export:
-    """What is searched."""
+    """An export to search for weights."""
 
     graphs: Mapping[str, ir.Graph]  # its graphs by ONNX file
     manifest: Manifest | None = None  # the manifest; None of other exporters' files
@@ -51,7 +51,7 @@ class Export:
 
     @property
     def record(self) -> Mapping[str, Sequence[WeightEntry]] | None:
-        """Where the manifest says that each layer's weight lies; None if it does not."""
+        """The locations of each layer's weight that the manifest records; None if it does not."""
         return None if self.manifest is None else self.manifest.weights
 
     @cached_property
@@ -65,7 +65,7 @@ class Export:
 
     @cached_property
     def _layers(self) -> Mapping[tuple[str, str], list[tuple[str, int, int]]]:
-        """The layers whose weights the record has in each initializer, with their first and last output feature."""
+        """The layers recorded in each initializer, with their first and last output feature."""
         layers: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
         for path, entries in (self.record or {}).items():
             for entry in entries:
@@ -73,11 +73,11 @@ class Export:
         return layers
 
     def is_conv1d(self, path: str) -> bool:
-        """Whether a layer is transformers' `Conv1D`, whose weight is `[in, out]` in the model."""
+        """Return whether a layer is transformers' `Conv1D`, whose weight is `[in, out]` in the model."""
         return self._kinds.get(path) == "conv1d"
 
     def sharing(self, locations: Iterable[WeightLocation]) -> list[str]:
-        """Other layers that the record gives a weight at these locations."""
+        """Return other layers that the record places at these locations."""
         sharing = [
             path
             for location in locations
@@ -87,7 +87,7 @@ class Export:
         return list(dict.fromkeys(sharing))
 
     def base_values(self, path: str, features: tuple[int, int]) -> tuple[NDArray[Any], ...]:
-        """The given base's weight `[out, in]` of a layer; both readings of a square one whose layout is not known."""
+        """Return a layer's weight `[out, in]` from the given base; both readings of a square one of unknown layout."""
         assert self.base is not None
         values = self.base.weight(path, features)
         if features[0] != features[1]:
@@ -98,7 +98,7 @@ class Export:
 
 
 def find_locations(export: Export, adapter: StoredAdapter) -> list[WeightLocation]:
-    """Where the weight of every adapted layer lies; one may lie in several files."""
+    """Return where the weight of every adapted layer lies; one may lie in several files."""
     locations: list[WeightLocation] = []
     problems: list[str] = []
     for path, site in adapter.layers.items():
@@ -118,7 +118,7 @@ def find_locations(export: Export, adapter: StoredAdapter) -> list[WeightLocatio
 
 
 def _locate(export: Export, adapter: StoredAdapter, path: str) -> list[WeightLocation]:
-    """The locations of a layer's weight."""
+    """Return the locations of a layer's weight."""
     if export.record is not None:
         locations = recorded_locations(export, path)
         if not locations:
@@ -144,7 +144,7 @@ def _locate(export: Export, adapter: StoredAdapter, path: str) -> list[WeightLoc
 
 
 def recorded_locations(export: Export, path: str) -> list[WeightLocation]:
-    """Locations of a layer's weight as the manifest says; none for a layer that it does not have."""
+    """Return the locations of a layer's weight that the manifest records; none for a layer it does not list."""
     locations = []
     for entry in (export.record or {}).get(path, ()):
         weight = export.by_name.get((entry.file, entry.initializer))
@@ -159,7 +159,7 @@ def recorded_locations(export: Export, path: str) -> list[WeightLocation]:
 def named_locations(
     export: Export, path: str, widths: Mapping[str, int] | None = None, *, foreign: bool = False
 ) -> Iterator[WeightLocation]:
-    """Locations of a layer's weight by the names of initializers."""
+    """Yield the locations of a layer's weight by the names of initializers."""
     rename: Callable[[str], str] = reduced if foreign else str
     wanted = rename(f"{path}.weight")
     known = {rename(f"{layer}.weight"): width for layer, width in {**export.widths, **(widths or {})}.items()}
@@ -175,13 +175,13 @@ def named_locations(
 
 
 def is_named(name: str, wanted: str, foreign: bool) -> bool:
-    """Whether a name is the wanted one; of another exporter's names, one may be the end of the other."""
+    """Return whether a name is the wanted one; with another exporter's names, one may be the end of the other."""
     is_end = name.endswith(f".{wanted}") or ("." in name and wanted.endswith(f".{name}"))
     return name == wanted or (foreign and is_end)
 
 
 def unique(locations: list[WeightLocation]) -> list[WeightLocation]:
-    """Locations, if there is one in each file."""
+    """Return the locations if there is at most one in each file; else raise a `MergeError`."""
     for file in {location.file for location in locations}:
         names = [location.weight.name for location in locations if location.file == file]
         if len(names) > 1:
@@ -192,7 +192,7 @@ def unique(locations: list[WeightLocation]) -> list[WeightLocation]:
 
 
 def locations_by_value(export: Export, path: str, features: tuple[int, int]) -> Iterator[WeightLocation]:
-    """Locations of a layer's weight by the values of the given base; none without one."""
+    """Yield the locations of a layer's weight by the values of the given base; none without a base."""
     if export.base is None:
         return
     readings, stop = export.base_values(path, features), features[1]
@@ -238,13 +238,13 @@ def _check_shared(export: Export, locations: Iterable[WeightLocation]) -> None:
 
 
 def _is_read_several_times(weight: ProductWeight) -> bool:
-    """Whether several products in one graph read a weight; those in different branches are one."""
+    """Return whether several products in one graph read a weight; products in different branches count once."""
     graphs = [id(reader.node.graph) for reader in weight.readers]
     return len(graphs) > len(set(graphs))
 
 
 def _is_named_apart(export: Export, weight: ProductWeight) -> bool:
-    """Whether every layer of the same widths has an initializer of its own name, so that none shares a weight."""
+    """Return whether every layer of the same widths has an initializer of its name, so that none shares a weight."""
     if export.manifest is None:
         return False
     widths = weight.in_features, weight.out_features
@@ -253,7 +253,7 @@ def _is_named_apart(export: Export, weight: ProductWeight) -> bool:
 
 
 def _check_base(export: Export, locations: Iterable[WeightLocation], features: tuple[int, int]) -> None:
-    """Check that a weight found by name is the given base's; one that an adapter was folded into is not."""
+    """Check that a weight found by name is the given base's, unless an adapter was folded into it."""
     if export.base is None or (export.manifest is not None and export.manifest.adapters):
         return
     for location in locations:
@@ -268,7 +268,7 @@ def _check_base(export: Export, locations: Iterable[WeightLocation], features: t
 
 
 def _overlaps(locations: Sequence[WeightLocation]) -> Iterator[str]:
-    """Problems of layers that were found at the same location."""
+    """Yield a problem for each pair of layers found at the same location."""
     earlier: dict[int, list[WeightLocation]] = {}
     for location in locations:
         for other in earlier.setdefault(id(location.weight), []):
