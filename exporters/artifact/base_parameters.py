@@ -1,4 +1,4 @@
-"""Adapters of a model as changes of what its export holds, their trained copies of the base's parameters too."""
+"""Adapters of a model as changes of its export's weights, including their trained copies of the base's parameters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class BaseParameters:
     manifest: Manifest
 
     def changes(self, updates: Mapping[str, Update], copies: Mapping[str, NDArray[Any]], name: str) -> Changes:
-        """What an adapter changes: its updates, and its trained copies as differences from the export's values."""
+        """Return an adapter's changes: its updates, and its trained copies as differences from the export's values."""
         if not copies:
             return Changes(updates)
         found, biases = dict(updates), {}
@@ -75,7 +75,7 @@ class BaseParameters:
         return Changes(found, biases)
 
     def check(self) -> None:
-        """Check that the values are there that adapters may replace."""
+        """Check that the export holds the values that adapters may replace."""
         inputs = self._inputs
         names = [f"{site.path}{_WEIGHT}" for site in inputs.sites if site.form == WHOLE]
         names += [f"{site.path}{_BIAS}" for site in inputs.sites if site.has_bias]
@@ -93,7 +93,7 @@ class BaseParameters:
         return Export(graphs, self.manifest)
 
     def _own(self, parameter: str) -> NDArray[Any] | str:
-        """The export's values of a parameter, or why there are none."""
+        """Return the export's values of a parameter, or why there are none."""
         path, _, last = parameter.rpartition(".")
         site = next((site for site in self._inputs.sites if site.path == path), None)
         if site is None or (last == "weight" and site.form == BIAS) or (last == "bias" and not site.has_bias):
@@ -117,7 +117,7 @@ class BaseParameters:
 
 
 def _values(weight: ProductWeight, start: int, stop: int) -> NDArray[Any]:
-    """Output features of a weight, `[out, in]`."""
+    """Return output features of a weight, `[out, in]`."""
     if weight.storage != "float":
         return dequantized(weight, slice(start, stop))
     if weight.transposed:
@@ -137,7 +137,7 @@ def write_active_adapters(directory: Path, model: GraloraModel, manifest: Manife
 
 
 def installed_changes(model: GraloraModel, name: str, base: BaseParameters) -> Changes:
-    """What an adapter of a model changes of an export."""
+    """Return the changes that a model's adapter makes to an export."""
     adapter = model.adapter(name)
     updates = {path: adapter.update(path) for path in adapter.factors}
     copies = {base_name: to_numpy(value) for owned in adapter.copies.values() for base_name, value in owned.items()}

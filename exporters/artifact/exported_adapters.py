@@ -1,4 +1,4 @@
-"""Adapters written as data of an export: an `.onnx_adapter` file each, and the record of what it holds."""
+"""Adapters written as data of an export: an `.onnx_adapter` file each, and the record of its contents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gralora_fx.run.sessions.adapter_file import record_of, write_tensors
 
 @dataclass(frozen=True)
 class Changes:
-    """What an adapter changes at layers of an export.
+    """The changes of an adapter at layers of an export.
 
     Attributes:
         updates: The update of a weight by the layer's path.
@@ -68,7 +68,7 @@ def write_adapter(
 
 
 def adapter_tensors(name: str, changes: Changes, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
-    """An adapter's tensors by the names of an export's inputs."""
+    """Return an adapter's tensors by the names of an export's inputs."""
     sites = {site.path: site for site in inputs.sites}
     paths = list(dict.fromkeys([*changes.updates, *changes.biases]))
     missing = [path for path in paths if path not in sites and path not in inputs.uncalled]
@@ -101,7 +101,7 @@ def adapter_tensors(name: str, changes: Changes, inputs: AdapterInputs) -> dict[
 
 
 def _remedy_for_blocks(inputs: AdapterInputs) -> str:
-    """What to do with an adapter of another `gralora_k`, which an export in GraLoRA's form fixes."""
+    """Return a remedy for an adapter whose `gralora_k` is not the one fixed in an export in GraLoRA's form."""
     plain = f"convert it with {command('to_lora')}, which gives the plain LoRA that it equals"
     return f"give one of gralora_k={inputs.k}, or {plain}"
 
@@ -111,7 +111,7 @@ class _OtherBlocksError(ValueError):
 
 
 def _at_site(site: AdapterSite, changes: Changes, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
-    """An adapter's tensors at a layer: of rank 0 and zeros where it changes a part of the layer alone."""
+    """Return an adapter's tensors at a layer; parts that it does not change are zeros of rank 0."""
     arrays = {name: np.zeros(shape, np.float32) for name, shape in _shapes(site, inputs, 0, 0).items()}
     update = changes.updates.get(site.path)
     if update is not None:

@@ -1,4 +1,4 @@
-"""What an export directory says of itself, in its manifest, and its models as they are saved."""
+"""An export's manifest, described from its models, and those models saved to files."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def describe(
     flavour: str,
     logits: str,
 ) -> Manifest:
-    """The manifest of an export, without its files and its verification.
+    """Return the manifest of an export, without its files and its verification.
 
     Args:
-        conversion: What was converted.
+        conversion: The conversion of the model.
         models: All ONNX models of the export, by the names of their files.
-        companions: What was converted of parts that run beside it, by the names of their files.
+        companions: The conversions of companions, by the names of their files.
         programs: Names of the files of models that other programs run in its place.
         flavour: The kind of export.
-        logits: Which positions' logits it gives.
+        logits: The positions whose logits it returns.
     """
     model, options, log = conversion.model, conversion.options, conversion.log
     traced = base_trace(model)
@@ -92,7 +92,7 @@ def describe(
 
 
 def _adapter_inputs(conversion: Conversion, companions: Iterable[Conversion]) -> AdapterInputs | None:
-    """Return the adapter tensors that a decoder and its companions take; None where adapters are folded."""
+    """Return the adapter tensors that a decoder and its companions take; None if adapters are folded."""
     if conversion.adapters is None:
         return None
     own = conversion.adapters.inputs
@@ -122,7 +122,7 @@ def _base(traced: TracedModel) -> BaseEntry | None:
 
 
 def _quantization(conversion: Conversion) -> QuantizedWeights | None:
-    """Return the record of how weights are quantized; None of floats."""
+    """Return the record of how weights are quantized; None for floats."""
     if conversion.plan is None:
         return None
     from gralora_fx.exporters.quantize.plan import quantized_weights
@@ -152,7 +152,7 @@ def weight_entries(traced: TracedModel, graphs: Mapping[str, ir.Graph]) -> dict[
 
 
 def _parameters_of(weight: ProductWeight, sites: Mapping[str, list[str]], widths: Mapping[str, int]) -> tuple[str, ...]:
-    """The parameters that an initializer holds; none if it does not hold weights of layers alone."""
+    """Return the parameters that an initializer holds; none unless all are weights of layers."""
     for names in parameter_names(weight.value):
         is_known = all(name in sites for name in names)
         if is_known and sum(widths[sites[name][0]] for name in names) == weight.out_features:
@@ -161,7 +161,7 @@ def _parameters_of(weight: ProductWeight, sites: Mapping[str, list[str]], widths
 
 
 def describes(manifest: Manifest, model: TracedModel | GraloraModel) -> bool:
-    """Return whether a manifest is of a model: of its base by the fingerprint, of adapters by their digests."""
+    """Return whether a manifest describes a model, by the base's fingerprint and the adapters' digests."""
     if manifest.base_fingerprint not in (None, fingerprint_of(model)):
         return False
     return manifest.adapter_inputs is not None or digests_of(manifest.adapters) == digests_of(describe_adapters(model))
@@ -178,7 +178,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def describe_adapters(model: TracedModel | GraloraModel) -> dict[str, AdapterEntry]:
-    """Configuration and digest by name of each adapter that an export folds or that was merged before."""
+    """Return configuration and digest of each adapter that an export folds or that was merged before, by name."""
     found: Mapping[str, Any] = model.merged_adapters if isinstance(model, TracedModel) else _active(model)
     return {name: AdapterEntry(entry["config"], entry["sha256"], entry.get("base")) for name, entry in found.items()}
 
@@ -205,7 +205,7 @@ def _shape(value: ir.Value) -> list[int | str | None]:
 
 
 def position_offset(traced: TracedModel) -> int:
-    """Number of unused rows at the start of the position table: RoBERTa counts from its padding index + 1."""
+    """Return the number of unused rows before the position table: RoBERTa counts from its padding index + 1."""
     limit = context_length(traced.config.to_dict()) if traced.config is not None else None
     parameters = dict(traced.graph_module.named_parameters(remove_duplicate=False))
     for node in traced.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
@@ -237,13 +237,13 @@ def save_models(
 
 
 def _save(model: ir.Model, stage: Path, name: str, written: dict[Hashable, ir.ExternalTensor]) -> None:
-    """Write a model, and those of its weights that are not written yet, which are noted; the model stays as it is."""
+    """Write a model with those weights that are not yet written, and record them; the model itself is not changed."""
     weights = list(_weights(model))
     identities = {id(tensor): _identity(tensor) for _, tensor in weights if tensor.nbytes > _INLINE}
     try:
         for value, tensor in weights:
             if identities.get(id(tensor)) in written:
-                value.const_value = None  # which is passed over
+                value.const_value = None  # the writer skips it
         if not written or any(value.const_value is not None and id(tensor) in identities for value, tensor in weights):
             new = sum(value.const_value is not None and id(tensor) in identities for value, tensor in weights)
             done = itertools.count(1)
@@ -270,7 +270,7 @@ def _save(model: ir.Model, stage: Path, name: str, written: dict[Hashable, ir.Ex
 
 
 def _weights(model: ir.Model) -> Iterable[tuple[ir.Value, ir.TensorProtocol]]:
-    """The initializers of a model with their tensors, those of branches too."""
+    """Yield the initializers of a model with their tensors, branches included."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if value.const_value is not None:
@@ -278,7 +278,7 @@ def _weights(model: ir.Model) -> Iterable[tuple[ir.Value, ir.TensorProtocol]]:
 
 
 def _identity(tensor: ir.TensorProtocol) -> Hashable:
-    """Return what tells whether two tensors are the same: the object, or the values of a constant that a pass made."""
+    """Return a key that is equal for one tensor: the object, or the values of a constant that a pass created."""
     if type(tensor) is ir.Tensor:
         return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
     return id(tensor)

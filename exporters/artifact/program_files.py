@@ -18,7 +18,7 @@ from gralora_fx.run.engine.limits import UNLIMITED, context_length
 
 
 def write_program_files(stage: Path, traced: TracedModel) -> None:
-    """Write `config.json`, `generation_config.json` of a model that generates, and files of what its task appends."""
+    """Write `config.json`, and if the model has them `generation_config.json` and files on its task's modules."""
     if traced.config is not None:
         traced.config.save_pretrained(stage)
         path = stage / "config.json"
@@ -32,7 +32,7 @@ def write_program_files(stage: Path, traced: TracedModel) -> None:
 
 
 def write_genai_config(directory: Path, config: PreTrainedConfig, models: Mapping[str, ir.Model]) -> None:
-    """Write the configuration beside a decoder's models, and what those that run with it add."""
+    """Write `genai_config.json` beside a decoder's models, with the additions of its companions."""
     from gralora_fx.base.features import parts
 
     fields = genai_config(config, models[MODEL])
@@ -42,7 +42,7 @@ def write_genai_config(directory: Path, config: PreTrainedConfig, models: Mappin
 
 
 def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
-    """The configuration as it is written; sizes of the cache are read from the graph itself."""
+    """Return the contents of `genai_config.json`; sizes of the cache are read from the graph."""
     text = config.get_text_config()
     inputs = {str(value.name): value for value in model.graph.inputs}
     slots = {str(value.name): slot_of(str(value.name)) for value in model.graph.outputs}
@@ -72,7 +72,7 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
         "outputs": {"logits": "logits", **{f"present_{kind}_names": f"{PRESENT_PREFIX}%d.{kind}" for kind in kinds}},
     }
     windows = {slot.layer: value for slot, value in pasts.items() if slot.kind.is_window}
-    if windows and not any(slot.kind.sums_up for slot in pasts):  # onnxruntime-genai asks for both then
+    if windows and not any(slot.kind.sums_up for slot in pasts):  # onnxruntime-genai needs both then
         decoder["layer_types"] = ["conv" if layer in windows else "full_attention" for layer in range(layers)]
         decoder["conv_cache_size"] = int(next(iter(windows.values())).shape[2])
     return {
@@ -102,14 +102,14 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
 
 
 def _attention_sizes(pasts: Mapping[CacheSlot, ir.Value]) -> tuple[int, int]:
-    """The number of key heads and their size in the first layer with attention; 1 and 1 of a model without any."""
+    """Return the number of key heads and their size in the first layer with attention; 1 and 1 without any."""
     shapes = (value.shape for slot, value in pasts.items() if slot.kind is KINDS["key"])
     shape = next(shapes, None)
     return (1, 1) if shape is None else (int(shape[1]), int(shape[3]))  # type: ignore[arg-type]
 
 
 def _model_type(config: PreTrainedConfig) -> str:
-    """Return what onnxruntime-genai calls a model that keeps states, which it knows by name alone.
+    """Return onnxruntime-genai's name for a model that keeps states, which it recognises by name alone.
 
     The name is that of the class; the text model within another has one of its own.
     """
@@ -126,7 +126,7 @@ def _is_in_place(present: ir.Value) -> bool:
 
 
 def _is_attentions_own(past: ir.Value) -> bool:
-    """Whether fused attention alone reads a cache; others would take a buffer's length for that of what it holds."""
+    """Return whether only fused attention reads a cache; others would take the buffer's length for the content's."""
     return all(usage.node.op_type == "GroupQueryAttention" for usage in past.uses())
 
 

@@ -23,14 +23,14 @@ from gralora_fx.format.manifest import Manifest, read_manifest
 if TYPE_CHECKING:
     from gralora_fx.base.sources.same_base import BaseSource
 
-_LOCK, _OLD = "lock", "old"  # in the folder that a run works in, beside the output
+_LOCK, _OLD = "lock", "old"  # names in a run's working folder, beside the output
 _REMEDY = "give another output directory"
 _REPLACING = f"{option(overwrite=True)} to replace it, or another output directory"
 _LITTLE = 1 << 20  # bytes; with less free space, a write error without a reason is taken for a full disk
 
 
 def check_output(directory: str | Path) -> Path:
-    """The output path, checked: new, empty, or an earlier export."""
+    """Check the output path and return it; it must be new, empty or an earlier export."""
     path = check_path(directory)
     if path.is_dir() and any(path.iterdir()) and not is_export(path):
         raise ExportError(
@@ -41,7 +41,7 @@ def check_output(directory: str | Path) -> Path:
 
 
 def check_converted(directory: str | Path, sources: Iterable[Path], marker: str, *, overwrite: bool) -> Path:
-    """The output path of what is made from other directories, checked: new, empty, or an earlier result."""
+    """Check the output path of a result made from other directories; it must be new, empty or an earlier result."""
     path = check_path(directory)
     for source in sources:
         one, other = path.resolve(), source.resolve()
@@ -61,7 +61,7 @@ def check_converted(directory: str | Path, sources: Iterable[Path], marker: str,
 
 
 def check_path(directory: str | Path) -> Path:
-    """The output path, checked: a directory that could be made or replaced, whatever it holds."""
+    """Check the output path and return it; it must be a directory that can be made or replaced."""
     path = usable_directory(directory, ExportError, remedy=_REMEDY)
     if path.resolve() == Path.cwd():
         raise ExportError(f"the output is the current directory, which cannot be replaced; {_REMEDY}")
@@ -72,21 +72,21 @@ def check_path(directory: str | Path) -> Path:
 
 
 def check_folder(directory: str | Path) -> Path:
-    """A directory to write files into, checked: it may exist and hold others."""
+    """Check a directory to write files into and return it; it may exist and hold other files."""
     path = usable_directory(directory, ExportError, writes=True)
     _check_writable(path.absolute(), (), path)
     return path
 
 
 def check_file(file: str | Path) -> Path:
-    """A file to write, checked: it may exist."""
+    """Check a file to write and return it; it may exist."""
     path = usable_file(file, ExportError, writes=True)
     _check_writable(path.absolute().parent, (path.name,), path)
     return path
 
 
 def _check_writable(folder: Path, names: Sequence[str], path: Path) -> None:
-    """Check that a directory can be made or written to, by making one in what there is of it."""
+    """Check that a directory can be made or written to, by making one in its nearest existing parent."""
     there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), Path("/"))
     try:
         Path(tempfile.mkdtemp(prefix=".gralora-", dir=there)).rmdir()
@@ -116,7 +116,7 @@ def check_replaced(directory: str | Path, *, task: str | None, fingerprint: str 
 
 
 def check_base_replaced(directory: str | Path, base: BaseSource) -> None:
-    """Refuse to replace an earlier export of another base, as far as that shows before any weight is loaded."""
+    """Refuse to replace an earlier export of another base, if that is known before any weight is loaded."""
     earlier = _earlier(Path(directory))
     if earlier is None:
         return
@@ -131,7 +131,7 @@ def check_base_replaced(directory: str | Path, base: BaseSource) -> None:
 
 
 def warn_of_lost_adapters(directory: str | Path, brought: Iterable[str]) -> None:
-    """Warn of adapters in an earlier export that the new one does not bring, since an export is replaced whole."""
+    """Warn of adapters in an earlier export that the new one lacks, since an export is replaced as a whole."""
     path = Path(directory)
     if not is_export(path):
         return
@@ -144,7 +144,7 @@ def warn_of_lost_adapters(directory: str | Path, brought: Iterable[str]) -> None
 
 
 def _earlier(path: Path) -> Manifest | None:
-    """The manifest of an earlier export; None if there is none."""
+    """Return the manifest of an earlier export; None if there is none."""
     if not is_export(path):
         return None
     try:
@@ -159,10 +159,10 @@ def _another(directory: str | Path, difference: str) -> ExportError:
 
 @contextmanager
 def staged(directory: str | Path, check: Callable[[str | Path], Path] = check_output) -> Iterator[Path]:
-    """A directory to write into, which takes the output's place when the block ends without an error.
+    """Yield a directory to write into; it replaces the output when the block ends without an error.
 
-    An earlier export there is replaced whole; after an error it is as it was, and nothing else is left. What a killed
-    run has left is cleaned up by the next one.
+    An earlier export is replaced as a whole; after an error it is unchanged and nothing else is left. Leftovers of
+    killed runs are removed by the next one.
     """
     path = check(directory).absolute()
     try:
@@ -205,7 +205,7 @@ def require_space(directory: str | Path, needed: int) -> None:
 
 
 def _reason(error: OSError, path: Path) -> str:
-    """The operating system's reason, with the free space if the disk is full."""
+    """Return the operating system's reason, with the free space if the disk is full."""
     reason = error.strerror or str(error)
     free = shutil.disk_usage(path).free
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and free < _LITTLE)
@@ -217,12 +217,12 @@ def _prefix(path: Path) -> str:
 
 
 def _clean_up(path: Path) -> None:
-    """Remove what killed runs left beside an output; an export that one was about to replace is put back."""
+    """Remove leftovers of killed runs beside an output; restore an export that one of them was about to replace."""
     for work in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
         lock = FileLock(work / _LOCK)
         try:
             lock.acquire(blocking=False)
-        except (Timeout, FileNotFoundError):  # another run is at work in it, or has just ended
+        except (Timeout, FileNotFoundError):  # another run uses it, or has just ended
             continue
         try:
             if (work / _OLD).is_dir() and not path.exists():
@@ -245,7 +245,7 @@ def _replace(stage: Path, path: Path, old: Path) -> None:
 
 
 def file_sizes(directory: str | Path) -> dict[str, int]:
-    """The size in bytes of every file in a directory and its subdirectories, by POSIX path, sorted."""
+    """Return the size in bytes of every file in a directory and its subdirectories, by POSIX path, sorted."""
     root = Path(directory)
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     return {path.relative_to(root).as_posix(): path.stat().st_size for path in files}

@@ -1,4 +1,4 @@
-"""The files of an export's tokenizer, and of what makes a model's other inputs."""
+"""The files of an export's tokenizer, and of processors for the model's other inputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gralora_fx.errors import ExportError, first_line
 
 
 def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any, companions: Collection[str] = ()) -> None:
-    """Write the tokenizer's files; what the model's task appends has a say in them.
+    """Write the tokenizer's files, adjusted for the modules that the model's task appends.
 
-    With companions goes what makes their inputs of prompts, such as a processor.
+    For companions, the processor that makes their inputs from prompts is written too.
 
-    For a model that reads features of sound the feature extractor is written too, as `preprocessor_config.json`, which
-    transformers.js reads: that of a processor, or the one beside the tokenizer.
+    For a model that reads audio features, the feature extractor is written as `preprocessor_config.json`, which
+    transformers.js reads: the processor's, or the one beside the tokenizer.
     """
     source = tokenizer if isinstance(tokenizer, (str, Path)) else None
     tokenizer = loaded_tokenizer(tokenizer)
@@ -32,7 +32,7 @@ def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any, companions
         tokenizer.save_pretrained(stage)
         if features is not None:
             features.save_pretrained(stage)
-    except Exception as error:  # the tokenizers library raises types of its own, for a full disk too
+    except Exception as error:  # the tokenizers library raises its own types, for a full disk too
         raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
 
 
@@ -47,13 +47,13 @@ def loaded_tokenizer(tokenizer: Any) -> Any:
 
 
 def _places(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> list[str | Path]:
-    """Return where a tokenizer may have come from, the likeliest first."""
+    """Return the places that a tokenizer may come from, the likeliest first."""
     places = (source, getattr(tokenizer, "name_or_path", None), traced.tokenizer_source)
     return [place for place in places if place]
 
 
 def _feature_extractor(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> Any | None:
-    """The feature extractor beside a tokenizer that was given without one, for a model that reads features."""
+    """Return the feature extractor beside a tokenizer without one, if the model reads audio features."""
     if not {"input_features", "input_values"} & set(traced.example_inputs):
         return None
     places = _places(traced, source, tokenizer)

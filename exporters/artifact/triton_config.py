@@ -1,4 +1,4 @@
-"""`config.pbtxt`: how Triton's ONNX Runtime backend runs a model, read off an ONNX Runtime session."""
+"""`config.pbtxt`, which configures Triton's ONNX Runtime backend, made from an ONNX Runtime session."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class TritonTensor:
     Attributes:
         name: Its name.
         data_type: Its type, by Triton's name.
-        dims: Its sizes, -1 for any; without the batch where Triton batches.
+        dims: Its sizes, -1 for any; without the batch if Triton batches.
         is_optional: Whether a request may leave it out.
-        is_reshaped: Whether the model has no axis besides the batch, for which Triton asks for one of size 1.
+        is_reshaped: Whether the model has no axis besides the batch; Triton then needs one of size 1.
         label_file: A file with the names of its classes; None for none.
     """
 
@@ -47,7 +47,7 @@ class TritonTensor:
     label_file: str | None = None
 
     def lines(self) -> Iterator[str]:
-        """Its part of `config.pbtxt`."""
+        """Return its lines of `config.pbtxt`."""
         yield f"    name: {_quoted(self.name)}"
         yield f"    data_type: {self.data_type}"
         yield f"    dims: [ {', '.join(map(str, self.dims))} ]"
@@ -61,13 +61,13 @@ class TritonTensor:
 
 @dataclass(frozen=True)
 class TritonConfig:
-    """What `config.pbtxt` says.
+    """The contents of `config.pbtxt`.
 
     Attributes:
         name: The model's name.
-        max_batch: The most rows of a batch; 0 where Triton runs each request as it comes, with all axes its own.
-        inputs: What a request gives.
-        outputs: What it gets.
+        max_batch: The most rows of a batch; 0 if Triton does not batch, so that requests keep all axes.
+        inputs: The inputs of a request.
+        outputs: The outputs of a response.
         parameters: Parameters of the model and of the backend.
     """
 
@@ -78,7 +78,7 @@ class TritonConfig:
     parameters: Mapping[str, str] = field(default_factory=dict)
 
     def to_text(self) -> str:
-        """The text of the file."""
+        """Return the text of the file."""
         lines = [f"name: {_quoted(self.name)}", 'backend: "onnxruntime"', f"max_batch_size: {self.max_batch}"]
         for kind, tensors in (("input", self.inputs), ("output", self.outputs)):
             for tensor in tensors:
@@ -94,7 +94,7 @@ class TritonConfig:
 def tensors_of(
     values: Sequence[Any], *, batched: bool, optional: bool = False, label_files: Mapping[str, str] | None = None
 ) -> tuple[TritonTensor, ...]:
-    """Inputs or outputs of a session as Triton declares them."""
+    """Return a session's inputs or outputs as Triton declares them."""
     return tuple(_tensor(value, batched, optional, (label_files or {}).get(value.name)) for value in values)
 
 
@@ -106,5 +106,5 @@ def _tensor(value: Any, batched: bool, optional: bool, label_file: str | None) -
 
 
 def _quoted(text: str) -> str:
-    """A text of protobuf's text format, whose escapes JSON's are but for those of letters beyond ASCII."""
+    """Quote text for protobuf's text format; its escapes are JSON's, except for non-ASCII letters."""
     return json.dumps(text, ensure_ascii=False)

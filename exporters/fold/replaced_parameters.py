@@ -104,9 +104,7 @@ def _weight_locations(export: Export, path: str) -> list[WeightLocation]:
     locations = list(named_locations(export, path))
     if not locations and export.manifest is None:  # under a prefix, as of a model within another module
         locations = list(named_locations(export, path, foreign=True))
-        locations = (
-            [] if len(locations) > 1 and export.base is not None else unique(locations)
-        )  # else values tell them apart
+        locations = [] if len(locations) > 1 and export.base is not None else unique(locations)
     for location in locations:
         if location.weight.others or len(location.weight.readers) > 1:
             raise MergeError(f"{location.weight.name} has several readers, and nothing says that all are of one layer")

@@ -1,4 +1,4 @@
-"""What a decoder's model runs beside it, such as a tower: ONNX models of their own in the same directory."""
+"""Companions of a decoder, such as a vision tower: ONNX models of their own in the same directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gralora_fx.format.export_directory import MODEL
 
 
 def companion_conversions(model: TracedModel | GraloraModel, options: ExportOptions) -> dict[str, Conversion]:
-    """Return what is converted of each companion; its weights stay floats, whatever the decoder's become."""
+    """Return the conversion of each companion; its weights stay floats even if the decoder's are quantized."""
     own = dataclasses.replace(
         options,
         quantize=None,
@@ -60,7 +60,7 @@ def companion_models(conversions: Mapping[str, Conversion]) -> dict[str, ir.Mode
 def program_models(
     conversion: Conversion, models: Mapping[str, ir.Model], companions: Collection[str]
 ) -> dict[str, ir.Model]:
-    """Return what other programs run in the place of the decoder, over the same weights, by the names of its files."""
+    """Return models that other programs run instead of the decoder, over the same weights, by file name."""
     found: dict[str, ir.Model] = {}
     for graphs_of in parts("program graphs", companions):
         found |= graphs_of(conversion.traced.config, models)

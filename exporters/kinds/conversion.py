@@ -1,4 +1,4 @@
-"""What an export converts: a trace without adapters, the options, and the fingerprint of the base."""
+"""The input of an export: a trace without adapters, the options, and the fingerprint of the base."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
     from gralora_fx.exporters.kinds.data_sites import DataSites
     from gralora_fx.exporters.quantize.plan import QuantizationPlan
 
-_SAMPLES = 64  # of a parameter, for the fingerprint
+_SAMPLES = 64  # values of a parameter that the fingerprint samples
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is converted, and how; each kind of export makes its ONNX models from it."""
+    """A model to convert, and how; each kind of export makes its ONNX models from it."""
 
     model: TracedModel | GraloraModel  # what is exported
-    # its trace, the active adapters folded into the weights, or all adapters left out where they are data
+    # its trace, with active adapters folded into the weights, or without adapters if they are data
     traced: TracedModel
     options: ExportOptions
     log: PassLog  # receives a report for each pass
-    # the layers whose adapters are data of the ONNX models; None where adapters are folded
+    # the layers whose adapters are data of the ONNX models; None if adapters are folded
     adapters: DataSites | None = None
     plan: QuantizationPlan | None = None  # how matrices are stored; None for floats
 
     @property
     def data_adapters(self) -> tuple[str, ...]:
-        """Names of the active adapters, where they become data."""
+        """Names of the active adapters, if they become data."""
         model = self.model
         return tuple(model.active_adapters) if isinstance(model, GraloraModel) and self.adapters is not None else ()
 
     def check_kind(self, kind: str) -> None:
-        """Check that active adapters that act from tokens on can be data of a kind of export."""
+        """Check that active adapters that take effect from a token on can be data of a kind of export."""
         for name in self.data_adapters:
             assert isinstance(self.model, GraloraModel)
             adapter = self.model.adapter(name)
@@ -61,7 +61,7 @@ class Conversion:
         return fingerprint_of(self.model)
 
     def by_row(self, log: PassLog) -> Conversion:
-        """The conversion to a graph in which each row of a batch has an adapter of its own."""
+        """Return the conversion to a graph in which each row of a batch has its own adapter."""
         adapters = self.adapters
         if adapters is not None:
             adapters = dataclasses.replace(adapters, inputs=adapters.inputs.by_row())
@@ -69,7 +69,7 @@ class Conversion:
 
 
 def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> Conversion:
-    """What an export of a model converts."""
+    """Return the conversion of a model by an export's options."""
     if isinstance(model, (TracedModel, GraloraModel)):
         configs = model.configs if isinstance(model, GraloraModel) else {}
         methods = {name: method_of(config) for name, config in configs.items()}
@@ -92,7 +92,7 @@ def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> 
 
 
 def fold_adapters(model: TracedModel | GraloraModel) -> TracedModel:
-    """The adapter-free model: the traced model itself, or a rewritten one with its active adapters folded lazily."""
+    """Return the adapter-free model: the traced model itself, or one with the active adapters merged lazily."""
     if isinstance(model, TracedModel):
         return model
     if not isinstance(model, GraloraModel):
@@ -103,7 +103,7 @@ def fold_adapters(model: TracedModel | GraloraModel) -> TracedModel:
 
 
 def base_trace(model: TracedModel | GraloraModel) -> TracedModel:
-    """The trace of the base model, without adapters."""
+    """Return the trace of the base model, without adapters."""
     return model.traced if isinstance(model, GraloraModel) else model
 
 
@@ -125,7 +125,7 @@ def check_runnable(model: TracedModel | GraloraModel) -> None:
 
 
 def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and a sample of the values of every parameter."""
+    """Return the SHA-256 of names, shapes, dtypes and a sample of the values of every parameter."""
     digest = hashlib.sha256()
     for name in sorted(parameters):
         tensor = parameters[name]
@@ -137,9 +137,9 @@ def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
 
 
 def fingerprint_of(model: TracedModel | GraloraModel) -> str:
-    """The fingerprint of a model's base, without the parameters that its active adapters hold copies of.
+    """Return the fingerprint of a model's base, without the parameters that its active adapters replace.
 
-    What a copy replaces has no meaning for an export, and differs in every run where it is a fresh head.
+    Values that a copy replaces do not affect an export, and differ in every run if they are a fresh head's.
     """
     if isinstance(model, TracedModel):
         return base_fingerprint(model.tree.parameters)

@@ -29,11 +29,11 @@ class DataSites:
 
 
 def takes_blocks(model: GraloraModel, *, is_quantized: bool) -> bool:
-    """Whether an export takes adapters with GraLoRA's blocks, rather than each as the plain LoRA that it equals.
+    """Return whether an export takes adapters with GraLoRA's blocks, rather than each as an equivalent plain LoRA.
 
     LoRA's form has a third of the nodes at a layer and `gralora_k` times the values, and takes any `gralora_k`. Blocks
-    win, but for a small adapter over quantized weights, beside which nodes take longer than values; `python -m
-    benchmarks forms` measures both. Adapters with different `gralora_k` have no blocks in common.
+    are faster, except for a small adapter over quantized weights, where the extra nodes cost more than the values;
+    `python -m benchmarks forms` measures both. Adapters with different `gralora_k` cannot share blocks.
     """
     if len(_block_counts(model)) != 1:
         return False
@@ -41,7 +41,7 @@ def takes_blocks(model: GraloraModel, *, is_quantized: bool) -> bool:
 
 
 def data_sites(model: GraloraModel, options: ExportOptions) -> DataSites:
-    """The layers that any adapter of a model changes, active or not."""
+    """Return the layers that any adapter of a model changes, active or not."""
     mode, is_quantized = options.adapters, options.quantize is not None
     if model.merged_adapters:
         raise ExportError(
@@ -92,7 +92,7 @@ def check_found(adapters: DataSites, found: Iterable[frozenset[str]]) -> None:
 
 
 def _trained(model: GraloraModel) -> set[str]:
-    """Names of the parameters that adapters train as copies of their own (`modules_to_save`, biases)."""
+    """Return the names of parameters that adapters train as copies (`modules_to_save`, biases)."""
     names = {name: [base for owned in model.adapter(name).copies.values() for base in owned] for name in model.configs}
     known = {parameter for site in model.sites for parameter in _parameters_of(site)}
     known |= {name for name, value in model.traced.tree.parameters.items() if name.endswith(_BIAS) and value.ndim == 1}
@@ -106,7 +106,7 @@ def _trained(model: GraloraModel) -> set[str]:
 
 
 def _parameters_of(site: LinearSite) -> set[str]:
-    """Names of a layer's parameters."""
+    """Return the names of a layer's parameters."""
     return {f"{site.path}{_WEIGHT}", *([] if site.bias is None else [f"{site.path}{_BIAS}"])}
 
 
@@ -117,18 +117,18 @@ def _entry(site: LinearSite, blocks: Container[str], trained: Container[str]) ->
 
 
 def _norm_entry(traced: TracedModel, bias: str) -> AdapterSite:
-    """A normalization whose bias trains; the widths before and after it are equal."""
+    """Return the site of a normalization whose bias trains; its input and output widths are equal."""
     (width,) = traced.tree.parameters[bias].shape
     return AdapterSite(bias.removesuffix(_BIAS), width, width, BIAS, has_bias=True)
 
 
 def _block_counts(model: GraloraModel) -> set[int]:
-    """The `gralora_k` of the adapters that have blocks, at any site."""
+    """Return the `gralora_k` of the adapters that have blocks, at any site."""
     return {planned.k for planned in _with_blocks(model)}
 
 
 def _with_blocks(model: GraloraModel) -> list[PlannedSite]:
-    """What the GraLoRA adapters of a model do at each of their layers."""
+    """Return the planned sites of a model's GraLoRA adapters."""
     plans = [plan for plan in model.plans.values() if isinstance(plan.config, GraloraConfig)]
     return [planned for plan in plans for planned in plan.selected]
 

@@ -1,4 +1,4 @@
-"""A decoder with a cache: a graph for prefill and single steps, and one whose rows have lengths of their own."""
+"""A decoder with a cache: a graph for prefill and single steps, and one whose rows have their own lengths."""
 
 from __future__ import annotations
 
@@ -52,15 +52,14 @@ from gralora_fx.format.input_names import PAST
 
 
 def decoder_models(conversion: Conversion) -> Models:
-    """The ONNX models of a traced decoder step, by the names of their files.
+    """Return the ONNX models of a traced decoder step, by the names of their files.
 
     Before: `logits, cache = forward(input_ids, attention_mask, position_ids, past cache)`
     After:  the same with `past_key_values.N.key|value|conv|recurrent` in and `present.N....` out, attention fused, and
-            logits of the last position only unless all are asked for
+            logits of the last position only unless all are requested
 
-    `model` reads one length of all rows, with a mask; `model_rows` rows of their own lengths (see
-    `batch_continuously`), with the same weights. Where there can be no such graph, the reason is a `RowsEntry` in the
-    log.
+    `model` reads rows of one length, with a mask; `model_rows` reads rows of different lengths (see
+    `batch_continuously`), with the same weights. If there can be no such graph, the reason is a `RowsEntry` in the log.
     """
     options, log = conversion.options, conversion.log
     casts = CastGraph(options.precision, tuple(slot.kind for slot in cached_slots(conversion.traced.example_inputs)))
@@ -82,7 +81,7 @@ def decoder_models(conversion: Conversion) -> Models:
 
 
 def _rows_model(model: ir.Model, conversion: Conversion, found: PassLog) -> ir.Model:
-    """The graph whose rows have lengths of their own, made of one with fused attention."""
+    """Return the graph whose rows have their own lengths, made from one with fused attention."""
     for report in found.summaries(CachedAttentionReport):
         if report.plain:
             layers = listed([f"{layer} ({why})" for layer, why in report.plain.items()], 4)
@@ -92,17 +91,17 @@ def _rows_model(model: ir.Model, conversion: Conversion, found: PassLog) -> ir.M
 
 
 def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipeline:
-    """The passes over a translated decoder, before it becomes a graph of one length or one of rows."""
+    """Return the passes over a translated decoder, before it becomes a graph of one length or one of rows."""
     slots = tuple(cached_slots(conversion.traced.example_inputs))
     return OnnxPipeline(
         "decoder",
         (
-            *marking_passes(conversion),  # first: weights have their own names
+            *marking_passes(conversion),  # first: weights still have their names
             fold_transposes,
-            # absorbs the rotary embeddings before it where it can
+            # absorbs the rotary embeddings before it if it can
             FuseAttention(tables, has_attention=any(slot.kind.grows for slot in slots)),
-            LowerRotary(tables),  # those that attention did not absorb
-            FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
+            LowerRotary(tables),  # rotary embeddings that attention did not absorb
+            FuseDotProductAttention(),  # attention without a cache, or written out in the model
             *lowering_passes(conversion),
             NameCache(slots),
             *parts("cache passes", conversion.traced.operators),
@@ -111,7 +110,7 @@ def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipe
 
 
 def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass[ir.Model]]) -> OnnxPipeline:
-    """The passes over a decoder with fused attention."""
+    """Return the passes over a decoder with fused attention."""
     return OnnxPipeline(
         name,
         (
@@ -125,10 +124,10 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
             fill_vectors,
             name_axes,
             drop_stack_traces,
-            float32_inputs,  # after the inputs have their names, which tell those of the cache
-            *parts("optional inputs", conversion.traced.signature.inputs),  # nothing is folded any more
+            float32_inputs,  # after the inputs have their names, by which it finds the cache
+            *parts("optional inputs", conversion.traced.signature.inputs),  # after all folding
             optional_verifying_inputs,
-            *insertion_passes(conversion),  # what was packed stays packed
+            *insertion_passes(conversion),  # after packing
             *storing_passes(conversion),
         ),
         given=TRANSLATED - {ROTARY_NODES} | {FOLDED_TRANSPOSES, FUSED_CACHED_ATTENTION},
@@ -137,9 +136,9 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
 
 @dataclass(frozen=True)
 class NameCache:
-    """Name inputs and outputs as the ecosystem expects them."""
+    """Name inputs and outputs as optimum and onnxruntime-genai do."""
 
-    slots: tuple[CacheSlot, ...]  # the tensors of the cache, in the order in which the graph takes and gives them
+    slots: tuple[CacheSlot, ...]  # the tensors of the cache, in the order of the graph's inputs and outputs
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Rename them in place."""

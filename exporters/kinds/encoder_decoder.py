@@ -1,6 +1,6 @@
 """An encoder-decoder with a cache as two ONNX graphs in optimum's layout, which transformers.js reads too.
 
-And how it is compared with its model: on which inputs, and by its greedy tokens, read by the engine.
+And its comparison with the model: the inputs, and the greedy tokens that the engine computes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _QUICK_ENCODED_STEPS = ((1, 9, "", 0, 1), (2, 6, "right", 0, 3), (2, 5, "left", 
 def encoder_decoder_inputs(
     model: TracedModel, generator: torch.Generator, quick: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A decoder's first and later steps, over texts of several lengths, padded on either side."""
+    """Yield a decoder's first and later steps, over texts of several lengths, padded on either side."""
     limit = longest_text(model)
     for batch, source, side, past, length in _QUICK_ENCODED_STEPS if quick else _ENCODED_STEPS:
         if past + length > limit or source > limit:
@@ -87,7 +87,7 @@ def encoder_decoder_inputs(
 def compare_encoder_decoder(run: TokenRun) -> TokenResult:
     """Compare the greedy tokens of an encoder-decoder: all have to be PyTorch's.
 
-    They are those of the largest batch of inputs that starts with an empty cache.
+    The tokens continue the largest batch of inputs that starts with an empty cache.
     """
     empty = [case for _, case in run.cases if PAST in case and not case[PAST].get_seq_length()]
     case = max(empty, key=lambda case: len(case["decoder_input_ids"]))
@@ -116,7 +116,7 @@ def _answers_of_model(model: TracedModel | GraloraModel, source: Mapping[str, An
 
 
 def _answers_of_export(run: TokenRun, source: Mapping[str, Any], rows: int, count: int) -> Step:
-    """The export in the engine that `generate` and the service drive, a row for each of what its encoder reads."""
+    """Return the export in the engine that `generate` and the service use, with a row for each input of the encoder."""
     tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
     arrays = {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in tensors.items()}
     limits = DecoderLimits(None, count, frozenset())
@@ -132,15 +132,15 @@ _EVERYTHING = 2**63 - 1
 
 
 def encoder_decoder_models(conversion: Conversion) -> Models:
-    """The two ONNX models of a traced encoder-decoder, by the names of their files.
+    """Return the two ONNX models of a traced encoder-decoder, by the names of their files.
 
     `encoder_model`: `input_ids` or `input_features`, `attention_mask` -> `last_hidden_state`.
 
     `decoder_model_merged`: `input_ids, encoder_hidden_states, encoder_attention_mask, use_cache_branch` and
     `past_key_values.N.decoder|encoder.key|value` -> `logits` of every position and
     `present.N.decoder|encoder.key|value`. If `use_cache_branch` is false the past is not read; if true, the keys and
-    values of the encoder's output are taken from the past and passed through. What the decoder reads of the encoder is
-    float32.
+    values of the encoder's output are taken from the past and passed through. The encoder's outputs are float32 for the
+    decoder.
     """
     precision, log = conversion.options.precision, conversion.log
     parts = split(graph_to_translate(conversion.traced))
@@ -171,12 +171,12 @@ def _translated(conversion: Conversion, name: str, graph_module: fx.GraphModule,
 
 
 def translated_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
-    """Return what either part goes through as it was translated."""
+    """Return the passes over either part as translated."""
     return OnnxPipeline(name, (*translated_passes(conversion, unless_weight), drop_stack_traces))
 
 
 def _tables(conversion: Conversion, *parts: ir.Model) -> frozenset[str]:
-    """Return the names of embeddings that are a head's weight in some part, where weights are quantized."""
+    """Return the names of embeddings that are a head's weight in some part, if weights are quantized."""
     if conversion.plan is None:
         return frozenset()
     from gralora_fx.exporters.rules.products.block_products import tables_of_heads
@@ -185,27 +185,25 @@ def _tables(conversion: Conversion, *parts: ir.Model) -> frozenset[str]:
 
 
 def named_pipeline(conversion: Conversion, name: str, tables: frozenset[str]) -> OnnxPipeline:
-    """Return what a part goes through once its inputs and outputs have their names."""
+    """Return the passes over a part once its inputs and outputs have their names."""
     return OnnxPipeline(
         name,
         (
             name_axes,
-            *insertion_passes(
-                conversion
-            ),  # what was fused stays fused; before the keys' projections move into a branch
+            *insertion_passes(conversion),  # after all fusions; before the keys' projections move into a branch
             *([cache_cross_attention] if name == "decoder" else []),  # finds the cache by the names
-            float32_inputs,  # so do those inputs that are not of the cache
-            *storing_passes(conversion, tables),  # last: all others look for matrices
+            float32_inputs,  # casts the inputs other than the cache, found by name
+            *storing_passes(conversion, tables),  # last: all other passes expect float matrices
         ),
     )
 
 
 def cache_cross_attention(model: ir.Model) -> PassResult[ir.Model]:
-    """Take the cross-attention keys and values from the past, once there are any.
+    """Take the keys and values of cross-attention from the past, after the first step.
 
     Before: `present.N.encoder.key = Transpose(Reshape(MatMul(encoder_hidden_states, w)))`
     After:  `present.N.encoder.key = If(use_cache_branch)`, one branch of which is `past_key_values.N.encoder.key`, the
-        other the computation from before; the decoder's own past is cut to nothing where the flag is false
+            other the computation from before; the decoder's own past is sliced to length 0 if the flag is false
     """
     graph = model.graph
     flag = ir.Value(name=FLAG, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
@@ -265,7 +263,7 @@ def _choose(graph: ir.Graph, flag: ir.Value, cached: list[ir.Value], computed: l
 
 
 def _only_for(graph: ir.Graph, values: list[ir.Value]) -> list[ir.Node]:
-    """The nodes that nothing but these values needs, in order."""
+    """Return the nodes that only these values depend on, in order."""
     needed: set[ir.Node] = {producer for value in values if (producer := value.producer()) is not None}
     for node in reversed(graph):
         users = {user for output in node.outputs for user, _ in output.uses()}

@@ -1,6 +1,6 @@
-"""What a kind of export is: how traces become ONNX models, what else it writes and compares; and which fits a trace.
+"""A kind of export: how traces become ONNX models, which files it writes and compares; and which kind fits a trace.
 
-The passes that several kinds have are here too.
+Passes that several kinds share are here too.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from gralora_fx.exporters.verify.cases import Verification
 from gralora_fx.format.export_directory import MODEL, ROWS, ROWS_NAME
 from gralora_fx.format.manifest import RowsEntry
 
-Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
+Models = Mapping[str, ir.Model]  # models by the names of their files, without a suffix
 
 
 def marking_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """What marks the outputs of layers whose adapters are data, to be run first: weights must have their own names."""
+    """Return the passes that mark outputs of layers whose adapters are data; they run first, on original names."""
     adapters = conversion.adapters
     if adapters is None:
         return ()
@@ -39,7 +39,7 @@ def marking_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
 
 
 def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """Return what inserts adapters that are data, to be run once all is fused, and before weights are quantized."""
+    """Return the passes that insert adapters as data; they run after all fusions and before quantization."""
     adapters = conversion.adapters
     if adapters is None:
         return ()
@@ -49,18 +49,18 @@ def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
 
 
 def lowering_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """Return what lowers the operators of features, as far as the trace has any."""
+    """Return the passes that lower the operators of features, if the trace has any."""
     operators = conversion.traced.operators
     return (*parts("mixing passes", operators), *parts("lowering passes", operators))
 
 
 def noting_passes(conversion: Conversion) -> tuple[Pass[fx.Graph], ...]:
-    """Return what says of which layers a trace has no operator, as far as it has layers of the kind."""
+    """Return the passes that report layers without a feature's operator, if the trace has layers of that kind."""
     return tuple(parts("noting passes", conversion.traced.operators))
 
 
 def storing_passes(conversion: Conversion, tables: frozenset[str] = frozenset()) -> tuple[Pass[ir.Model], ...]:
-    """Return what stores matrices as the plan says, to be run last: all others look for floats."""
+    """Return the passes that store matrices as planned; they run last, since all others expect floats."""
     passes: tuple[Pass[ir.Model], ...] = ()
     if conversion.plan is not None:
         from gralora_fx.exporters.rules.products.quantize_weights import QuantizeWeights
@@ -71,9 +71,9 @@ def storing_passes(conversion: Conversion, tables: frozenset[str] = frozenset())
 
 
 def with_rows(model: ir.Model, conversion: Conversion, rows: Callable[[Conversion], ir.Model]) -> Models:
-    """A model and its graph for rows of a batch that differ, over the same weights, if there can be one."""
+    """Return a model and, if possible, its graph for rows that differ, over the same weights."""
     models, log = {MODEL: model}, conversion.log
-    apart = PassLog(log.dump, log.reports)  # counts are those of one graph
+    apart = PassLog(log.dump, log.reports)  # its counts are of one graph
     try:
         models[ROWS] = rows(conversion.by_row(apart))
         entry = RowsEntry(ROWS_NAME)
@@ -97,15 +97,15 @@ def _write_nothing(directory: Path, traced: TracedModel, models: Models) -> None
 class Flavour:
     """A kind of export."""
 
-    name: str  # what it is called
+    name: str  # its name in messages
     convert: Callable[[Conversion], Models]  # makes the ONNX models, by pipelines of passes
-    verification: Verification  # what is compared with the model
-    # writes what other programs read beside the models
+    verification: Verification  # the comparison with the model
+    # writes the files that other programs read beside the models
     write_files: Callable[[Path, TracedModel, Models], None] = _write_nothing
     has_last_logits: bool = False  # whether it can return the last position's logits alone
-    takes_texts: bool = True  # whether what quantization changes can be measured on texts
+    takes_texts: bool = True  # whether the effect of quantization can be measured on texts
     shares_weights: bool = False  # whether its models have their weights in one file
-    has_companions: bool = False  # whether what the model runs beside the graph is exported with it
+    has_companions: bool = False  # whether companions of the graph are exported with it
 
     def logits(self, options: ExportOptions) -> str:
         """Return which positions' logits an export gives: `"last"` or `"all"`."""
@@ -125,12 +125,12 @@ class Flavour:
             )
 
     def measures_quality(self, options: ExportOptions) -> bool:
-        """Return whether what quantization changes is measured; in bfloat16 the CPU provider runs nothing."""
+        """Return whether the effect of quantization is measured; not in bfloat16, which the CPU provider cannot run."""
         return options.quantize is not None and options.precision != "bf16"
 
 
 _FOLDER = __name__.rpartition(".")[0]
-# which traces a kind is for, by the module and the name of its flavour
+# tests whether a trace is of a kind, by the module and name of its flavour
 FLAVOURS: dict[str, Callable[[TracedModel], bool]] = {
     f"{_FOLDER}.encoder_decoder:ENCODER_DECODER": lambda traced: traced.cache_layout is CacheLayout.ENCODER_DECODER,
     f"{_FOLDER}.decoder:DECODER": lambda traced: traced.cache_layout is CacheLayout.DECODER,

@@ -56,22 +56,22 @@ from gralora_fx.format.export_directory import MODEL, PLAIN_KIND
 
 
 def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:
-    """Return what a graph goes through as it was translated, where no cache is fused into its attention."""
+    """Return the passes over a graph as translated, if no cache is fused into its attention."""
     return (
-        *marking_passes(conversion),  # first: weights have their own names
+        *marking_passes(conversion),  # first: weights still have their names
         fold_transposes,  # first: constant folding would compute the transposes of weights
         FuseDotProductAttention(),  # before constants are folded: it makes some
         *lowering_passes(conversion),
         LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
         FoldConstants(may_fold),
-        remove_unused_nodes,  # so that none of them counts as a reader of tokens
-        FlattenTokens(not conversion.options.keep_padding),  # what lies between one attention and the next
+        remove_unused_nodes,  # so that unused nodes do not count as readers of tokens
+        FlattenTokens(not conversion.options.keep_padding),  # the nodes between one attention and the next
         fill_vectors,
     )
 
 
 def plain_models(conversion: Conversion) -> Models:
-    """The ONNX model of a traced graph without a cache; with adapters as data also one whose rows have one each."""
+    """Return the ONNX model of a graph without a cache, and with adapters as data one with an adapter for each row."""
     log = conversion.log
     graph_module, outputs = _with_flat_outputs(graph_to_translate(conversion.traced))
     first = [CastGraph(conversion.options.precision)]  # casts are seen before anything is simplified
@@ -90,7 +90,7 @@ def plain_models(conversion: Conversion) -> Models:
 
 
 def plain_pipeline(conversion: Conversion, outputs: Sequence[str]) -> OnnxPipeline:
-    """The passes over a translated graph without a cache."""
+    """Return the passes over a translated graph without a cache."""
     return OnnxPipeline(
         "plain",
         (
@@ -111,18 +111,18 @@ def plain_pipeline(conversion: Conversion, outputs: Sequence[str]) -> OnnxPipeli
 
 
 def finishing_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
-    """The passes over a graph that is what it is but for adapters and quantized weights."""
+    """Return the passes that add adapters and quantize weights; all else in the graph is final."""
     return OnnxPipeline(
         name,
         (
-            *insertion_passes(conversion),  # what was fused stays fused
-            *storing_passes(conversion),  # last: all others look for matrices
+            *insertion_passes(conversion),  # after all fusions
+            *storing_passes(conversion),  # last: all other passes expect float matrices
         ),
     )
 
 
 def check_rows(model: ir.Model) -> ir.Model:
-    """A model whose rows choose among adapters, if its outputs are made of rows too."""
+    """Return a model whose rows choose among adapters, if its outputs are by row too."""
     batch = next(str(value.shape[0]) for value in model.graph.inputs if value.name == ADAPTER_IDS and value.shape)
     others = [str(value.name) for value in model.graph.outputs if not value.shape or str(value.shape[0]) != batch]
     if others:
@@ -136,7 +136,7 @@ def _may_fold(node: ir.Node) -> bool | None:
 
 
 def _with_flat_outputs(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
-    """A copy of a graph whose outputs are flattened to tensors, and the tensors' names."""
+    """Return a copy of a graph with its outputs flattened to tensors, and the tensors' names."""
     graph = copy_graph(graph_module)
     output = graph.output_node()
     info = tree_info(graph)
