@@ -1,4 +1,4 @@
-"""`export_adapter`: a PEFT adapter as data of an export, without the base model."""
+"""`export_adapter`: add a PEFT adapter to an export as data, without the base model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from gralora_fx.run.sessions.exported_base import base_of_export, layers_of_expo
 
 @dataclass(frozen=True)
 class AdapterReport(Report):
-    """What was added to an export."""
+    """The adapter that was added to an export."""
 
     path: Path  # the file of the adapter
-    record: AdapterRecord  # what it holds
+    record: AdapterRecord  # the adapter's record
     usage: Invocation  # how the export is called with it, in Python and as a command
 
     @property
     def summary(self) -> Summary:
-        """What was added, what was written, and how it is used."""
+        """Lines on the adapter and its file, and how the export is used with it."""
         record, directory = self.record, self.path.parent.parent
         method = str(record.config.get("peft_type"))
         return Summary(
@@ -66,20 +66,20 @@ def export_adapter(
 ) -> Path:
     """Add a PEFT adapter to an export that takes adapters as data.
 
-    GraLoRA, LoRA and rsLoRA, rank and alpha patterns included; LoRA is an adapter whose blocks have rank 0. The scale
-    becomes part of the `B` tensors. Layers and biases that the adapter trains as a whole (`modules_to_save`, `bias`)
-    become their differences from the export's.
+    Supported are GraLoRA, LoRA and rsLoRA, rank and alpha patterns included; LoRA is an adapter whose blocks have rank
+    0. The scale becomes part of the `B` tensors. Layers and biases that the adapter trains as a whole
+    (`modules_to_save`, `bias`) become their differences from the export's.
 
     Args:
         adapter_dir: A directory with `adapter_config.json` and `adapter_model.safetensors`, or its hub id.
         onnx_dir: A directory that `export_onnx` wrote with `adapters="data"` or `"inputs"`.
-        name: The name to give it.
+        name: The adapter's name in the export.
         overwrite: Whether an adapter of the name may be replaced.
         revision: Revision of the adapter's hub repository.
         strict_base: Whether to refuse an adapter that is not known to be of the export's base, instead of a warning.
 
     Returns:
-        `adapters/<name>.onnx_adapter` in the export; `<name>.json` beside it says what it holds.
+        The path of `adapters/<name>.onnx_adapter` in the export; `<name>.json` beside it describes it.
 
     Raises:
         ExportError: The directory is not such an export, has an adapter of the name, or lacks layers of the adapter or
@@ -115,7 +115,7 @@ def convert_adapter(
 
 
 def adapter_in_memory(adapter_dir: str | Path, onnx_dir: str | Path, name: str, manifest: Manifest) -> AdapterInMemory:
-    """A PEFT adapter as data of an export, without a file; errors as of `convert_adapter`."""
+    """Convert a PEFT adapter to data of an export, in memory; errors are as by `convert_adapter`."""
     changes, fields, base = _changes(adapter_dir, onnx_dir, name, manifest)
     inputs = check_takes_adapters(manifest, onnx_dir, ExportError)
     tensors = adapter_tensors(name, changes, inputs)
@@ -132,7 +132,7 @@ def _changes(
     revision: str | None = None,
     strict_base: bool = False,
 ) -> tuple[Changes, Mapping[str, Any], BaseComparison]:
-    """Return what an adapter changes in an export, its configuration, and what was compared of its base."""
+    """Return an adapter's changes to an export, its configuration, and how its base compares."""
     with open_adapter(adapter_dir, revision=revision) as stored:
         stored.method.check_lora_form(stored.directory, "an adapter as data of an export", ExportError)
         stored.check_no_parameters("an adapter as data of an export", ExportError)
@@ -154,7 +154,7 @@ def _changes(
 
 
 def _warn_of_parts_left_out(adapter_dir: str | Path, paths: Iterable[str], manifest: Manifest) -> None:
-    """Warn of layers that the decoder does not run, as a model may have beside it: the export has nothing of them."""
+    """Warn of changed layers that the decoder does not run, such as a companion's: the export lacks them."""
     uncalled = () if manifest.adapter_inputs is None else manifest.adapter_inputs.uncalled
     left = [path for path in paths if path in uncalled]
     if left and manifest.flavour == DECODER_KIND:

@@ -1,4 +1,4 @@
-"""`merge_checkpoint`: an adapter folded into the safetensors files of its base, with no model in memory."""
+"""`merge_checkpoint`: fold an adapter into its base's safetensors files, without a model in memory."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class MergeReport(Report):
         merged: Keys of the weights that an update was folded into.
         replaced: Keys of the tensors that the adapter trained whole (`modules_to_save`, biases).
         added: Keys that the base does not have.
-        config_changes: What differs in `config.json`, a sentence each.
+        config_changes: Changes to `config.json`, a sentence each.
         left_out: Files of the base that were not copied: its weights in other formats, and adapters.
-        base: What was compared of the adapter's base and the model.
+        base: How the adapter's base compares with the model.
     """
 
     output_dir: Path
@@ -68,7 +68,7 @@ class MergeReport(Report):
 
     @property
     def summary(self) -> Summary:
-        """What was merged, what was written, how it is used, and what else changed."""
+        """Lines on what was merged and written, how it is used, and what else changed."""
         replaced = f", replaced {len(self.replaced)} tensors" if self.replaced else ""
         result = f"merged {len(self.merged)} weight{'s' * (len(self.merged) > 1)}{replaced}; every value is finite"
         place = str(self.output_dir)
@@ -81,7 +81,7 @@ class MergeReport(Report):
 
     @property
     def details(self) -> str:
-        """The files, what changed in them, and what was left out."""
+        """Lines on the files, the changes in them, and the files left out."""
         lines = written_lines(self.output_dir, self.files, (40, 16))
         lines.append(f"{len(self.merged)} weights merged, {len(self.replaced)} tensors replaced")
         lines += [f"added {key}" for key in self.added]
@@ -104,9 +104,10 @@ def merge_checkpoint(
     """Fold a saved adapter into the weights of a saved model, file by file, without loading the model.
 
     Weights are accumulated in float32 or better, some rows at a time, and rounded once to their own dtype. The files
-    keep their names, the order of their tensors and their metadata; all else is copied. A weight that is tied, as a
-    head to the embedding, gets a tensor of its own, and `config.json` says so. Of a base in few bits the values are
-    merged into that bitsandbytes multiplies by, and the result is one of floats.
+    keep their names, the order of their tensors and their metadata; all else is copied. If the adapter changes one of
+    two tied weights, such as the head tied to the embedding, it gets its own tensor, and `config.json` is changed
+    accordingly. A quantized base is dequantized to the values that bitsandbytes multiplies by, so that the result has
+    float weights.
 
     Args:
         model_dir: The base: a local directory or a hub id, of safetensors files.
@@ -114,15 +115,15 @@ def merge_checkpoint(
         output_dir: Where to write: a new or empty directory.
         overwrite: Whether an earlier model in `output_dir` is replaced.
         strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
-        base_quantization: How the layers of a float base are rounded first, as a QLoRA adapter was trained on them:
-            `"nf4"`, `"nf4-double"`, `"int8"`, or whatever `BaseQuantization.of` takes; None for not at all.
+        base_quantization: How to round the layers of a float base first, as a QLoRA adapter was trained on them:
+            `"nf4"`, `"nf4-double"`, `"int8"`, or whatever `BaseQuantization.of` takes; None for no rounding.
 
     Returns:
-        What was written and changed.
+        The files written, and the tensors changed.
 
     Raises:
-        ConfigError: The adapter's configuration cannot be read, the base is quantized already, and is to be rounded,
-            or bitsandbytes is not installed for that.
+        ConfigError: The adapter's configuration cannot be read, `base_quantization` is given though the base is
+            quantized already, or bitsandbytes, which it needs, is not installed.
         CheckpointError: Files are missing or damaged, the base is quantized, or the adapter does not fit it or its
             own configuration, or is of another base; every problem is named.
         MergeError: Merged values are not finite.
@@ -131,7 +132,7 @@ def merge_checkpoint(
     with open_adapter(adapter_dir) as adapter:
         check_acts_everywhere(adapter.config.acts_from, adapter.directory, "merging", MergeError)
         is_named = adapter.config.base_model_name_or_path == str(model_dir)
-        revision = adapter.config.revision if is_named else None  # of the base that the adapter names in these words
+        revision = adapter.config.revision if is_named else None  # if the adapter names the same base
         directory = _base_directory(model_dir, revision)
         asked = None if base_quantization is None else BaseQuantization.of(base_quantization)
         if asked is not None:
@@ -179,7 +180,7 @@ def merge_checkpoint(
 
 
 def _base_directory(model_dir: str | Path, revision: str | None) -> Path:
-    """The directory of the base, checked; downloaded first if a hub id is given."""
+    """Return the directory of the base, checked; download it first if a hub id is given."""
     local = check_model_files(model_dir, CheckpointError)
     if local is not None:
         return local
@@ -203,7 +204,7 @@ _EXPORTS = ("onnx", "openvino")  # folders of the same weights in another format
 def edited_config(
     base: SavedWeights, names: Names, changes: TensorChanges, num_labels: int | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The fields of `config.json` for the merged model, and a sentence for each that differs."""
+    """Return the fields of `config.json` for the merged model, and a sentence for each change."""
     fields = read_json_object(base.directory / MODEL_FILE, CheckpointError)
     notes: list[str] = []
     if base.quantization is not None:
@@ -238,7 +239,7 @@ def _untie(fields: dict[str, Any]) -> None:
 
 
 def _check_untied(fields: dict[str, Any], model: PreTrainedModel, changes: TensorChanges) -> None:
-    """Check that a model of the new configuration has separate weights, and computes the same otherwise."""
+    """Check that a model of the new configuration has untied weights, and otherwise the same computation."""
     from gralora_fx.base.sources.streamed_models import empty_model  # it imports torch and transformers
 
     config = type(model.config).from_dict(fields)
@@ -260,10 +261,10 @@ def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def files_to_copy(base: SavedWeights) -> tuple[list[str], list[str]]:
-    """The other files of a model's directory by their paths in it: those to copy, and those to leave out.
+    """Return the other files of a model's directory, by relative path: those to copy, and those to leave out.
 
     Left out are the same weights in other formats, which the merge does not change, and an adapter, which transformers
-    would add to what is merged.
+    would add to the merged weights.
     """
     shards = {shard.file.name for shard in base.shards}
     written = {*shards, MODEL_FILE, INDEX_NAME} if base.has_index else {*shards, MODEL_FILE}
@@ -284,7 +285,7 @@ def _files(directory: Path) -> Iterator[str]:
 
 def _is_left_out(path: Path) -> bool:
     name = path.name.lower()
-    if len(path.parts) > 1:  # a module in a folder of its own has its own weights
+    if len(path.parts) > 1:  # a module in a subfolder has its own weights
         return name.endswith(_ANYWHERE) or path.parts[0] in _EXPORTS
     return name in _ADAPTER or (name.endswith(_FORMATS) and name not in _NO_WEIGHTS)
 
@@ -307,7 +308,7 @@ def write_other_files(
 
 
 def _write_index(base: SavedWeights, changes: TensorChanges, shards: list[NewShard], stage: Path) -> None:
-    """Write which file holds which tensor, with the new totals."""
+    """Write the index of tensors by file, with the new totals."""
     if all(len(shard.tensors) == len(shard.old.tensors) and not shard.more_bytes for shard in shards):
         shutil.copyfile(base.directory / INDEX_NAME, stage / INDEX_NAME)
         return

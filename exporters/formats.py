@@ -1,4 +1,4 @@
-"""The formats in which an export can store a matrix: records of what is chosen, without arithmetic."""
+"""The formats in which an export can store a matrix: plain records, without arithmetic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gralora_fx.errors import ExportError, option
 DYNAMIC = "int8-dynamic"
 BLOCK_BITS = {"int4": 4, "int8": 8}
 LEAST_BLOCK = 16
-MEAN_BITS = 4.5  # of an integer of int4, where none is asked for
+MEAN_BITS = 4.5  # default mean bits of an int4 export's integers
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class Blocks:
             raise ExportError(problem)
 
     def stored_bits(self, inputs: int, outputs: int, float_bits: int = 32) -> int:
-        """Bits of a matrix `[inputs, outputs]` with its scales, its zero points and what pads its last blocks."""
+        """Return the bits of a matrix `[inputs, outputs]` including scales, zero points and padding of last blocks."""
         blocks, scale_bits = -(-inputs // self.block_size), min(self.scale_bits, float_bits)
         zero_points = -(-blocks * self.bits // 8) * 8 if self.zero_points else 0
         return outputs * (blocks * (self.block_size * self.bits + scale_bits) + zero_points)
 
     def __str__(self) -> str:
-        """The integers and their blocks, in words."""
+        """Describe the integers and their blocks."""
         return f"int{self.bits} in blocks of {self.block_size}"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """int8 integers with a scale for each column of a matrix; activations are rounded as they come, row by row."""
+    """int8 integers with a scale for each column of a matrix; activations are rounded at run time, row by row."""
 
-    activation_bits: int = 8  # bits that activations are rounded to: 8, or 16, which are two products of 8
+    activation_bits: int = 8  # bits that activations are rounded to: 8, or 16 as two products of 8
     bits: int = field(default=8, init=False)
 
     def __post_init__(self) -> None:
@@ -60,11 +60,11 @@ class Columns:
             raise ExportError(f"activations of {self.activation_bits!r} bits are not multiplied; take 8 or 16")
 
     def stored_bits(self, inputs: int, outputs: int, float_bits: int = 32) -> int:
-        """Bits of a matrix `[inputs, outputs]` with its scales, of as many bits as a value before it is quantized."""
+        """Return the bits of a matrix `[inputs, outputs]` including scales, each as wide as an unquantized value."""
         return outputs * (inputs * self.bits + float_bits)
 
     def __str__(self) -> str:
-        """The integers and the activations, in words."""
+        """Describe the integers and the activations."""
         return f"int8 in columns, activations rounded to {self.activation_bits} bits"
 
 
@@ -72,14 +72,14 @@ Format = Blocks | Columns
 
 
 def block_size_problem(value: object) -> str | None:
-    """Return what is wrong with a number of values that share a scale, or None."""
+    """Return the problem with a number of values that share a scale, or None."""
     if _is_int(value) and value >= LEAST_BLOCK and not value & (value - 1):  # type: ignore[operator]
         return None
     return f"{option(block_size=value)} is not a block size; take a power of two, {LEAST_BLOCK} or more, such as 32"
 
 
 def bits_problem(value: object) -> str | None:
-    """Return what is wrong with a mean number of bits, or None."""
+    """Return the problem with a mean number of bits, or None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and 4 <= value <= 8:  # type: ignore[operator]
         return None
@@ -87,7 +87,7 @@ def bits_problem(value: object) -> str | None:
 
 
 def accuracy_level_problem(value: object) -> str | None:
-    """Return what is wrong with an accuracy level, or None."""
+    """Return the problem with an accuracy level, or None."""
     if _is_int(value) and 0 <= value <= 4:  # type: ignore[operator]
         return None
     return (

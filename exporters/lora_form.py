@@ -1,4 +1,4 @@
-"""`to_lora`: a saved adapter as a plain LoRA checkpoint, from its tensors alone."""
+"""`to_lora`: convert a saved adapter to a plain LoRA checkpoint, from its tensors alone."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class LoraReport(Report):
 
     @property
     def summary(self) -> Summary:
-        """What was lost, what was written, and how it is used."""
+        """Lines on the loss, the files written, and how the result is used."""
         place = str(self.output_dir)
         result = f"exact: a LoRA with the adapter's own updates, {self._sizes}"
         if not self._is_exact:
@@ -104,7 +104,7 @@ class LoraReport(Report):
 
     @property
     def details(self) -> str:
-        """The files and the ranks; where something was cut off, the error at each layer too."""
+        """Lines on the files and the ranks; if ranks were truncated, the error of each layer too."""
         lines = written_lines(self.output_dir, self.files)
         lines.append(f"{self._sizes}, scale 1")
         if self._is_exact:
@@ -118,10 +118,10 @@ class LoraReport(Report):
 def to_lora(
     adapter_dir: str | Path, output_dir: str | Path, *, rank: int | None = None, overwrite: bool = False
 ) -> LoraReport:
-    """Write a saved adapter as a plain LoRA checkpoint, which PEFT and whatever serves LoRA load.
+    """Write a saved adapter as a plain LoRA checkpoint, which PEFT and servers of LoRA load.
 
     A GraLoRA adapter is a LoRA of rank `k*r + hybrid_r` with block-sparse factors, exactly. The scale is folded into
-    `lora_B`, so `lora_alpha` is the rank; half-precision tensors become float32 where that would round them. No base
+    `lora_B`, so `lora_alpha` is the rank; half-precision tensors become float32 if the scale would round them. No base
     model is needed.
 
     Args:
@@ -132,7 +132,7 @@ def to_lora(
         overwrite: Whether an earlier adapter in `output_dir` is replaced.
 
     Returns:
-        The ranks, and what truncation lost.
+        The ranks, and the error of truncation.
 
     Raises:
         ConfigError: The adapter's configuration cannot be read, `rank` is not positive or above every exact rank, or
@@ -171,7 +171,7 @@ def _check_form(adapter: StoredAdapter, rank: int | None) -> None:
 
 
 def _converted(adapter: StoredAdapter, rank: int | None) -> tuple[dict[str, Pair], list[LoraSite], float]:
-    """The LoRA pairs of scale 1 by site, what is known of each, and the error over all."""
+    """Return the LoRA pairs of scale 1 by site, a record of each site, and the error over all."""
     pairs: dict[str, Pair] = {}
     sites, lost, norm = [], 0.0, 0.0
     for path in adapter.sites:
@@ -200,7 +200,7 @@ def _converted(adapter: StoredAdapter, rank: int | None) -> tuple[dict[str, Pair
 
 
 def _cut(update: Update, rank: int | None) -> Truncated:
-    """An update of one matrix as a pair of scale 1, of its exact rank or less."""
+    """Return the update of one matrix as a pair of scale 1, truncated to `rank` if its exact rank is higher."""
     A, B = (to_numpy(array) for array in update.lora_form())
     if rank is None or A.shape[0] <= rank:
         return Truncated(A, _scaled(B, update.scale), 0.0, update_norm(A, B, update.scale))
@@ -208,20 +208,20 @@ def _cut(update: Update, rank: int | None) -> Truncated:
 
 
 def _stacked(matrices: Sequence[Truncated]) -> Pair:
-    """The pairs of a stack as PEFT stores them: `A [stack * r, in]`, `B [out, r * stack]` (`Lora.of_stack`)."""
+    """Return the pairs of a stack as PEFT stores them: `A [stack * r, in]`, `B [out, r * stack]` (`Lora.of_stack`)."""
     B = np.stack([one.B for one in matrices], axis=-1)
     return np.concatenate([one.A for one in matrices]), B.reshape(len(B), -1)
 
 
 def _wider(one: np.dtype[Any], other: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype that holds the values of both; float32 for two kinds of half precision."""
+    """Return the dtype that holds the values of both; float32 for float16 with bfloat16."""
     if one == other:
         return one
     return np.promote_types(np.promote_types(one, np.float32), other)
 
 
 def _scaled(B: NDArray[Any], scale: float) -> NDArray[Any]:
-    """`scale * B`, in float32 where a half-precision dtype would round it."""
+    """Return `scale * B`, in float32 if a half-precision dtype would round it."""
     exact = B.astype(np.float64) * scale
     with np.errstate(over="ignore"):
         product = exact.astype(B.dtype)
@@ -241,7 +241,7 @@ def _by_key(pairs: Mapping[str, Pair], parameters: Sequence[str]) -> dict[str, N
 
 
 def _lora_config(config: AdapterConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """PEFT's `LoraConfig` of scale 1 that selects the same layers."""
+    """Return PEFT's `LoraConfig` of scale 1 that selects the same layers."""
     shared = (
         *("exclude_modules", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layers_pattern"),
         *("task_type", "base_model_name_or_path", "revision", "base_quantization"),
@@ -263,9 +263,9 @@ def _lora_config(config: AdapterConfig, ranks: Mapping[str, int]) -> LoraConfig:
 
 
 def _targets(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
-    """The fields that select layers: the configuration's own where they select the saved ones, else their paths.
+    """Return the fields that select layers: the configuration's own if they select the saved ones, else their paths.
 
-    `all-linear` and None depend on the model, so that their layers are named.
+    `all-linear` and None depend on the model, so their layers are listed by path.
     """
     if config.target_parameters:
         modules = [path for path in paths if not names_parameter(config, path)]
@@ -282,7 +282,7 @@ def _targets(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
 
 
 def _pattern_key(path: str, paths: Iterable[str]) -> str:
-    """A key of PEFT's patterns that matches one path alone: an expression for the end of a path."""
+    """Return a key of PEFT's patterns that matches one path only: a regular expression for the end of a path."""
     is_plain = fullmatch(r"[\w.]+", path)
     key = path if is_plain else "".join(c if c.isalnum() or c in "._" else f"\\{c}" for c in path)
     return f"^{key}" if any(other.endswith(f".{path}") for other in paths) else key

@@ -1,4 +1,4 @@
-"""`export_onnx`: a traced or rewritten model to a directory that ONNX Runtime serves."""
+"""`export_onnx`: export a traced or rewritten model to a directory that ONNX Runtime serves."""
 
 from __future__ import annotations
 
@@ -58,52 +58,54 @@ def export_onnx(
 
     An encoder-decoder with a cache becomes `encoder_model.onnx` and `decoder_model_merged.onnx`, optimum's layout.
 
-    The directory is written whole or not at all: an earlier export at the same place is replaced, after an error it
-    is as it was. The model keeps its state. Long work shows its progress on stderr, unless the environment variable
+    The directory is written atomically: an earlier export at the same place is replaced; after an error it is
+    unchanged. The model keeps its state. Progress of long steps is shown on stderr, unless the environment variable
     `GRALORA_FX_PROGRESS` is 0.
 
     Args:
         model: A traced model, or a rewritten one, whose active adapters are folded into the exported weights.
         output_dir: The directory to write: new, empty, or an earlier export of the same base and task.
-        adapters: How adapters are held: `"merged"` folds the active ones into the weights. All others keep the base and
-            take adapters as data (see `gralora_fx.format.adapter_inputs`), at the layers that any adapter of the model
-            adapts; the active ones are written to `adapters/`. `"data"`: in `model.onnx` as initializers that may be
-            overridden, of rank 0 unless they are, one adapter a run; in `model_rows.onnx` stacked, one adapter a row
-            (`ExportReport.rows` says why there is none, where rows cannot be told apart). `"inputs"`: as required
-            inputs of `model.onnx`, for runtimes without overridable initializers. `"swappable"` and `"batched"` are
-            earlier names of `"data"`. Whether adapters have GraLoRA's blocks, of one `gralora_k`, or are each the plain
-            LoRA that they equal, is chosen by what is faster (`data_sites.takes_blocks`); the report says which.
-        precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
-            computes in float32 in half precision stays so; all other inputs and outputs are float32.
+        adapters: How adapters are exported. `"merged"` folds the active ones into the weights. The others keep the base
+            and take adapters as data (see `gralora_fx.format.adapter_inputs`), at the layers that any adapter of the
+            model adapts; the active ones are written to `adapters/`. `"data"` makes them overridable initializers of
+            `model.onnx`, of rank 0 by default, with one adapter a run; in `model_rows.onnx` they are stacked, with one
+            adapter a row (`ExportReport.rows` says why there is no such graph if rows cannot be told apart). `"inputs"`
+            makes them required inputs of `model.onnx`, for runtimes without overridable initializers. `"swappable"` and
+            `"batched"` are earlier names of `"data"`. The faster of two forms is chosen, GraLoRA's blocks of one
+            `gralora_k` or equivalent plain LoRA (`data_sites.takes_blocks`); the report says which.
+        precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. Parts that the
+            model itself computes in float32 stay so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,
             `"int8-dynamic"` multiplies int8 weights by activations that are rounded row by row; or None.
         bits: For int4, the mean bits of an integer over all quantized weights, from 4 to 8: layers whose rounding costs
-            the outputs most have 8, the others 4 (see `quantization.choice`); None for 4.5. What was spent where is in
-            the report and the manifest.
+            the outputs most have 8, the others 4 (see `quantize.choice`); None for 4.5. The report and the manifest
+            list the bits by layer.
         block_size: For int8 and int4, values of a matrix's input axis that share a scale; a power of two, 16 or more,
             None for 32.
         accuracy_level: For int8 and int4, how ONNX Runtime multiplies with quantized weights: 0 its own choice, 1 in
             float32, 2 in float16, 3 in bfloat16, 4 in int8, its fastest; None for 4.
-        logits: For a decoder with a cache, `"last"` or `"all"`: which positions' logits to return.
-        keep_padding: For an encoder, whether positions that the mask calls padding are computed too, for a reader of
-            their outputs. Left out, they cost no time, and outputs are zero there. No effect on other models.
+        logits: For a decoder with a cache, the positions whose logits it returns: `"last"` or `"all"`.
+        keep_padding: For an encoder, whether positions of padding are computed too, for a reader of their outputs. If
+            not, they cost no time, and outputs are zero there. No effect on other models.
         tokenizer: A tokenizer, a processor, or the directory of a tokenizer, to save beside the model.
         verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place, and
             how thoroughly: True is `"quick"` (see `verify_onnx`). Not for a model whose weights are streamed
             (`loading.load_streamed`), which cannot be run.
         overwrite: Whether an earlier export of another base or task, or with more adapters, may be replaced.
         texts: Texts on which a quantized export is compared with the float32 model (`ExportReport.quality`); they need
-            a tokenizer. Of int4 and int8-dynamic every second one, from the first, chooses bits instead. None for texts
-            that a decoder draws itself, and for random inputs of other models. Not for an encoder-decoder with a cache.
+            a tokenizer. With int4 and int8-dynamic every second one, from the first, is used to choose bits instead.
+            None for texts sampled from a decoder, and for random inputs of other models. Not for an encoder-decoder
+            with a cache.
         dump: A directory to write the graph to after each pass, as text; None for that of the environment variable
             `GRALORA_FX_DUMP`, or none.
 
     Returns:
-        Files, seconds of each stage, what verification found, what quantization changes, and what every pass did.
+        Files, seconds of each stage, the results of verification, the effect of quantization, and a report of every
+            pass.
 
     Raises:
-        ExportError: The output may not be written, the model cannot be exported, this processor cannot run what is to
-            be compared, or the export's results differ from the model's.
+        ExportError: The output may not be written, the model cannot be exported, this processor cannot run the
+            comparison, or the export's results differ from the model's.
         MergeError: An adapter cannot be folded.
     """
     options = ExportOptions(
@@ -154,7 +156,7 @@ def export_onnx(
             from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
 
             check_found(conversion.adapters, (found.paths for found in conversion.log.summaries(MarkedSites)))
-    with staged(output_dir) as stage, ThreadPoolExecutor(1) as reader:  # which computes digests in the background
+    with staged(output_dir) as stage, ThreadPoolExecutor(1) as reader:  # computes digests in the background
         with timed("write", seconds, "writing"):
             save_models(models, stage, output_dir, shared=flavour.shares_weights)
             digests = reader.submit(describe_files, stage, file_names(stage))
@@ -209,14 +211,14 @@ def export_onnx(
 
 
 def _input_names(manifest: Manifest) -> list[str]:
-    """The inputs of an export of one graph; none where there are several."""
+    """Return the inputs of an export of one graph; none if it has several."""
     return [name for name, shape in manifest.inputs.items() if isinstance(shape, list)]
 
 
 def _companions(
     model: TracedModel | GraloraModel, conversion: Conversion, seconds: dict[str, float]
 ) -> dict[str, Conversion]:
-    """Return what is converted of each companion of a decoder, which most have none of.
+    """Return the conversion of each of a decoder's companions, such as a vision tower; most decoders have none.
 
     Raises:
         ExportError: One cannot be traced, and the export is to be verified.
@@ -255,7 +257,7 @@ def _with_companions(
 
 
 def _leave_out(error: TraceError | ExportError, options: ExportOptions) -> None:
-    """Refuse to export a decoder without its companions, of which nothing would be compared, or warn of it."""
+    """Refuse to verify a decoder whose companions cannot be exported, or warn if nothing is verified."""
     if options.level is None:
         warn_caller(f"{marked(error)}; the decoder is exported without it")
         return
@@ -267,7 +269,7 @@ def _leave_out(error: TraceError | ExportError, options: ExportOptions) -> None:
 def _warn_of_parts_left_out(
     model: TracedModel | GraloraModel, conversion: Conversion, companions: Mapping[str, Conversion]
 ) -> None:
-    """Warn where an adapter changes layers that neither a decoder's step nor a companion runs."""
+    """Warn if an adapter changes layers that neither a decoder's step nor a companion runs."""
     if not isinstance(model, GraloraModel) or conversion.traced.cache_layout is not CacheLayout.DECODER:
         return
     called = {site.path for other in companions.values() for site in other.traced.adaptable if site.calls}

@@ -1,4 +1,4 @@
-"""`fold_onnx`: an adapter folded into the weights of an exported ONNX model, without the model itself."""
+"""`fold_onnx`: fold an adapter into the weights of an exported ONNX model, without the PyTorch model."""
 
 from __future__ import annotations
 
@@ -62,32 +62,32 @@ def fold_onnx(
     adapter_name: str = "default",
     strict_base: bool = False,
 ) -> FoldReport:
-    """Fold a saved adapter into an exported model, by changing the weights in its files alone.
+    """Fold a saved adapter into an exported model, by changing only the weights in its files.
 
     The result is what an export of the merged model would be, within rounding. Weights are read, changed in float32 or
     better and written a few megabytes at a time; nothing is traced. The weight of each layer is found where the
     export's manifest says, else by the initializers' names, else by the values of the base. A weight that is shared
-    with an embedding is copied first. The directory is written whole or not at all, and `onnx_dir` stays as it is.
+    with an embedding is copied first. The directory is written atomically, and `onnx_dir` is not changed.
 
     Args:
-        onnx_dir: An export of the base model, of `export_onnx` with `adapters="merged"` or of another exporter, or its
-            ONNX file. An adapter that was folded into it before stays, and this one is added. Of another exporter's
-            file, that file alone is written, with its data and with configuration and tokenizer that lie beside it.
+        onnx_dir: An export of the base model, by `export_onnx` with `adapters="merged"` or by another exporter, or its
+            ONNX file. Adapters that were folded into it before stay, and this one is added. If another exporter's file
+            is given, only that file is written, with its data and with configuration and tokenizer that lie beside it.
         adapter_dir: A PEFT-format GraLoRA, LoRA or DoRA adapter: local directory or hub id.
         output_dir: The directory to write: new, empty, or an earlier export of the same base and task.
-        base: The base model's directory or hub id, with safetensors files: to find weights whose names do not tell, to
-            check the others, and to quantize from. None where none is needed.
+        base: The base model's directory or hub id, with safetensors files: to find weights whose names are ambiguous,
+            to check the others, and to quantize from. None if none of this is needed.
         requantize: Whether a quantized weight may be quantized again, with ONNX Runtime's own arithmetic as in an
-            export: from `base` where it is given, else from its dequantized values.
-        force: Whether to write a re-quantized export though at some layer half of the update or more is rounded away
-            (see `FoldedSite.survival`), and to fold an adapter beside an earlier one that is the same, that names
-            another base, or that changes parameters which one of them replaces.
+            export: from `base` if it is given, else from its dequantized values.
+        force: Whether to write a re-quantized export even if rounding removes half of a layer's update or more (see
+            `FoldedSite.survival`), and to fold an adapter beside an earlier one that is the same, that names another
+            base, or that changes parameters which one of them replaces.
         overwrite: Whether an earlier export of another base or task at `output_dir` may be replaced.
         adapter_name: The adapter's name in the manifest; a number is appended if another one has it.
         strict_base: Whether to refuse an adapter that is not known to be of the export's base, instead of a warning.
 
     Returns:
-        What was found how, and what was written.
+        Where each weight was found, and the files written.
 
     Raises:
         ConfigError: The adapter's configuration is missing or invalid.
@@ -157,7 +157,7 @@ def fold_onnx(
 
 def _check_apart(source: SourceExport, onnx_dir: str | Path, output_dir: str | Path) -> None:
     """Check that the output is neither the source nor around or within it."""
-    output = Path(os.path.realpath(output_dir))  # of loops, too
+    output = Path(os.path.realpath(output_dir))  # resolves loops of links too
     directory = Path(os.path.realpath(source.directory))
     is_within = directory in output.parents and not source.is_lone_file  # beside a file there may be anything
     if output == directory or is_within or output in directory.parents:
@@ -168,14 +168,14 @@ def _check_apart(source: SourceExport, onnx_dir: str | Path, output_dir: str | P
 
 
 def _compare(adapter: StoredAdapter, source: SourceExport, base: str | Path | None) -> BaseComparison:
-    """How an adapter's base compares with the export's, whose layers and parameters it has to agree with."""
+    """Compare an adapter's base with the export's, and check that the adapter fits its layers."""
     if (known := source.layers) is not None:
         adapter.check_layers(known)
     return compare_bases(adapter.config.made_for, base_of_export(source.directory, source.manifest, base))
 
 
 def _base_weights(base: str | Path, manifest: Manifest | None) -> BaseWeights:
-    """The base's weights as they were exported."""
+    """Return the base's weights, rounded as the exported ones were."""
     record = None if manifest is None or manifest.base is None else manifest.base.quantization
     return BaseWeights(base, needed_quantization(record, str(base)))
 
@@ -205,9 +205,9 @@ def _check_quantized(
 def _write(
     stage: Path, source: SourceExport, changed: Set[str], data: Sequence[NewFile]
 ) -> dict[str, FileEntry] | None:
-    """Write every file; the result describes them for the manifest, if there is one."""
+    """Write every file; return the manifest's entries for them, if there is a manifest."""
     manifest = source.manifest
-    with ThreadPoolExecutor(1) as reader:  # digests of what is read, while it is
+    with ThreadPoolExecutor(1) as reader:  # computes digests of the files while they are read
         unchanged = None
         if manifest is not None and manifest.files is not None:
             unchanged = reader.submit(check_files, source.directory, manifest, digests=True)
@@ -229,7 +229,7 @@ def _write(
 
 
 def _renamed(manifest: Manifest, rewriting: OnnxRewriting) -> Mapping[str, tuple[WeightEntry, ...]] | None:
-    """Where the weights lie now: some layers have initializers of their own."""
+    """Return the recorded locations of weights, with the new initializers that some layers have."""
     if manifest.weights is None:
         return None
     return {

@@ -1,4 +1,4 @@
-"""`verify_onnx`: an export compared with the PyTorch model on fresh inputs."""
+"""`verify_onnx`: compare an export with the PyTorch model on fresh inputs."""
 
 from __future__ import annotations
 
@@ -63,32 +63,32 @@ def verify_onnx(
         model: The model it was exported from; a `GraloraModel` runs with its active adapters unfolded, so that a wrong
             fold would show.
         level: `"full"`, or `"quick"` for few and short inputs of a model with a cache: each kind of step once, and none
-            of the graphs that other programs run in the place of `model.onnx`. Models without a cache are compared on
-            the same inputs either way.
+            of the graphs that other programs run instead of `model.onnx`. Models without a cache are compared on the
+            same inputs either way.
         inputs: A user's own inputs, compared in addition.
         prompts: A user's own prompts for an export with a cache, compared in addition: texts, chats or token ids.
-        tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller; None for
-            what the export's precision explains (see `tolerances`), or four times the rounding error of float32 itself
-            if that is larger (see `tolerances`).
+        tolerance: Largest difference allowed, relative to the largest value or to 1 if that is smaller; None for the
+            export precision's tolerance, or four times the rounding error of float32 itself if that is larger (see
+            `tolerances`).
         providers: Execution providers to run the export on, as `load` takes them; None for the CPU. Their arithmetic
-            sets the tolerance too (see `tolerances`), and the report says which one ran which nodes.
+            sets the tolerance too (see `tolerances`), and the report lists the nodes that each one ran.
         provider_options: Options of each provider, if they are not given beside its name.
         seed: Seed of the fresh inputs.
         check: Whether to compare every file with its SHA-256 first; False if that has been done.
-        adapter_name: Of an export that takes adapters as data, the name there of the model's only active adapter; None
-            where it is that in the model.
+        adapter_name: For an export that takes adapters as data, the name in it of the model's only active adapter; None
+            if it has the same name in the model.
 
     Returns:
         Differences and argmax agreement for every output, and the greedy tokens of an export with a cache. A bfloat16
-        export, which ONNX Runtime's CPU provider cannot run, is run with its own weights and float32 arithmetic, and so
-        is a quantized one. They are compared with the model with the same rounded weights: what the rounding itself
-        costs is for a task to say. Of an export that takes adapters as data, the base is compared, then each active
-        adapter of the model alone, with the file of its name in the export. The int8 products of an
-        int8-dynamic export are compared too, as they are.
+            export, which ONNX Runtime's CPU provider cannot run, is run with its own weights and float32 arithmetic,
+            and so is a quantized one. They are compared with the model with the same rounded weights: the cost of the
+            rounding itself must be measured on a task. If an export takes adapters as data, the base is compared, then
+            each active adapter of the model alone, with the export's file of that name. The int8 products of an
+            int8-dynamic export are also compared in int8.
 
     Raises:
-        ExportError: The directory is not an export, or one of another base or adapter, a file is not what was exported,
-            its inputs or outputs are not the model's, a prompt does not fit, or a case cannot run.
+        ExportError: The directory is not an export, or one of another base or adapter, a file has changed since the
+            export, its inputs or outputs are not the model's, a prompt does not fit, or a case cannot run.
         ServingError: A provider is not installed, has no such device, or an option is unknown.
     """
     check_choice("level", level, LEVELS)
@@ -98,7 +98,7 @@ def verify_onnx(
 
         runtime = runtime_of(providers, provider_options, None, None)
     manifest, quick = read_manifest(output_dir), level == "quick"
-    if check and manifest.files is not None:  # a comparison runs some inputs only, and would not see every changed byte
+    if check and manifest.files is not None:  # a comparison on some inputs would not notice every changed byte
         from gralora_fx.format.export_checks import check_files
 
         check_files(output_dir, manifest, digests=True)
@@ -133,7 +133,7 @@ def verify_onnx(
         return RowsDecoder(rows, adapters, DecoderLimits(None, length, frozenset()), DecoderSize(count, chunk=length))
 
     def compared(variant: Variant) -> VerifyReport:
-        """Outputs and greedy tokens of the export in a state of its adapters, which the model has too."""
+        """Compare outputs and greedy tokens of the export and the model, in one state of their adapters."""
         reference = variant.reference
         check = checked(reference)
         outputs = OutputComparison(variant.session, reference, manifest.logits).run(cases, check)
@@ -180,7 +180,7 @@ def verify_onnx(
 
 
 def _companions(manifest: Manifest, model: TracedModel | GraloraModel) -> dict[str, TracedModel | GraloraModel]:
-    """Return the model's parts that an export has beside its graph, which most have none of."""
+    """Return the model's companions in the export; most models have none."""
     if not manifest.companions:
         return {}
     from gralora_fx.core.model.companions import companions_of
@@ -189,7 +189,7 @@ def _companions(manifest: Manifest, model: TracedModel | GraloraModel) -> dict[s
 
 
 def _provider_run(runtime: Runtime, session: Any) -> ProviderRun:
-    """Return where an export was run: the first provider, its device, and which provider took which nodes."""
+    """Return where an export ran: the first provider, its device, and the nodes of each provider."""
     name, _ = runtime.providers[0]
     device = next((device for device in runtime.devices if device.provider == name), None)
     from gralora_fx.run.sessions.placement import placement_of
@@ -204,7 +204,7 @@ def _provider_run(runtime: Runtime, session: Any) -> ProviderRun:
 def _describe_reference(
     model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel, adapter_name: str | None
 ) -> str:
-    """Return what an export was compared with, in words, an adapter by its name in the export."""
+    """Describe the reference of a comparison, with an adapter's name in the export."""
     active = model.active_adapters if isinstance(model, GraloraModel) else []
     names = [adapter_name] if adapter_name is not None and active else active
     adapters = f" with {', '.join(map(repr, names))} active" if names else ""

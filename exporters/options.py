@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gralora_fx.core.methods import AdapterMethod
 
 LEVELS = ("quick", "full")
-_CHOOSING = ("int4", DYNAMIC)  # kinds whose bits are chosen by what a model computes
+_CHOOSING = ("int4", DYNAMIC)  # kinds whose bits are chosen by running the model
 
 
 def _tokenizer_problem(value: Any) -> str | None:
@@ -45,7 +45,7 @@ def _texts_problem(value: Any) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """How a model is exported: the keywords of `export_onnx`, whose documentation says what each of them means."""
+    """Options of an export: the keywords of `export_onnx`, which documents them."""
 
     adapters: Annotated[
         Literal["merged", "data", "inputs"],
@@ -119,7 +119,7 @@ class ExportOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        """Check every option, by itself and beside the others."""
+        """Check every option, alone and in combination with the others."""
         if isinstance(self.adapters, str):
             object.__setattr__(self, "adapters", EARLIER_MODES.get(self.adapters, self.adapters))
         check_options(self, ExportError)
@@ -174,7 +174,7 @@ class ExportOptions:
             )
 
     def check_model(self, *, methods: Mapping[str, AdapterMethod], task: str | None) -> None:
-        """Check that the options fit a model, as far as its adapters and its task tell."""
+        """Check that the options fit a model's adapters and task."""
         as_data = self.adapters in AS_DATA
         if as_data and not methods:
             raise ExportError(
@@ -191,7 +191,7 @@ class ExportOptions:
 
     @property
     def format(self) -> Format | None:
-        """How matrices are stored, or None for floats."""
+        """The format of quantized matrices, or None for floats."""
         if self.quantize is None:
             return None
         if self.quantize == DYNAMIC:
@@ -210,19 +210,19 @@ class ExportOptions:
 
     @property
     def choosing_texts(self) -> Sequence[str] | None:
-        """The texts by which bits are chosen: every second of those that are given, or all if none is compared."""
+        """The texts that choose bits: every second of the given ones, or all if nothing is compared."""
         if self.texts is None or self.quantize not in _CHOOSING:
             return None
         return self.texts if self.level is None else self.texts[::2]
 
     @property
     def compared_texts(self) -> Sequence[str] | None:
-        """The texts on which a quantized export is compared: those that chose nothing."""
+        """The texts on which a quantized export is compared: those not used to choose bits."""
         return self.texts[1::2] if self.texts is not None and self.quantize in _CHOOSING else self.texts
 
     @property
     def level(self) -> Literal["quick", "full"] | None:
-        """How thoroughly the export is compared with the model, or None where it is not."""
+        """The level of the comparison with the model, or None if it is skipped."""
         return ("quick" if self.verify else None) if isinstance(self.verify, bool) else self.verify
 
 

@@ -19,7 +19,7 @@ from gralora_fx.format.quantized_weights import Quality, QuantizedWeights
 
 Summed = TypeVar("Summed", bound="LayersReport")
 
-# what the stages of an export are called, with how each is left out
+# names of an export's stages, with the option that skips each
 _STAGES = {
     "fold": "merging adapters",
     "companions": "tracing what runs beside the decoder",
@@ -34,43 +34,43 @@ _STAGES = {
 
 @dataclass(frozen=True)
 class LayersReport:
-    """How layers of a kind were exported, by one pass or by all of a model's."""
+    """The layers of a kind that one pass exported, or all passes together."""
 
     fused: int  # number of layers that use ONNX Runtime's fused operator
     plain: Mapping[str, str]  # layers that use other operators, each with the reason
-    FIELD: ClassVar[str]  # the kind: the field of `ExportReport`, and what it is called in texts
-    FUSED: ClassVar[str] = "layers fused"  # what is said of the number of fused layers, as text
-    PLAIN: ClassVar[str] = "not"  # likewise of the others
+    FIELD: ClassVar[str]  # the kind: the field of `ExportReport` and its name in texts
+    FUSED: ClassVar[str] = "layers fused"  # text after the number of fused layers
+    PLAIN: ClassVar[str] = "not"  # text after the number of other layers
 
     @classmethod
     def of(cls, fused: int, skipped: Sequence[Skip]) -> Self:
-        """What a pass reports that fused some layers and skipped others."""
+        """Make the report of a pass from the number of fused layers and the skipped ones."""
         return cls(fused, dict(skipped))
 
     def __str__(self) -> str:
-        """The number of fused layers, and each of the others."""
+        """List the number of fused layers, and each of the others."""
         lines = [f"{self.FIELD}: {self.fused} {self.FUSED}, {len(self.plain)} {self.PLAIN}"]
         return "\n".join([*lines, *(f"  {layer}: {why}" for layer, why in self.plain.items())])
 
 
 class AttentionReport(LayersReport):
-    """How attention was exported."""
+    """The layers whose attention is fused."""
 
     FIELD = "attention"
 
 
 class CachedAttentionReport(AttentionReport):
-    """How attention over a cache was exported: the report of a decoder, whatever else attends in it."""
+    """A decoder's layers whose attention over a cache is fused; it takes the place of reports on other attention."""
 
 
 def attention_report(log: PassLog) -> AttentionReport | None:
-    """Which layers' attention is fused, in all parts of the model, where there is any."""
+    """Return the layers whose attention is fused, in all parts of the model; None without attention."""
     over_cache, reports = log.summaries(CachedAttentionReport), log.summaries(AttentionReport)
     return next(iter(over_cache), None) if over_cache or not reports else _added(reports)
 
 
 def layers_reports(log: PassLog) -> dict[str, LayersReport]:
-    """Return which layers are fused in all parts of a model, by kind, as far as it has layers of the kind."""
+    """Return the fused layers in all parts of a model, by kind, for the kinds that it has."""
     reports: dict[str, list[LayersReport]] = {}
     for report in log.summaries(LayersReport):
         reports.setdefault(report.FIELD, []).append(report)
@@ -93,13 +93,14 @@ class ExportReport(Report):
         files: Its files with their sizes in bytes.
         seconds: Seconds that each stage took.
         verification: The result of verification, or None if it was skipped.
-        attention: Which layers' attention is fused; None for a model without any.
-        experts: Which layers' experts are one operator; None for a model without any.
-        passes: What every pass did, in order.
-        quality: What quantization changes, where that was measured.
-        adapter_inputs: The adapter tensors that the export takes; None where adapters are folded.
-        rows: The graph for rows that differ in length or adapter, or why there is none; None where none is asked for.
-        quantization: How matrices are quantized, and which have a format of their own; None for floats.
+        attention: The layers whose attention is fused; None for a model without attention.
+        experts: The layers whose experts are one operator; None for a model without experts.
+        passes: The report of every pass, in order.
+        quality: The effect of quantization, if it was measured.
+        adapter_inputs: The adapter tensors that the export takes; None if adapters are folded.
+        rows: The graph for rows that differ in length or adapter, or why there is none; None if none was
+            requested.
+        quantization: How matrices are quantized, and those with their own format; None for floats.
         usage: How the export is called, in Python and as a command.
     """
 
@@ -118,7 +119,7 @@ class ExportReport(Report):
 
     @property
     def summary(self) -> Summary:
-        """Whether it passed, what was written, how it is used, what must be noted, and what took longest."""
+        """Lines on verification, the files written, how the export is used, notes, and the slowest stage."""
         check, size = self.verification, written(self.output_dir, self.files)
         if self.quality is not None and self.quantization is not None:
             size += f"; {self.quantization.kind} {self.quality.outcome}"
@@ -144,7 +145,7 @@ class ExportReport(Report):
 
     @property
     def details(self) -> str:
-        """The files, the adapters it takes, the verification, what quantization changes, and the time of each stage."""
+        """Lines on the files, the adapters it takes, verification, the effect of quantization, and times by stage."""
         lines = written_lines(self.output_dir, self.files)
         if self.adapter_inputs is not None:
             lines.append(_taken(self.adapter_inputs))
@@ -159,7 +160,7 @@ class ExportReport(Report):
 
 
 def _taken(inputs: AdapterInputs) -> str:
-    """Which adapters an export takes, now and later: what the export fixes."""
+    """Describe the adapters that an export takes, now and later."""
     form = "LoRA, or GraLoRA of any gralora_k as the LoRA that it equals"
     if inputs.k:
         form = f"GraLoRA of gralora_k={inputs.k}, which this export fixes, or LoRA"

@@ -1,4 +1,4 @@
-"""`export_triton`: an export as a model of a Triton repository, for its ONNX Runtime backend."""
+"""`export_triton`: write an export as a model of a Triton repository, for its ONNX Runtime backend."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class TritonReport(Report):
     Attributes:
         output_dir: The model's directory in the repository.
         files: Its files with their sizes in bytes.
-        config: What its `config.pbtxt` says.
+        config: The contents of its `config.pbtxt`.
         adapters: The id of each adapter that is part of the model, by name; 0 is the base.
-        notes: What Triton does not do with this model, a sentence each.
+        notes: Features that Triton does not support with this model, a sentence each.
     """
 
     output_dir: Path
@@ -56,7 +56,7 @@ class TritonReport(Report):
 
     @property
     def summary(self) -> Summary:
-        """Whether requests run together, what was written, how it is used, and what Triton does not do."""
+        """Lines on batching, the files written, how the model is used, and Triton's limits."""
         most = self.config.max_batch
         rows = f"in batches of up to {most} rows" if most else "one request at a time"
         repository = str(self.output_dir.parent)
@@ -67,7 +67,7 @@ class TritonReport(Report):
 
     @property
     def details(self) -> str:
-        """The files, what a request gives, and what Triton does not do."""
+        """Lines on the files, the inputs of a request, and Triton's limits."""
         lines = written_lines(self.output_dir, self.files, (40, 16))
         given = [tensor.name for tensor in self.config.inputs if not is_adapter_tensor(tensor.name)]
         more = len(self.config.inputs) - len(given)
@@ -90,9 +90,9 @@ def export_triton(
 ) -> TritonReport:
     """Write an export into a Triton model repository.
 
-    Triton batches a merged export, and one with adapters as data, which become a part of the model, so that every row
-    of a batch chooses one by its id. Of an export that takes adapters as inputs, or whose rows cannot be told apart, it
-    runs each request alone, since a request gives the tensors of its adapter.
+    Triton batches a merged export. It also batches one with adapters as data: the adapters become part of the model,
+    and every row of a batch chooses one by its id. An export that takes adapters as inputs, or whose rows cannot be
+    told apart, runs one request at a time, since a request brings the tensors of its adapter.
 
     Args:
         onnx_dir: An export of `export_onnx` that needs no cache.
@@ -104,11 +104,11 @@ def export_triton(
         overwrite: Whether an earlier model of the name is replaced.
 
     Returns:
-        What was written, and what Triton does not do.
+        The files written, and Triton's limits with this model.
 
     Raises:
-        ExportError: There is no such export, it is of a model with a cache, an adapter does not fit, the name is not
-            one, or the output may not be written.
+        ExportError: There is no such export, it is of a model with a cache, an adapter does not fit, the name is
+            invalid, or the output may not be written.
     """
     source = usable_path(onnx_dir, ExportError, remedy="give the directory of an export")
     manifest = _checked_manifest(source, adapters)
@@ -165,7 +165,7 @@ def _checked_name(name: str) -> str:
 def _write_model(
     source: Path, manifest: Manifest, adapters: Mapping[str, str | Path], folder: Path, output: Path
 ) -> dict[str, int]:
-    """Write the model and its weights; the ids of the adapters that became a part of it."""
+    """Write the model and its weights; return the ids of the adapters that became part of it."""
     has_rows = _has_rows(manifest)
     path = source / (ROWS_NAME if has_rows else MODEL_NAME)
     check_external_data(path, weights=weight_files(manifest))
@@ -184,7 +184,7 @@ def _write_model(
 
 
 def _files_of_adapters(source: Path, given: Mapping[str, str | Path]) -> dict[str, Path]:
-    """The export's own adapters and those that are given, by name."""
+    """Return the export's own adapters and the given ones, by name."""
     own = own_adapters(source, ExportError)
     if twice := sorted(set(own) & set(given)):
         raise ExportError(f"{source} has an adapter {twice[0]!r} of its own; give yours another name")
@@ -199,9 +199,9 @@ def _tensors(name: str, path: Path, inputs: AdapterInputs, fingerprint: str | No
 
 
 def _write_labels(source: Path, manifest: Manifest, stage: Path) -> dict[str, str]:
-    """Write the names of a classifier's classes, if the model's configuration has them; their file by the output."""
+    """Write the class names of a classifier, if the configuration has them; return their file by output."""
     task = find_task(manifest.task)
-    if task is None or "SEQ_CLS" not in task.adapters:  # one class of all of an input
+    if task is None or "SEQ_CLS" not in task.adapters:  # one class for the whole input
         return {}
     names = json.loads((source / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
     if not names:
@@ -220,7 +220,7 @@ def _config(
     threads: int | None,
     labels: Mapping[str, str],
 ) -> tuple[TritonConfig, list[str]]:
-    """Return what Triton is told of a written model, and what it does not do with it."""
+    """Return the configuration of a written model for Triton, and Triton's limits with it."""
     session = open_session(folder)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     optional = [value for value in session.get_overridable_initializers() if is_adapter_tensor(value.name)]

@@ -1,4 +1,4 @@
-"""What verification found: an export's values and tokens beside the model's."""
+"""Results of verification: an export's values and tokens beside the model's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gralora_fx.format.export_directory import ROWS_NAME
 
 @dataclass(frozen=True)
 class TensorCheck:
-    """How one output of ONNX Runtime compares with PyTorch's, over all cases."""
+    """One output of ONNX Runtime compared with PyTorch's, over all cases."""
 
     name: str  # name of the output
     max_abs_error: float  # largest difference of a value
@@ -26,12 +26,12 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class TokenCheck:
-    """How the greedy tokens of an export compare with PyTorch's; both continue with PyTorch's token."""
+    """The greedy tokens of an export compared with PyTorch's; both continue with PyTorch's token."""
 
     cases: tuple[str, ...]  # the prompts
     compared: int  # how many tokens were compared
     equal: int  # how many are equal
-    near_ties: int  # how many differ where PyTorch's logits of the two tokens are within the tolerance
+    near_ties: int  # how many differ although PyTorch's logits of the two tokens are within the tolerance
     first_difference: str | None  # where the first token differs, or None
     # largest difference of the last position's logits at each step, that of the prompt first, relative to the largest
     # logit or to 1 where that is smaller
@@ -44,7 +44,7 @@ class TokenCheck:
         return self.equal / self.compared if self.compared else 1.0
 
     def __str__(self) -> str:
-        """The tokens, the logits by step, and where they differ first."""
+        """List the tokens, the logits by step, and the first difference."""
         largest = max(self.step_errors, default=0.0)
         lines = [
             f"{self.equal} of {self.compared} equal ({100 * self.agreement:.1f} %), "
@@ -61,11 +61,11 @@ class RoundingCheck:
     where: str  # the case and the output or token
     # difference of the export from PyTorch, relative to the largest value, or to 1 if that is smaller
     difference: float
-    rounding: float  # the rounding error of float32 there, likewise (see `tolerances`); 0 if it could not be determined
+    rounding: float  # the rounding error of float32 there (see `tolerances`); 0 if it could not be determined
     why_not: str = ""  # why it could not be determined
 
     def __str__(self) -> str:
-        """Both numbers."""
+        """Format both numbers."""
         return f"{self.where}: {self.difference:.1e}, {self.why_not or f'float32 itself rounds {self.rounding:.1e}'}"
 
 
@@ -80,7 +80,7 @@ class ProviderRun:
     nodes: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """The provider with version and device, and the nodes that each provider ran."""
+        """Format the provider with version and device, and the nodes that each provider ran."""
         device = f" on {self.device}" if self.device else ""
         nodes = ""
         if self.nodes:
@@ -97,7 +97,7 @@ class VerifyReport(Report):
     Attributes:
         passed: Whether every output is close enough in every case, and the logits of every greedy step: within the
             tolerance, or no more than four times as far off as float32 itself is from float64.
-        tolerance: Largest difference allowed, relative to the largest value or to `least_scale` where that is smaller.
+        tolerance: Largest difference allowed, relative to the largest value or to `least_scale` if that is smaller.
         cases: The inputs that were compared.
         tensors: One entry for each output.
         tokens: Greedy tokens, for an export that generates.
@@ -105,14 +105,14 @@ class VerifyReport(Report):
         arithmetic: Precision in which it was run.
         rounding: The differences above the tolerance, which were compared with a float64 run.
         level: `"quick"` or `"full"`: how many inputs were compared.
-        reference: What the export was compared with.
-        provider: Where it was run, if a provider was asked for; None for the CPU provider.
+        reference: The model that the export was compared with, in words.
+        provider: Where it was run, if a provider was requested; None for the CPU provider.
         least_scale: The least value that a difference is relative to: 1, or less for a provider whose arithmetic is
             less exact than float32.
-        adapters: Of an export that takes adapters as data, the comparison with each; the rest is that of the base.
-        rows: Greedy tokens of a decoder's graph whose rows have lengths of their own, all adapters in one batch; None
-            where there is none, or it was not compared.
-        companions: Greedy tokens of prompts that a part beside the decoder reads too; None without any.
+        adapters: For an export that takes adapters as data, the comparison with each; the rest is that of the base.
+        rows: Greedy tokens of a decoder's graph whose rows have their own lengths, all adapters in one batch; None if
+            there is no such graph, or it was not compared.
+        companions: Greedy tokens of prompts that companions of the decoder read too; None without companions.
     """
 
     passed: bool
@@ -148,12 +148,12 @@ class VerifyReport(Report):
         return dataclasses.replace(self, passed=self.passed and report.passed, adapters=adapters)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, as `gralora_export.json` holds it."""
+        """Return the report as plain values, as in `gralora_export.json`."""
         return dataclasses.asdict(self)
 
     @property
     def states(self) -> Mapping[str, VerifyReport]:
-        """The comparisons by what the report calls them: an empty name for the base, else ` with 'name'`."""
+        """The comparisons by state: an empty name for the base, ` with 'name'` for an adapter."""
         return {"": self, **{f" with {name!r}": report for name, report in self.adapters.items()}}
 
     @property
@@ -165,7 +165,7 @@ class VerifyReport(Report):
 
     @property
     def outcome(self) -> str:
-        """Whether it passed and by how much, in a line."""
+        """One line: whether it passed, and by how much."""
         if not self.passed:
             return f"FAILED: {self._worst}"
         tensors = [tensor for report in self.states.values() for tensor in report.tensors]
@@ -177,7 +177,7 @@ class VerifyReport(Report):
 
     @property
     def notes(self) -> list[str]:
-        """What a passed comparison says that must not be missed."""
+        """Notes on a passed comparison that a user must see."""
         explained = sum(len(report.rounding) for report in self.states.values()) if self.passed else 0
         found = []
         if explained:
@@ -195,7 +195,7 @@ class VerifyReport(Report):
 
     @property
     def summary(self) -> Summary:
-        """Whether it passed, what was compared, and where every figure is."""
+        """Lines on whether it passed, and what was compared."""
         provider = "" if self.provider is None else f", on {self.provider.name}"
         compared = f"{self._compared}{provider}, tolerance {self.tolerance:g}"
         return Summary(self.outcome, compared, notes=self.notes)
@@ -208,7 +208,7 @@ class VerifyReport(Report):
 
     @property
     def _worst(self) -> str:
-        """The largest difference that nothing explains, and how many there are."""
+        """The largest unexplained difference, and the number of differences."""
         found = [(one.difference, one, state) for state, report in self.states.items() for one in report.rounding]
         if found:
             _, check, state = max(found, key=lambda each: each[0])
@@ -242,7 +242,7 @@ def _cases(cases: Sequence[str]) -> str:
 
 
 def _token_lines(title: str, checks: Mapping[str, TokenCheck | None]) -> Iterator[str]:
-    """The tokens of the base, and a line for each adapter."""
+    """Yield the line for the base's tokens, and one for each adapter's."""
     for state, check in checks.items():
         if check is None:
             continue
@@ -256,14 +256,14 @@ def _token_lines(title: str, checks: Mapping[str, TokenCheck | None]) -> Iterato
 
 
 def _row(check: TensorCheck, state: str) -> str:
-    """A line of the table of outputs."""
+    """Format a line of the table of outputs."""
     name = f" {state}" if state else check.name
     agreement = "" if check.argmax_agreement is None else f"{100 * check.argmax_agreement:.1f} %"
     return f"{name:<28}{check.max_abs_error:>12.2e}{check.max_rel_error:>12.2e}{agreement:>14}"
 
 
 def _verdict(report: VerifyReport) -> list[str]:
-    """Return whether all passed, or which did not; the cases, once where they are the same."""
+    """Return whether all passed, or which did not; the cases, once if they are equal."""
     least = "" if report.least_scale == 1 else f" of the largest value, and {report.tolerance * report.least_scale:g}"
     failed = listed(state.strip() for state, one in report.states.items() if state and not one.passed)
     words = "passed" if report.passed else f"FAILED {failed}".rstrip()

@@ -71,5 +71,5 @@ __getattr__ = first_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """List the public names."""
     return sorted(__all__)

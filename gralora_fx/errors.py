@@ -1,7 +1,7 @@
 """Errors and warnings of gralora-fx: each message says what is wrong, where, and what to do.
 
-What to do is an option, a function or another remedy: `f"give {option(overwrite=True)} to replace it"`. A `Message` has
-it in the words of Python, `overwrite=True`, and in those of the command line, `--overwrite`.
+A remedy is an option, a function or another phrase: `f"give {option(overwrite=True)} to replace it"`. A `Message` words
+it for Python, `overwrite=True`, and for the command line, `--overwrite`.
 """
 
 import re
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Self
 
 _REMEDY = re.compile("\0([^\0]*)\0([^\0]*)\0")  # within a text: in the words of Python, and of the command line
-_COMMAND_OPTIONS = {  # options that are not named or given on the command line as in Python
+_COMMAND_OPTIONS = {  # options whose name or value differs on the command line
     "base": "--model",
     "do_sample=False": "--temperature 0",
     "do_sample=True": "--temperature",
@@ -24,12 +24,12 @@ _COMMAND_OPTIONS = {  # options that are not named or given on the command line 
 
 
 def remedy(python: str, command: str) -> str:
-    """Name a remedy, as a part of a message, in the words of Python and in those of the command line."""
+    """Mark a remedy within a message, as worded in Python and on the command line."""
     return f"\0{python}\0{command}\0"
 
 
 def option(name: str = "", /, **given: object) -> str:
-    """Name an option, as a part of a message: by its name alone, or as a keyword with its value, `...` for any."""
+    """Mark an option within a message: by name alone, or as a keyword with its value, `...` for any."""
     [(keyword, value)] = given.items() if given else [(name, ...)]
     flag = _COMMAND_OPTIONS.get(keyword, f"--{keyword.replace('_', '-')}")
     if name:
@@ -43,12 +43,12 @@ def option(name: str = "", /, **given: object) -> str:
 
 
 def command(function: str) -> str:
-    """Name an exporting function, as a part of a message, or the command that does the same."""
+    """Mark an exporting function within a message; on the command line, the command that does the same."""
     return remedy(function, f"gralora-fx {re.sub('_(onnx|checkpoint)$', '', function).replace('_', '-')}")
 
 
 class Message(str):
-    """A text in the words of Python; `marked` is the text with its remedies."""
+    """A text as worded in Python; `marked` is the text with its remedies marked."""
 
     marked: str
 
@@ -61,18 +61,18 @@ class Message(str):
 
 
 def marked(told: object) -> str:
-    """Return the text of an error, a warning or a message with its remedies, to be a part of another message."""
+    """Return the text of an error, a warning or a message with remedies marked, for use within another message."""
     text = told.args[0] if isinstance(told, Exception) and told.args else told
     return text.marked if isinstance(text, Message) else str(told)
 
 
 def in_command(told: object) -> str:
-    """Return the text of an error, a warning or a message in the words of the command line."""
+    """Return the text of an error, a warning or a message as worded on the command line."""
     return _REMEDY.sub(r"\2", marked(told))
 
 
 def joined(parts: Iterable[str], separator: str = "\n") -> Message:
-    """Join texts, some of them messages, to one."""
+    """Join texts and messages to one message."""
     return Message(separator.join(map(marked, parts)))
 
 
@@ -80,7 +80,7 @@ class GraloraError(Exception):
     """Base of every error that gralora-fx raises on purpose.
 
     Attributes:
-        field: The option, or the field of a request, that it is about; None where that is not one.
+        field: The option, or the field of a request, that it is about; None if it is not about one.
     """
 
     field: str | None = None
@@ -101,7 +101,7 @@ class GraloraError(Exception):
 
 @contextmanager
 def concerning(field: str) -> Iterator[None]:
-    """Let errors of this package that name no field, within the block, be about one."""
+    """Set the field of errors of this package raised within the block, unless they name one."""
     try:
         yield
     except GraloraError as error:
@@ -149,7 +149,7 @@ _SHOWN = 100  # characters of a value in a message
 
 
 def shown(value: object) -> str:
-    """A value for a message: its `repr`, truncated if it is long."""
+    """Return a value's `repr` for a message, truncated if it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
@@ -158,34 +158,34 @@ def shown(value: object) -> str:
 
 
 def listed(names: Iterable[object], most: int = 20) -> str:
-    """Names for a message, with commas between them; of a great many the first and how many more there are."""
+    """Join names for a message with commas; of many, the first, and how many more there are."""
     texts = [str(name) for name in names]
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
 
 
 def bulleted(problems: Iterable[object], most: int = 20) -> str:
-    """Problems for a message, a line each; of a great many the first and how many more there are."""
+    """List problems for a message, a line each; of many, the first, and how many more there are."""
     lines = [f"- {problem}" for problem in problems]
     return "\n".join([*lines[:most], f"- and {len(lines) - most} more"] if len(lines) > most else lines)
 
 
 def warn_caller(message: str, *, also: tuple[str, ...] = ()) -> None:
-    """Warn at the line outside this package that led here, however deep the call.
+    """Warn at the nearest line outside this package on the call stack.
 
     Args:
         message: The message.
-        also: Other packages that are passed over.
+        also: Other packages to skip.
     """
     level, frame = 1, sys._getframe()
     within = (__package__, "contextlib", "importlib", *also)  # a public name is imported on first use
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in within:
         frame = frame.f_back
-        level += "importlib._bootstrap" not in frame.f_code.co_filename  # `warn` does not count these
+        level += "importlib._bootstrap" not in frame.f_code.co_filename  # `warn` skips import frames
     warnings.warn(Message(message), stacklevel=level)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, and the next if the first ends in a colon; its type if there is none."""
+    """Return the first line of an error's text, with the next if the first ends in a colon; its type if it is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What an adapter method of one's own takes: the protocols that it meets, and `register`."""
+"""The protocols that a custom adapter method implements, and `register`."""
 
 from typing import TYPE_CHECKING
 
