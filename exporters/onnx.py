@@ -218,7 +218,7 @@ def _input_names(manifest: Manifest) -> list[str]:
 def _companions(
     model: TracedModel | GraloraModel, conversion: Conversion, seconds: dict[str, float]
 ) -> dict[str, Conversion]:
-    """Return the conversion of each of a decoder's companions, such as a vision tower; most decoders have none.
+    """Return the conversion of each of a decoder's companions, such as a tower; most decoders have none.
 
     Raises:
         ExportError: One cannot be traced, and the export is to be verified.

@@ -1,4 +1,4 @@
-"""Companions of a decoder, such as a vision tower: ONNX models of their own in the same directory."""
+"""Companions of a decoder, such as a tower: ONNX models of their own in the same directory."""
 
 from __future__ import annotations
 

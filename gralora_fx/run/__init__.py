@@ -1,1 +1,1 @@
-"""An export opened: sessions, adapters as data, the engine and generation."""
+"""An opened export: sessions, adapters as data, the engine and generation."""

@@ -36,7 +36,7 @@ class CallInputs:
     is_encoder_decoder: bool = False  # whether the session is an `EncoderDecoderSession`
     # by how many positions a model has fewer than its configuration says; if not 0, padding takes none
     position_offset: int = 0
-    # what features know of inputs, by their names in the manifest
+    # facts about inputs, recorded by features, by their names in the manifest
     facts: Mapping[str, InputFacts] = field(default_factory=dict)
 
     def parts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class CallInputs:
         return {path: part for name, value in inputs.items() for path, part in self._parts(str(name), value)}
 
     def arrays(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        """Arrays for every input of the session."""
+        """Return arrays for every input of the session."""
         shown = [name for name in self.inputs if not name.startswith(f"{PAST}.")]
         cache = [f"{PAST}..."] if len(shown) < len(self.inputs) else []
         takes = f"the model takes {', '.join([*shown, *cache])}"
@@ -75,7 +75,7 @@ class CallInputs:
 
     @cached_property
     def _beside(self) -> Mapping[str, StepInput]:
-        """What a decoder takes beside ids, which a text leaves out; -1 there, and in the ids, says what is read."""
+        """Inputs of a decoder beside ids, which text does not need; an id of -1 marks positions where they are read."""
         return beside_ids(self.inputs)
 
     def _array(self, name: str, value: Any) -> NDArray[Any]:
@@ -161,7 +161,7 @@ class CallInputs:
 
 
 def _check_cached(name: str, value: Any, dtype: np.dtype[Any] | None) -> None:
-    """Check that what a caller gives of a cache has the dtype of the model's own, which is None if numpy has none."""
+    """Check that the dtype of a given cache tensor is the model's, which is None if NumPy lacks it."""
     array = plain_array(name, value)
     if dtype is not None and hasattr(value, "dtype") and array.dtype != dtype:
         raise ServingError(
@@ -183,16 +183,16 @@ class Outputs(dict[str, Any]):
     """
 
     def __getitem__(self, key: Any) -> Any:
-        """The output with a name or at an index, or a tuple for a slice."""
+        """Return the output with a name or at an index, or a tuple for a slice."""
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __getattr__(self, name: str) -> Any:
-        """The output called `name`."""
+        """Return the output called `name`."""
         try:
             return self[name]
         except KeyError:
             raise AttributeError(f"no output {name!r}; there are {', '.join(self)}") from None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The outputs in the order of the graph."""
+        """Return the outputs in the order of the graph."""
         return tuple(self.values())

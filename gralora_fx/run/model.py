@@ -87,7 +87,7 @@ class OrtModel(OpenExport):
 
     @cached_property
     def call_inputs(self) -> CallInputs:
-        """Makes the arrays that calls run on of what they are given; of use with I/O binding."""
+        """Converts the arguments of a call to the session's arrays; of use with I/O binding."""
         from gralora_fx.run.call_arrays import CallInputs
 
         taken = (*self._called.get_inputs(), *optional_arguments(self._called))
@@ -101,9 +101,9 @@ class OrtModel(OpenExport):
         An adapter in the export's own `adapters/` needs no loading: it is loaded when a call first names it.
 
         Args:
-            name: The name to give it.
-            path: An `.onnx_adapter` file that `export_adapter` or `export_onnx` wrote, its record beside it; or what
-                was read of both, or what they were to hold.
+            name: The adapter's name in calls.
+            path: An `.onnx_adapter` file that `export_adapter` or `export_onnx` wrote, with its record beside it; or
+                the contents of both in memory.
 
         Raises:
             ServingError: The export takes no adapters, the name is taken, or the file is damaged, incomplete, or of
@@ -115,7 +115,7 @@ class OrtModel(OpenExport):
         """Load the weighted sum of adapters as one more, exactly: its rank is the sum of theirs.
 
         Args:
-            name: The name to give it.
+            name: The name of the sum.
             weights: A weight for each adapter, by name: `{"summaries": 0.7, "german": 0.3}`.
 
         Raises:
@@ -124,7 +124,7 @@ class OrtModel(OpenExport):
         self.adapters.mix(name, weights)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; calls that run with it end undisturbed.
+        """Unload an adapter; calls that already run with it are not affected.
 
         Args:
             name: Its name.
@@ -168,7 +168,7 @@ class OrtModel(OpenExport):
         return Outputs({name: torch.from_numpy(array) if gives_tensors else array for name, array in pairs})
 
     def _with_adapter(self, adapter: Any, feed: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-        """The session that runs a call with an adapter, or one for each row, and what to feed it besides."""
+        """Return the session for a call with an adapter, or one for each row, and its additional inputs."""
         if not (adapter is None or isinstance(adapter, str)):
             return self._rows_for(adapter), self.adapters.rows(adapter, next(iter(feed.values())).shape[0])
         if adapter is not None:
@@ -176,8 +176,8 @@ class OrtModel(OpenExport):
         return with_adapter(self.session, self.adapters.tensors_for(adapter, self.session)), {}
 
     def _rows_for(self, adapter: object) -> Any:
-        """The session of a call whose rows have an adapter each."""
-        self.adapters.inputs()  # one that takes none says so
+        """Return the session for a call whose rows have an adapter each."""
+        self.adapters.inputs()  # raises if the export takes none
         if self.reading.calls_rows and self.manifest.has_rows:
             return self.rows_session
         why = "" if self.manifest.rows is None or self.manifest.has_rows else f" ({self.manifest.rows})"
@@ -209,30 +209,30 @@ class OrtModel(OpenExport):
     ) -> Any:
         """Answer prompts, each as if it were alone.
 
-        An encoder-decoder answers what its encoder reads, by the rules of `generation_config.json` (forced, suppressed
-        and repeated tokens, lengths) where no option takes their place.
+        An encoder-decoder answers its encoder's input by the rules of `generation_config.json` (forced, suppressed and
+        repeated tokens, lengths), unless an option overrides them.
 
         Args:
             prompts: A text, a chat as a list of messages (`{"role": ..., "content": ...}`, by the tokenizer's
-                template), a list of token ids, or a list of any of them, which run together. Of a model of speech a
-                recording: samples of one channel at the feature extractor's rate, or
-                `{"array": samples, "sampling_rate": rate}`.
+                template), a list of token ids, or a list of any of them, which run together. For a speech model, a
+                recording: samples of one channel at the feature extractor's rate, or `{"array": samples,
+                "sampling_rate": rate}`.
             input_ids: Instead of prompts, a tokenizer's result: `generate(**tokenizer(texts, padding=True))`.
             attention_mask: 1 for ids that are not padding, 0 for padding on either side; None without padding.
             input_features: Instead of prompts, a feature extractor's result.
-            inputs_embeds: Of an export with embeddings beside ids (`task="image-text-to-text-with-past"`): those of all
-                tokens of a prompt, `[tokens, hidden]`, as the model merges them of its text and images; or a dict with
-                them and what the model takes beside them, such as `grid_position_ids [3, tokens]`. Of a list of prompts
-                a list, None for one of text alone. The ids stay what penalties read.
-            images: Of an export that reads images: those of a prompt in order, each a path, bytes, an array
-                `[height, width, 3]` or a `PIL.Image.Image`. Of a list of prompts a list for each, None for one of text
-                alone. A text has the placeholders of the model's processor; a chat parts `{"type": "image"}`, or none.
-                None where chats hold them, as `{"type": "image", "url": ...}` or as OpenAI's requests do.
-            language: The language of recordings, as `"en"` or `"English"`; None for the model's default, or that which
-                it hears.
+            inputs_embeds: For an export that takes embeddings beside ids (`task="image-text-to-text-with-past"`):
+                embeddings of all tokens of a prompt, `[tokens, hidden]`, with text and images merged as by the model;
+                or a dict with them and the model's other inputs, such as `grid_position_ids [3, tokens]`. For a list of
+                prompts, a list, with None for text alone. Penalties still read the ids.
+            images: For an export that reads images: a prompt's images in order, each a path, bytes, an array
+                `[height, width, 3]` or a `PIL.Image.Image`. For a list of prompts, a list for each, None for text
+                alone. A text has the placeholders of the model's processor; a chat has parts `{"type": "image"}`, or
+                none. None if chats hold the images, as `{"type": "image", "url": ...}` or as in OpenAI's requests.
+            language: The language of recordings, as `"en"` or `"English"`; None for the model's default, or to detect
+                it.
             task: `"transcribe"`, or `"translate"` into English; None for the model's default.
-            forced_bos_token_id: The token that an encoder-decoder's answer to a text begins with, such as that of the
-                language to translate into; None for the model's.
+            forced_bos_token_id: The first token of an encoder-decoder's answer to a text, such as that of the language
+                to translate into; None for the model's.
             stop: Strings that end an answer; they are not part of it.
             stream: Whether to return an iterator over pieces of text (of token ids, for prompts of ids).
             adapter: Name of the adapter to answer with, None for the base; or a list of one for each prompt.
@@ -240,8 +240,9 @@ class OrtModel(OpenExport):
             regex: A regular expression, in the syntax of Rust's `regex`, that every answer matches as a whole.
             choice: Texts of which every answer is one.
             grammar: A grammar that every answer follows, in llguidance's variant of Lark or in GBNF.
-            prompt_lookup_num_tokens: The most tokens that a step verifies of what followed when the last tokens of a
-                text occurred in it before; None for as many as pay, 0 for none. The answer is the same.
+            prompt_lookup_num_tokens: The most tokens that a step proposes and verifies, copied from what followed an
+                earlier occurrence of the text's last tokens; None for as many as save time, 0 for none. The answer is
+                the same.
             **sampling: The fields of `Sampling`: `max_new_tokens`, `do_sample` and, to draw, `top_k`, `top_p`, `min_p`,
                 `temperature`, `seed`; `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`,
                 `min_new_tokens`, `eos_token_id` and `logprobs`.
@@ -252,10 +253,10 @@ class OrtModel(OpenExport):
             or piece is a `Scored`: the content, and the scores of its tokens.
 
         Raises:
-            ServingError: The export has no cache, a prompt is empty, too long, not what the model reads or holds ids
-                out of range, or an option is unknown, invalid or without effect.
-            WrongFieldError: The form of the answers is wrong, cannot be compiled, or there are several; or llguidance,
-                which follows it, is not installed.
+            ServingError: The export has no cache, a prompt is empty, too long, of a kind that the model does not read
+                or holds ids out of range, or an option is unknown, invalid or without effect.
+            WrongFieldError: The required form of answers is invalid, cannot be compiled, or there are several; or
+                llguidance, which enforces it, is not installed.
         """
         generation = self.generation  # first: of an export that does not generate, no option is of use
         chosen = Sampling.of(sampling)
@@ -285,19 +286,18 @@ class OrtModel(OpenExport):
         prefix_cache: int | None = None,
         max_memory: int | None = None,
     ) -> Decoder:
-        """The model as rows that open, step and close, which a scheduler drives.
+        """Return a decoder whose rows open, step and close, for a scheduler.
 
-        On the CPU all rows run at once where the export has a graph for it (`model_rows.onnx`), else, and on other
+        On the CPU all rows run at once if the export has a graph for it (`model_rows.onnx`), else, and on other
         execution providers, one after the other. A row of an encoder-decoder is opened with its source.
 
         Args:
-            rows: How many rows to have room for.
-            capacity: How many tokens of each, prompt and answer; None for the model's context.
+            rows: The number of rows to have room for.
+            capacity: The most tokens of a row, prompt and answer; None for the model's context.
             chunk: The most tokens that a row may read in a step beside others; by itself it may read 256.
-            prefix_cache: The most bytes of what rows have read that is kept for others, which take it over by
-                `Decoder.fill`; None for nothing.
+            prefix_cache: The most bytes of cached tokens that rows share through `Decoder.fill`; None for no sharing.
             max_memory: The most bytes of the caches of rows, copies of their adapters and the prefix cache together;
-                None for no bound. A row that finds no room waits: `Decoder.has_room` and `Decoder.reserve` say so.
+                None for no limit. A row without room waits: see `Decoder.has_room` and `Decoder.reserve`.
 
         Raises:
             ServingError: The export has no cache, a size is not a count, the capacity is above the model's context, or
@@ -307,7 +307,7 @@ class OrtModel(OpenExport):
 
     @property
     def limits(self) -> DecoderLimits:
-        """What a decoder can take: its vocabulary, context and end tokens.
+        """The limits of a decoder: its vocabulary, context and end tokens.
 
         Raises:
             ServingError: The export has no cache, or its end tokens are not ids.
@@ -316,7 +316,7 @@ class OrtModel(OpenExport):
 
     @property
     def encoder_inputs(self) -> EncoderInputs | None:
-        """Reads what the encoder of an encoder-decoder takes; None for a decoder.
+        """Reads an encoder-decoder's encoder inputs; None for a decoder.
 
         Raises:
             ServingError: The export has no cache, or its `generation_config.json` cannot be followed.

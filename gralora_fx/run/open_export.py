@@ -1,4 +1,4 @@
-"""An export directory that is open: its files checked, its adapters, a session over each graph, and how it generates.
+"""An open export directory: its checked files, its adapters, a session over each graph, and its generation.
 
 How each kind of export is opened and generates is a `Reading`: the reading half of `gralora_fx.exporters.kinds`.
 """
@@ -52,19 +52,19 @@ class Reading:
     # whether `model_rows.onnx`, where there is one, is opened first, and not `model.onnx`: given whether the CPU runs
     # all of it, and whether every call names an adapter for each row
     opens_rows: Callable[[bool, bool], bool]
-    calls_rows: bool  # whether calls run `model_rows.onnx` where they name an adapter for each row
-    # how an open export generates; it raises a `ServingError` where it does not
+    calls_rows: bool  # whether calls that name an adapter for each row run `model_rows.onnx`
+    # returns the generation of an open export; raises a `ServingError` if it has none
     generation: Callable[[OpenExport], Generation]
 
 
 class OpenExport:
-    """An export that is open.
+    """An open export.
 
     Attributes:
         directory: The export directory, whose path stays valid if the process changes its working directory.
-        manifest: What `gralora_export.json` says, typed.
+        manifest: The contents of `gralora_export.json`, typed.
         config: The model's `config.json`; empty if there is none.
-        adapters: Its adapters, by name; those that are loaded are iterated over.
+        adapters: Its adapters, by name; iteration yields those that a call can name.
         reading: How its kind is read.
         first_session: The session of the file that was opened first.
         first_is_rows: Whether that is `model_rows.onnx`.
@@ -115,7 +115,7 @@ class OpenExport:
         self.reading = READINGS[self.manifest.flavour]
         is_on_cpu = {name for name, _ in self._runtime.providers} == {CPU} and not self._runtime.devices
         self.first_is_rows = self.manifest.has_rows and self.reading.opens_rows(is_on_cpu, by_row)
-        self.first_session = self._open(ROWS_NAME if self.first_is_rows else MODEL_NAME)  # what is wrong is said now
+        self.first_session = self._open(ROWS_NAME if self.first_is_rows else MODEL_NAME)  # errors are raised now
         if not is_on_cpu:
             from gralora_fx.run.sessions.placement import warn_of_idle
 
@@ -125,33 +125,33 @@ class OpenExport:
     def session(self) -> Any:
         """The `onnxruntime.InferenceSession` of `model.onnx`, or an `EncoderDecoderSession`, that calls run.
 
-        That of a decoder which has `model_rows.onnx` too is opened when it is first asked for: `generate` needs none.
+        If a decoder also has `model_rows.onnx`, this session is opened on first use: `generate` does not need it.
         """
         return self._open_later(MODEL_NAME) if self.first_is_rows else self.first_session
 
     @cached_property
     def rows_session(self) -> Any:
-        """The session of `model_rows.onnx`, in which the rows of a batch differ; None where there is none.
+        """The session of `model_rows.onnx`, in which the rows of a batch differ; None if there is none.
 
-        Of a model without a cache it is opened when rows first have an adapter each.
+        For a model without a cache it is opened when rows first have an adapter each.
         """
         if self.first_is_rows:
             return self.first_session
         return self._open_later(ROWS_NAME) if self.reading.calls_rows and self.manifest.has_rows else None
 
     def companion_session(self, name: str) -> Any:
-        """Open the session of a part that runs beside the graph, by the name of its file without its suffix."""
+        """Open the session of a companion, by its file's name without the suffix."""
         return self._open_later(f"{name}.onnx")
 
     @cached_property
     def placement(self) -> Placement | None:
-        """How many nodes of each operator every provider runs; None where the CPU is alone (see `placement_of`)."""
+        """Nodes of each operator that every provider runs; None with the CPU alone (see `placement_of`)."""
         from gralora_fx.run.sessions.placement import placement_of
 
         return placement_of(self.first_session)
 
     def describe(self) -> str:
-        """What is loaded and where it runs: task, precision, providers with version and device, threads, and nodes."""
+        """Describe the export and how it runs: task, precision, providers with version and device, threads, nodes."""
         from gralora_fx.run.sessions.placement import describe_placement, describe_providers
 
         kinds = [] if self.manifest.quantization is None else [self.manifest.quantization.kind]
@@ -188,7 +188,7 @@ class OpenExport:
         """How it generates.
 
         Raises:
-            ServingError: It has no cache, or what its configuration says of answers cannot be followed.
+            ServingError: It has no cache, or its generation settings cannot be followed.
         """
         self._check_unchanged()
         return self.reading.generation(self)
@@ -201,11 +201,11 @@ class OpenExport:
 
     @cached_property
     def constraints(self) -> Constraints:
-        """Compiles what answers have to be, for the tokenizer beside the model.
+        """Compiles constraints on answers, for the tokenizer beside the model.
 
         Raises:
-            ServingError: It has no cache, what its configuration says of answers cannot be followed, or no feature
-                compiles constraints.
+            ServingError: It has no cache, its generation settings cannot be followed, or no feature compiles
+                constraints.
         """
         from gralora_fx.run.generate.constraints import compiler_for
 
@@ -234,7 +234,7 @@ class OpenExport:
 
 
 def adapter_as_data(source: Path, onnx_dir: Path, folder: Path, name: str) -> Path:
-    """An adapter as data of an export: the file itself, or one made of a directory that PEFT saved."""
+    """Return an adapter as data of an export: the given file, or one converted from a directory that PEFT saved."""
     if not source.is_dir():
         return source
     from gralora_fx.exporters.adapter_export import convert_adapter  # serving needs no exporter otherwise
@@ -243,14 +243,14 @@ def adapter_as_data(source: Path, onnx_dir: Path, folder: Path, name: str) -> Pa
 
 
 def in_memory(source: Path, onnx_dir: Path, name: str, manifest: Manifest) -> AdapterInMemory:
-    """What a directory that PEFT saved holds, as data of an export."""
+    """Convert a directory that PEFT saved to data of an export, in memory."""
     from gralora_fx.exporters.adapter_export import adapter_in_memory  # as above
 
     return adapter_in_memory(source, onnx_dir, name, manifest)
 
 
 def _no_generation(export: OpenExport) -> Generation:
-    """A model without a cache has one run a call."""
+    """Refuse to generate with a model without a cache."""
     raise ServingError(
         f"this export (task {export.manifest.task!r}) has no cache, so it cannot generate; "
         "export the model for a task with one, such as text-generation-with-past"
@@ -258,7 +258,7 @@ def _no_generation(export: OpenExport) -> Generation:
 
 
 def _decoder_generation(export: OpenExport) -> Generation:
-    """A decoder's rows run together in `model_rows.onnx`, or one after the other in `model.onnx`."""
+    """Return the generation of a decoder: rows together in `model_rows.onnx`, or one by one in `model.onnx`."""
     limits, given = _limits(export), _given_prompts(export)
     if export.first_is_rows:
         manifest = export.manifest
@@ -281,7 +281,7 @@ def _decoder_generation(export: OpenExport) -> Generation:
 
 
 def _given_prompts(export: OpenExport) -> GivenPrompts | None:
-    """Return what reads prompts with more than text, if parts of the export read that."""
+    """Return the reader of prompts with more than text, if companions of the export read them."""
     from gralora_fx.base.features import parts
 
     kinds = parts("given prompts", export.manifest.companions) if export.manifest.companions else []
@@ -289,7 +289,7 @@ def _given_prompts(export: OpenExport) -> GivenPrompts | None:
 
 
 def _encoder_decoder_generation(export: OpenExport) -> Generation:
-    """A row of an encoder-decoder is opened with what the encoder reads, and rows run one after the other."""
+    """Return the generation of an encoder-decoder, whose rows are opened with the encoder's inputs and run in turn."""
     from gralora_fx.run.engine.encoder_decoder import EncoderDecoder, Encodings
 
     limits, session = _limits(export), export.first_session

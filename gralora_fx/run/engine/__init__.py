@@ -1,1 +1,1 @@
-"""A model with a cache as rows that open, read tokens in steps and close: all that generates or verifies drives it."""
+"""A model with a cache as rows that open, read tokens in steps and close, driven by all that generates or verifies."""

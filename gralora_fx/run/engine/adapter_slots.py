@@ -1,7 +1,7 @@
-"""The adapters of a decoder's open rows, in buffers of their own: each is written when a row first needs it.
+"""The adapters of a decoder's open rows, copied to their own buffers when a row first needs them.
 
-What is in memory beside them costs a step nothing. Neither do large ranks of few rows cost the others more than a
-second reading of the weights: where that is less than padding all adapters to the largest, there are two stacks.
+Other loaded adapters cost a step nothing. If some adapters have much larger ranks, all would have to be padded to them:
+if a second reading of the weights costs less, there are two stacks, of small and of large adapters.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _SPARE = 2  # times as wide as needed that buffers may be before narrower ones t
 
 
 class AdapterSlots:
-    """Buffers with room for some adapters, as wide as the largest ranks among those in use.
+    """Buffers with room for some adapters, as wide as the largest ranks in use.
 
-    Adapters in use are the first of the stack, without gaps: a step reads all of it.
+    Adapters in use come first in the stack, without gaps: a step reads all of it.
     """
 
     def __init__(self, inputs: AdapterInputs, count: int) -> None:
-        """Begin without buffers."""
+        """Start without buffers."""
         self._inputs, self._count = inputs, count
         self._room: Ranks = ()
         self._most = 0  # the most adapters that these buffers had at a time
@@ -44,7 +44,7 @@ class AdapterSlots:
         self._ranks: WeakKeyDictionary[LoadedAdapter, Ranks] = WeakKeyDictionary()
 
     def stack_of(self, used: Sequence[LoadedAdapter]) -> Stack:
-        """A stack of some adapters, which holds until the next one is asked for."""
+        """Return a stack of some adapters, valid until the next call."""
         self._make_room(used)
         self._most, last = max(self._most, len(used)), BASE + len(used)
         ids: dict[LoadedAdapter | None, int] = {None: BASE}
@@ -62,18 +62,18 @@ class AdapterSlots:
         return Stack(ids, self._values[last])
 
     def size(self, used: Sequence[LoadedAdapter]) -> int:
-        """Return how many bytes a stack of some adapters takes in buffers that are as large as it needs."""
+        """Return the bytes of a stack of some adapters in buffers of just the size it needs."""
         return (BASE + 1 + len(used)) * slot_size(self._needed(used), self._inputs) if used else 0
 
     def spare(self, used: Sequence[LoadedAdapter]) -> int:
-        """Return how many bytes more it takes in these buffers."""
+        """Return how many more bytes the stack takes in the present buffers."""
         if not self._arrays or self.is_misfit(used):
             return 0
         count = BASE + 1 + max(self._most, len(used))
         return count * slot_size(self._room, self._inputs) - self.size(used)
 
     def is_misfit(self, used: Sequence[LoadedAdapter]) -> bool:
-        """Return whether there are buffers that are too narrow for some adapters, or much too wide."""
+        """Return whether the present buffers are too narrow for some adapters, or much too wide."""
         if not self._arrays or not used:
             return False
         needed = self._needed(used)
@@ -87,7 +87,7 @@ class AdapterSlots:
         return largest_ranks([self._ranks[adapter] for adapter in used], self._inputs)
 
     def _make_room(self, used: Sequence[LoadedAdapter]) -> None:
-        """Make other buffers where these do not fit."""
+        """Replace the buffers if they do not fit."""
         if self._arrays and not self.is_misfit(used):
             return
         self._room, self._values, self._most = self._needed(used), {}, 0
@@ -100,12 +100,12 @@ class RowStacks:
     """The stacks that a decoder's rows choose from: one, or one of small and one of large adapters."""
 
     def __init__(self, inputs: AdapterInputs, rows: int, weights: int) -> None:
-        """Begin without adapters."""
+        """Start without adapters."""
         self._inputs, self._count, self._weights = inputs, rows, weights
         self.clear()
 
     def of(self, used: Sequence[LoadedAdapter | None]) -> list[Stack]:
-        """The stacks for a step; every adapter is in one of them, and the base in all."""
+        """Return the stacks for a step; every adapter is in one of them, and the base in all."""
         return [slots.stack_of(part) for slots, part in self._parts(used)]
 
     def clear(self) -> None:
@@ -113,7 +113,7 @@ class RowStacks:
         self._slots = tuple(AdapterSlots(self._inputs, self._count) for _ in range(2))
 
     def size(self, used: Sequence[LoadedAdapter | None]) -> int:
-        """Return how many bytes the stacks for a step take in buffers that are as large as they need."""
+        """Return the bytes of the stacks for a step in buffers of just the size they need."""
         return sum(slots.size(part) for slots, part in self._parts(used))
 
     def is_misfit(self, used: Sequence[LoadedAdapter | None]) -> bool:
@@ -121,12 +121,12 @@ class RowStacks:
         return any(slots.is_misfit(part) for slots, part in self._parts(used))
 
     def spare(self, used: Sequence[LoadedAdapter | None]) -> int:
-        """Return how many bytes more they take in these buffers."""
+        """Return how many more bytes the stacks take in the present buffers."""
         parts = dict(self._parts(used))
         return sum(slots.spare(parts.get(slots, [])) for slots in self._slots)
 
     def _parts(self, used: Sequence[LoadedAdapter | None]) -> list[tuple[AdapterSlots, list[LoadedAdapter]]]:
-        """Return the buffers, each with the adapters that go into them."""
+        """Return the buffers, each with its adapters."""
         adapters = sorted({each for each in used if each is not None}, key=lambda each: (each.size, each.name))
         small = _small([adapter.size for adapter in adapters], self._weights)
         parts = [part for part in (adapters[:small], adapters[small:]) if part]
@@ -134,9 +134,9 @@ class RowStacks:
 
 
 def _small(sizes: Sequence[int], weights: int) -> int:
-    """Return how many of some adapters, the smallest first, are better run apart from the larger ones; all for none.
+    """Return how many adapters, the smallest first, to run apart from the larger ones; all of them for one run.
 
-    A run reads the weights once, and each adapter as if it were as large as the largest of the run.
+    A run reads the weights once, and each adapter as if it had the size of the run's largest.
     """
 
     def cost(small: int) -> int:

@@ -1,4 +1,4 @@
-"""The adapters of a served model by name, in memory once, as each of its graphs takes them."""
+"""The adapters of a served model by name, in memory once, in the form that each of its graphs takes."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:  # loaded where rows share what they read, and where there are
     from gralora_fx.run.sessions.adapter_file import AdapterRecord, AdapterSource
 
 AdapterNames: TypeAlias = str | Sequence[str | None] | None  # the adapter of all rows, or of each; None for the base
-_STACKED = 16  # most adapters that a stack has beside those that are used
+_STACKED = 16  # a stack holds all loaded adapters up to this number
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """An adapter in memory, equal to none but itself.
+    """An adapter in memory, compared by identity.
 
     Attributes:
-        name: What it is called.
-        record: What the record of its file says, or would say of a sum of others.
+        name: Its name.
+        record: The record of its file, or for a sum of adapters a record as its file would have.
         tensors: Its tensors, by name.
     """
 
@@ -47,7 +47,7 @@ class LoadedAdapter:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """Its tensors as a session takes them."""
+        """Its tensors as a session's inputs."""
         from gralora_fx.run.sessions.adapter_arrays import as_ort_value
 
         return {name: as_ort_value(array) for name, array in self.tensors.items()}
@@ -59,7 +59,7 @@ class LoadedAdapter:
 
     @cached_property
     def acts_from(self) -> tuple[int, ...]:
-        """The tokens from whose last occurrence in a prompt on it acts; none for one that acts everywhere."""
+        """The tokens whose last occurrence in a prompt activates it; empty if it is always active."""
         if self.record.config.get(ACTING) is None:
             return ()
         from gralora_fx.core.config.checks import acts_from
@@ -71,14 +71,14 @@ class LoadedAdapter:
 
     @cached_property
     def number(self) -> int:
-        """A number that no other adapter of the process has."""
+        """A number that is unique among the adapters of the process."""
         return next(_numbers)
 
     def start_in(self, tokens: Sequence[int]) -> int | None:
-        """Return how many tokens of a prompt are before those on which it acts; None for one that acts everywhere.
+        """Return how many tokens of a prompt come before the adapter is active; None if it is always active.
 
         Raises:
-            NotInvokedError: It acts from tokens on that the prompt does not have.
+            NotInvokedError: The prompt lacks the tokens that activate it.
         """
         if not self.acts_from:
             return None
@@ -99,14 +99,14 @@ class LoadedAdapter:
 
 
 class NotInvokedError(ServingError):
-    """A prompt lacks the tokens from which on its adapter acts.
+    """A prompt lacks the tokens that activate its adapter.
 
     Attributes:
         adapter: The adapter.
     """
 
     def __init__(self, adapter: LoadedAdapter, text: str | None = None) -> None:
-        """Say which tokens these are, maybe as text."""
+        """Name the missing tokens, as text if possible."""
         tokens = shown(list(adapter.acts_from)) + ("" if text is None else f", {shown(text)}")
         super().__init__(
             f"adapter {adapter.name!r} acts from its tokens {tokens} on, and the prompt does not have them; put them "
@@ -120,7 +120,7 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class Stack:
-    """Adapters as `model_rows.onnx` takes them, each with an id, by which rows of a batch choose it.
+    """Adapters stacked for `model_rows.onnx`, each with an id by which rows of a batch choose it.
 
     Attributes:
         ids: The id of each adapter, and of None, the base.
@@ -142,7 +142,7 @@ class Stack:
 
 
 def names_of_rows(adapter: object, batch: int) -> list[Any]:
-    """Return what is given as the name of each row's adapter."""
+    """Return the adapter name given for each row."""
     names = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * batch
     if len(names) != batch:
         raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
@@ -152,7 +152,7 @@ def names_of_rows(adapter: object, batch: int) -> list[Any]:
 class Adapters(Mapping[str, LoadedAdapter]):
     """The adapters that a call can name; any thread may load and unload some while others run.
 
-    Those in the export's own directory are loaded when they are first asked for.
+    Adapters in the export's own directory are loaded on first use.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, max_rank: int | None = None) -> None:
@@ -164,7 +164,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         self._prefixes: WeakSet[PrefixCache] = WeakSet()
 
     def __getitem__(self, name: str) -> LoadedAdapter:
-        """An adapter that is loaded, or that the export's own directory holds."""
+        """Return an adapter that is loaded, or load it from the export's own directory."""
         if isinstance(name, str) and (found := self._loaded.get(name)) is not None:
             return found
         self.inputs()
@@ -180,11 +180,11 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return self.load(name, path, exist_ok=True)
 
     def __iter__(self) -> Iterator[str]:
-        """Names of the adapters that a call can name (see `available`)."""
+        """Iterate over the names that a call can use (see `available`)."""
         return iter(self.available())
 
     def __len__(self) -> int:
-        """Return how many a call can name."""
+        """Return the number of adapters that a call can name."""
         return len(self.available())
 
     def __contains__(self, name: object) -> bool:
@@ -197,32 +197,31 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return tuple(sorted(self._loaded))
 
     def available(self) -> list[str]:
-        """Names of the adapters that are loaded, and of those that the export's own directory holds."""
+        """List the adapters that are loaded or in the export's own directory."""
         return sorted({*self._loaded, *filter(is_name, own_adapters(self._directory, ServingError))})
 
     def to_bind(self, name: str | None) -> dict[str, Any]:
-        """A tensor for every adapter input: those of an adapter, of rank 0 where it has none, or for the base."""
+        """Return a tensor for every adapter input: an adapter's, of rank 0 where it has none, or the base's."""
         inputs = self.inputs()
         return empty_adapter(inputs) | ({} if name is None else self[name].values)
 
     def tensors_for(self, adapter: str | LoadedAdapter | None, session: Any) -> dict[str, Any]:
-        """Return what a session over a graph with one adapter a run is fed, for an adapter or the base."""
+        """Return the adapter inputs of a session over a graph with one adapter a run, for an adapter or the base."""
         inputs = self._manifest.adapter_inputs
         own = adapter if adapter is None or isinstance(adapter, LoadedAdapter) else self[adapter]
         values = {} if own is None else own.values
         return values if inputs is None else adapter_values(values, inputs, session)
 
     def tell(self, cache: PrefixCache) -> None:
-        """Let a prefix cache drop what it has of an adapter when that is unloaded."""
+        """Register a prefix cache, which drops the entries of an adapter that is unloaded."""
         with self._lock:
             self._prefixes.add(cache)
 
     def stack_of(self, used: Sequence[LoadedAdapter]) -> Stack:
-        """A stack that has some adapters, those too that were unloaded or replaced since.
+        """Return a stack with some adapters, including ones unloaded or replaced since.
 
-        It has all that are loaded, if they are few, and is made anew when a run needs one that the last stack lacks.
-        Runs in other threads go on with the stack that they have, and wait for none that is being made for adapters of
-        others.
+        It holds all loaded adapters if they are few, and is rebuilt when a run needs one that the last stack lacks.
+        Runs in other threads keep their stack, and do not wait for a stack that is built for other adapters.
         """
         if (found := self._stack_with(used)) is not None:
             return found
@@ -237,12 +236,12 @@ class Adapters(Mapping[str, LoadedAdapter]):
             return found
 
     def _stack_with(self, used: Sequence[LoadedAdapter]) -> Stack | None:
-        """The last stack, if it has some adapters."""
+        """Return the last stack if it has some adapters, or None."""
         stack = self._stack
         return stack if stack is not None and all(adapter in stack.ids for adapter in used) else None
 
     def rows(self, adapter: object, count: int) -> dict[str, Any]:
-        """What a graph with an adapter a row takes beside a call's own inputs: the adapters, and which each row has."""
+        """Return the inputs of a graph with an adapter a row, beside a call's own: the stack, and each row's id."""
         chosen = [None if name is None else self[name] for name in names_of_rows(adapter, count)]
         for each in filter(None, chosen):
             each.check_acts_everywhere("a call (generate finds where it acts)")
@@ -267,7 +266,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return self._add(LoadedAdapter(name, record, tensors), exist_ok=exist_ok)
 
     def mix(self, name: str, weights: Mapping[str, float]) -> LoadedAdapter:
-        """Load the weighted sum of adapters under a name of its own; unloading one of them leaves the sum as it is."""
+        """Load the weighted sum of adapters under a new name; unloading one of them does not change the sum."""
         inputs = self.inputs()
         check_name(name, ServingError)
         if not isinstance(weights, Mapping) or not weights:
@@ -291,7 +290,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return self._add(LoadedAdapter(name, record, tensors))
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; calls that run with it end undisturbed."""
+        """Unload an adapter; calls that already run with it are not affected."""
         self.inputs()
         with self._lock:
             if not isinstance(name, str) or name not in self._loaded:
@@ -316,7 +315,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return adapter
 
     def inputs(self) -> AdapterInputs:
-        """The inputs of the export for adapters."""
+        """Return the export's inputs for adapters."""
         return check_takes_adapters(self._manifest, self._directory, ServingError)
 
 
@@ -328,7 +327,7 @@ def _is_number(value: object) -> bool:
 
 
 def _file(path: str | Path) -> Path:
-    """The absolute path of an adapter file; that it is there is for its reader to find."""
+    """Return the absolute path of an adapter file; its reader checks that it exists."""
     file = usable_path(path, ServingError, remedy="give the path of an .onnx_adapter file").absolute()
     if file.is_dir() or file.suffix != SUFFIX:
         raise ServingError(f"{file} is not an {SUFFIX} file; {command('export_adapter')} makes one of a PEFT adapter")

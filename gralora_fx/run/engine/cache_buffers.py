@@ -25,13 +25,13 @@ from gralora_fx.run.sessions.session_views import PAST, PRESENT
 # inputs of operators that read a cache and write into the same buffer
 _READS_CACHE = {("GroupQueryAttention", 3), ("GroupQueryAttention", 4)}
 _BOUND = 4  # stacks of adapters that stay bound
-_LEAST, _SHARE = 4, 16  # pages that a part takes at a time: so many at least, or this share of those that it has
+_LEAST, _SHARE = 4, 16  # pages that a part takes at a time: at least 4, or a 16th of those it has
 _AHEAD = 64  # pages that it takes at a time of a text that is known
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Equal parts of a row's cache, each of which begins a page: a head's keys in a layer, its values, or a state."""
+    """Equal parts of a row's cache, each starting at a page: keys of a head in a layer, values, or a state."""
 
     count: int  # how many there are
     width: int  # bytes of a position; of a state, which has none, all of its bytes
@@ -42,11 +42,11 @@ class RowLayout:
     """The parts of a row's cache, and how much memory they take.
 
     Attributes:
-        length: How many positions a row has room for, which fill whole pages in every part; None for no limit.
+        length: Positions for which a row has room, filling whole pages in every part; None for no limit.
     """
 
     def __init__(self, inputs: Iterable[Any], part: str = "decoder", length: int | None = None) -> None:
-        """Take the inputs of a session."""
+        """Read the parts from the inputs of a session."""
         counts: Counter[tuple[int, bool]] = Counter()
         for slot, value in past_slots(inputs).items():
             if slot.part not in ("", part):
@@ -61,23 +61,23 @@ class RowLayout:
         self.length = None if length is None else -(-length // self._step) * self._step
 
     def extent(self, positions: int) -> int:
-        """Return for how many positions a row takes memory: up to a sixteenth more than it needs, or a few pages.
+        """Return how many positions a row takes memory for: up to a sixteenth more than it needs, or a few pages.
 
-        Pages that are taken together lie together in memory, where the processor finds them sooner.
+        Pages that are taken at once are contiguous in memory, which the processor reads faster.
         """
         pages = -(-positions // self._step)
         run = max(1 << (pages // _SHARE).bit_length() >> 1, _LEAST)
         return self._within(-(-pages // run) * run)
 
     def ahead(self, positions: int, known: int) -> int:
-        """Return for how many positions a row takes memory that reads a text."""
+        """Return how many positions a row takes memory for while it reads a text."""
         return self._within(min(-(-known // self._step), -(-positions // self._step) + _AHEAD))
 
     def _within(self, pages: int) -> int:
         return pages * self._step if self.length is None else min(pages * self._step, self.length)
 
     def row_size(self, positions: int) -> int:
-        """Return how many bytes a row takes."""
+        """Return the bytes of a row."""
         count = self.extent(positions)
         return sum(each.count * whole_pages(each.width * (count if each.grows else 1)) for each in self._parts)
 
@@ -85,11 +85,11 @@ class RowLayout:
 class CacheBuffers:
     """The caches of rows, each tensor of all rows in one buffer.
 
-    In a buffer every head of every row has its own part, which is whole pages. So a row takes the memory that it
-    writes, rounded up to pages for each head, and gives all of it back when it ends.
+    In a buffer every head of every row has its own part of whole pages. So a row takes only the memory that it writes,
+    rounded up to pages for each head, and returns all of it when it ends.
 
     Attributes:
-        rows: How many rows there are.
+        rows: The number of rows.
         values: The buffers by the names of the inputs: keys and values `[rows, heads, length, size]`, and states.
         layout: The parts of a row.
     """
@@ -114,11 +114,11 @@ class CacheBuffers:
         self.values: Mapping[str, Any] = values
 
     def expect(self, row: int, positions: int) -> None:
-        """Take note of how many positions a row will need soon, such as those of its prompt."""
+        """Record how many positions a row will need soon, such as those of its prompt."""
         self._known[row] = positions
 
     def take(self, row: int, positions: int) -> None:
-        """Take the memory of what a row writes next."""
+        """Take the memory that a row writes next."""
         before = self._taken[row]
         if positions <= before:
             return
@@ -132,7 +132,7 @@ class CacheBuffers:
                 memory.take(part * size + before * width, part * size + taken * width)
 
     def give_back(self, row: int) -> None:
-        """Give back what a row has taken, except pages that its states share with those of other rows."""
+        """Return a row's memory to the system, except pages that its states share with those of other rows."""
         self._taken[row] = self._known[row] = 0
         for memory, _ in self._memory:
             size = memory.array.nbytes // self.rows
@@ -140,22 +140,22 @@ class CacheBuffers:
 
 
 class BufferedSteps:
-    """A session over a decoder, with the caches of its rows and what else stays bound from step to step.
+    """A session over a decoder, with the caches of its rows and the other values that stay bound from step to step.
 
-    A step reads the buffers and writes over them.
+    A step reads the buffers and overwrites them.
     """
 
     def __init__(self, session: Any, buffers: CacheBuffers) -> None:
-        """Take the buffers."""
+        """Start with buffers, without bindings."""
         self._session, self._rows, self._caches = session, buffers.rows, buffers.values
         self._kinds = {value.name: value.type for value in session.get_inputs()}
         self._copies = session.get_providers() != [CPU]  # a binding copies an input to the device when it is bound
-        self._windows: list[tuple[Mapping[str, Any], dict[range, _Window]]] = []  # by adapters, those of late first
+        self._windows: list[tuple[Mapping[str, Any], dict[range, _Window]]] = []  # by adapters, most recent first
 
     def __call__(
         self, arrays: Mapping[str, NDArray[Any]], adapters: Mapping[str, Any], rows: range | None = None
     ) -> Tensor:
-        """Take a step of some rows."""
+        """Run a step of some rows."""
         rows = range(self._rows) if rows is None else rows
         window = self._window(rows, adapters)
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
@@ -167,11 +167,11 @@ class BufferedSteps:
         return logits
 
     def forget(self) -> None:
-        """Unbind all adapters, whose memory is free then."""
+        """Unbind all adapters, so that their memory can be freed."""
         self._windows = []
 
     def _window(self, rows: range, adapters: Mapping[str, Any]) -> _Window:
-        """Some rows, with adapters."""
+        """Return the binding of some rows with adapters, created once."""
         windows = next((windows for bound, windows in self._windows if bound is adapters), {})
         others = [pair for pair in self._windows if pair[0] is not adapters]
         self._windows = [(adapters, windows), *others[: _BOUND - 1]]
@@ -195,9 +195,9 @@ class BufferedSteps:
 
 @dataclass(frozen=True)
 class _Window:
-    """Rows that follow each other."""
+    """Consecutive rows."""
 
-    binding: Any  # what is bound for their steps
+    binding: Any  # the I/O binding of their steps
     caches: Mapping[str, Any]  # their part of the buffers, by the names of the inputs
 
 
@@ -207,7 +207,7 @@ def _bind(binding: Any, values: Mapping[str, Any]) -> None:
 
 
 def takes_buffers(path: Path) -> bool:
-    """Whether a decoder's cache may be a buffer that is longer than what it holds: fused attention alone reads it."""
+    """Return whether a decoder's cache may be a longer buffer than its contents: only fused attention reads it."""
     graph = onnx.load(str(path), load_external_data=False).graph
     if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
         return False  # a branch may read any value

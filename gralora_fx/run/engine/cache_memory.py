@@ -1,4 +1,4 @@
-"""The memory of a decoder's caches, which may be bounded, and its rows by what they take of it."""
+"""The memory of a decoder's caches, optionally bounded, and its rows by the memory they take."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ class RowMemory:
 
     taken: int  # bytes that it has now
     claim: int  # bytes that it has at most, at its end
-    source: int = 0  # bytes of both that are of what the row was opened with, such as the source of an encoder
+    source: int = 0  # bytes of both for the row's source, such as an encoder's
 
 
 class CacheMemory:
-    """The memory of rows' caches, of the copies of their adapters, and of what rows share.
+    """The memory of rows' caches, of the copies of their adapters, and of the prefix cache that rows share.
 
-    A row takes memory as it grows, and states when it is opened how much it may come to take. Within a bound it may
-    grow as long as all open rows could still end one after the other, each with the memory that is free by then: the
-    banker's algorithm (Dijkstra, EWD 108). So a row may have to rest until another ends, but never do all rest. What
-    rows share gives way to them.
+    A row takes memory as it grows, and declares its maximum when it is opened. Within the limit a row may grow as long
+    as all open rows could still end one after the other, each with the memory that is free by then: the banker's
+    algorithm (Dijkstra, EWD 108). So a row may have to wait until another ends, but they never all wait. The shared
+    prefix cache shrinks to make room for rows.
 
     Any thread may use it.
 
     Attributes:
-        limit: The most bytes; None for no bound.
-        shared: What rows share; None if they share nothing.
+        limit: The most bytes; None for no limit.
+        shared: The cache that rows share; None if they share nothing.
     """
 
     def __init__(self, limit: int | None) -> None:
-        """Begin without rows; a limit of None bounds nothing."""
+        """Start without rows; a limit of None means none."""
         self.limit = limit
         self.shared: PrefixCache | None = None
         self._rows: dict[int, RowMemory] = {}
@@ -61,12 +61,12 @@ class CacheMemory:
 
     @property
     def taken(self) -> int:
-        """How many bytes are taken."""
+        """Bytes taken in all."""
         return self.taken_by_rows + (0 if self.shared is None else self.shared.size)
 
     @property
     def taken_by_rows(self) -> int:
-        """How many bytes rows and the copies of their adapters take."""
+        """Bytes taken by rows and the copies of their adapters."""
         with self._lock:
             return self._sum()
 
@@ -100,7 +100,7 @@ class CacheMemory:
             self._bound_shared()
 
     def reserve(self, number: int, size: int) -> bool:
-        """Let a row grow; return whether it may now. It keeps what it took until it is closed."""
+        """Let a row grow if it may now, and return whether it may; it keeps the memory until it is closed."""
         with self._lock:
             row = self._rows[number]
             size += row.source
@@ -150,23 +150,23 @@ class BoundedRows(ABC):
     @property
     @abstractmethod
     def capacity(self) -> int:
-        """How many tokens a row has room for."""
+        """The number of tokens for which a row has room."""
 
     @abstractmethod
     def length(self, row: int) -> int:
         """Return how many tokens a row has read."""
 
     def check_room(self, max_length: int, adapter: str | None = None, source: Source | None = None) -> None:
-        """Check that a row has room where no other is open.
+        """Check that a row fits if no other is open.
 
         Raises:
-            NeverRoomError: Its caches may take more than the bound.
+            NeverRoomError: Its caches may take more than the limit.
         """
         if self.memory.limit is not None:
             self.memory.check(self._row_memory(max_length, source), self._copies_size(adapter, alone=True))
 
     def has_room(self, max_length: int | None = None, adapter: str | None = None, source: Source | None = None) -> bool:
-        """Return whether one more row has room now, so that it and all others can go on to their ends.
+        """Return whether one more row has room now, so that it and all others can continue to their ends.
 
         Args:
             max_length: The most tokens that it reads; None for the capacity.
@@ -178,32 +178,32 @@ class BoundedRows(ABC):
         return self.memory.admits(self._row_memory(max_length, source), self._copies_size(adapter))
 
     def reserve(self, row: int, count: int) -> bool:
-        """Take the memory of tokens that a row reads next; return whether there is room now."""
+        """Take the memory of the tokens that a row reads next, if there is room now; return whether there is."""
         return self.memory.reserve(row, self._row_size(self.length(row), count))
 
     def room(self, rows: int, source: Source | None = None) -> int:
-        """Return how many tokens each of so many rows may read within the bound; 0 if there is no room for them."""
+        """Return how many tokens each of so many rows may read within the limit; 0 if there is no room for them."""
         limit, lengths = self.memory.limit, range(1, self.capacity + 1)
         if limit is None:
             return self.capacity
         return bisect_right(lengths, limit, key=lambda length: rows * self.row_size(length, source))
 
     def row_size(self, length: int, source: Source | None = None) -> int:
-        """Return how many bytes the caches of a row may take."""
+        """Return the most bytes that a row's caches may take."""
         return self._row_memory(length, source).claim
 
     def trim(self) -> None:  # noqa: B027  # most have nothing to free
-        """Free, while no row is open, what a row would need no more than a moment to make again."""
+        """Free, while no row is open, memory that a row could fill again within a moment."""
 
     def _expect(self, row: int, tokens: int) -> None:  # noqa: B027  # it matters to buffers alone
-        """Take note of how many tokens a row will have read soon, for which there is room."""
+        """Record how many tokens a row will soon have read, for which there is room."""
 
     def _take_room(self, row: int, max_length: int | None, source: Source | None) -> None:
-        """Take the memory of a row that is opened."""
+        """Take the memory of a row when it is opened."""
         self.memory.open(row, self._row_memory(max_length, source), self._copies_size())
 
     def _reserve_all(self, read: Mapping[int, NDArray[Any]]) -> None:
-        """Take the memory of what rows read."""
+        """Take the memory of the tokens that rows read."""
         resting = [row for row, array in read.items() if not self.reserve(row, len(array))]
         if resting:
             raise NoRoomError(
@@ -219,12 +219,12 @@ class BoundedRows(ABC):
 
     @abstractmethod
     def _row_size(self, tokens: int, count: int) -> int:
-        """Return how many bytes the caches of a row take, without those of its source."""
+        """Return the bytes of a row's caches, without those of its source."""
 
     def _source_size(self, source: Source | None) -> int:
-        """Return how many bytes the caches of a row's source take."""
+        """Return the bytes of the caches of a row's source."""
         return 0
 
     def _copies_size(self, adapter: str | None = None, *, alone: bool = False) -> int:
-        """Return how many bytes the copies of the adapters of open rows take, and of one more."""
+        """Return the bytes of copies of open rows' adapters, with one more adapter."""
         return 0

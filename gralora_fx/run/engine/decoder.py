@@ -1,4 +1,4 @@
-"""A decoder as rows that open, read tokens in steps and close: what `generate`, schedulers and trials drive."""
+"""A decoder as rows that open, read tokens in steps and close, driven by `generate`, schedulers and trials."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # loaded where rows share what they read
     from gralora_fx.run.engine.prefix_cache import PrefixCache
     from gralora_fx.run.engine.shared_rows import SharedRows
 
-_ALONE = 256  # tokens: attention computes what later ones hide, too, so that longer pieces take more time again
+_ALONE = 256  # tokens: attention also computes masked scores, so that longer pieces take longer again
 
 
 class Decoder(StartedRows, BoundedRows):
@@ -27,21 +27,21 @@ class Decoder(StartedRows, BoundedRows):
 
     A caller opens a row for each prompt, lets rows read tokens in steps that they share, and closes the row. In one
     step some rows may read a chunk of a prompt while others read the token that was chosen last; rows that are not
-    given tokens keep their cache. Every row has an adapter or none. What a row gives does not depend on the others.
+    given tokens keep their cache. Every row has an adapter or none. A row's results do not depend on the others.
 
     Steps of several threads run one after the other.
 
     Attributes:
-        limits: What a row can take.
-        rows: How many rows there are.
+        limits: The model's limits.
+        rows: The number of rows.
         chunk: The most tokens that a row may read in a step beside others.
         alone: The most tokens that a row may read in a step by itself, when nobody waits for it.
-        chosen: The most tokens of an answer to read in a step, which a constraint may force: one where a model computes
-            tokens of a prompt otherwise, which are those that it reads with others, and the first one.
-        gives_all: Whether a step gives the logits after each token (`logits="all"`), not after the last alone.
+        chosen: The most tokens of an answer to read in a step, such as those that a constraint forces; 1 if the model
+            computes a single token differently from several.
+        gives_all: Whether a step returns the logits after each token (`logits="all"`), not only after the last.
         unshared: Why rows cannot share what they have read; empty if they can.
-        verify_problem: Why rows cannot verify proposed tokens: a step cannot give the logits after several tokens of a
-            row, or a row cannot be set back. None if they can.
+        verify_problem: Why rows cannot verify proposed tokens: a step cannot return the logits after several tokens of
+            a row, or a row cannot be set back. None if they can.
     """
 
     unshared: str = "rows of the export run one after the other, each with a cache of its own"
@@ -58,15 +58,15 @@ class Decoder(StartedRows, BoundedRows):
         """Make room for rows.
 
         Args:
-            limits: What the model can take.
+            limits: The model's limits.
             size: How much room to make.
-            gives_all: Whether a step gives the logits after each token.
+            gives_all: Whether a step returns the logits after each token.
             verify_problem: Why rows cannot verify proposed tokens; None if they can.
-            is_apart: Whether a token that is read by itself counts as one of an answer (see `reads_tokens_apart`).
+            is_apart: Whether a token read by itself counts as a token of an answer (see `reads_tokens_apart`).
 
         Raises:
             ServingError: The capacity is above the model's context, or a prompt would be read as an answer is.
-            PrefixCacheError: Rows cannot share what they read, and are to.
+            PrefixCacheError: `size` has a prefix cache, but rows cannot share what they read.
         """
         if size.prefix_cache is not None and self.unshared:
             from gralora_fx.run.engine.prefix_cache import PrefixCacheError
@@ -85,29 +85,29 @@ class Decoder(StartedRows, BoundedRows):
         self.gives_all, self.verify_problem = gives_all, verify_problem
         self._lengths: dict[int, int] = {}  # of the open rows, how many tokens each has read
         self.memory = CacheMemory(size.max_memory)
-        self._shared: SharedRows | None = None  # of a decoder whose rows share what they read
+        self._shared: SharedRows | None = None  # None if rows share nothing
         self._lock = threading.Lock()
 
     @property
     def capacity(self) -> int:
-        """How many tokens a row has room for."""
+        """The number of tokens for which a row has room."""
         return self.limits.context
 
     @property
     def prefix_cache(self) -> PrefixCache | None:
-        """What rows have read, for others whose texts begin alike; None if they share nothing."""
+        """The cache of what rows have read, for others whose texts begin alike; None if they share nothing."""
         return None if self._shared is None else self._shared.cache
 
     @property
     def free(self) -> int:
-        """How many rows are free."""
+        """The number of free rows."""
         return self.rows - len(self._lengths)
 
     def length(self, row: int) -> int:
         """Return how many tokens a row has read.
 
         Args:
-            row: Its number, as `open` gave it.
+            row: Its number, as returned by `open`.
 
         Raises:
             ServingError: The row is not open.
@@ -124,24 +124,24 @@ class Decoder(StartedRows, BoundedRows):
         max_length: int | None = None,
         start: int | None = None,
     ) -> int:
-        """Take a free row.
+        """Open a free row.
 
         Args:
             adapter: Its adapter; None for the base.
-            source: What an encoder-decoder's encoder reads, by name; of a decoder what stands in the place of the row's
-                first tokens (see `GivenRows.begin`), or None.
-            salt: Rows share what they read with those of the same salt alone.
-            max_length: The most tokens that it reads, for a bound of memory; None for its capacity.
-            start: How many of its tokens the base reads before the adapter acts (see `start_of`); None for none, of an
-                adapter that acts everywhere.
+            source: For an encoder-decoder, the encoder's inputs, by name; for a decoder, embeddings or other inputs
+                that replace the row's first tokens (see `GivenRows.begin`), or None.
+            salt: Rows share what they read only with rows of the same salt.
+            max_length: The most tokens that it reads, for a limit on memory; None for its capacity.
+            start: How many of its tokens the base reads before the adapter is active (see `start_of`); None if it is
+                always active.
 
         Returns:
             The row's number.
 
         Raises:
-            ServingError: No row is free, there is no such adapter, it acts from tokens on and there is no `start`, or
-                the source is not what the model takes.
-            NoRoomError: The bound of memory has no room for it now.
+            ServingError: No row is free, there is no such adapter, `start` is missing for an adapter that certain
+                tokens activate, or the model does not take the source.
+            NoRoomError: There is no memory for it now.
         """
         with self._lock:
             if not self.free:
@@ -159,15 +159,15 @@ class Decoder(StartedRows, BoundedRows):
             return number
 
     def fill(self, row: int, tokens: Sequence[int]) -> int:
-        """Let a row take over what rows with the same adapter have read, instead of reading it again.
+        """Copy cached keys and values, from rows with the same adapter, of tokens that a row would read next.
 
         Args:
-            row: Its number, as `open` gave it.
-            tokens: What it is to read next, such as the rest of its prompt.
+            row: Its number, as returned by `open`.
+            tokens: The tokens to read next, such as the rest of its prompt.
 
         Returns:
-            How many of these tokens it need not read: none without a prefix cache, and never the last two, whose logits
-            are wanted.
+            How many of these tokens it need not read: 0 without a prefix cache, and never the last two, whose logits
+                are needed.
 
         Raises:
             ServingError: The row is not open.
@@ -183,10 +183,10 @@ class Decoder(StartedRows, BoundedRows):
             return count
 
     def close(self, row: int) -> None:
-        """Free a row.
+        """Close a row.
 
         Args:
-            row: Its number, as `open` gave it.
+            row: Its number, as returned by `open`.
 
         Raises:
             ServingError: The row is not open.
@@ -200,10 +200,10 @@ class Decoder(StartedRows, BoundedRows):
             self.memory.close(row, self._copies_size())
 
     def rewind(self, row: int, length: int) -> None:
-        """Set a row back, so that it goes on as if it had not read its last tokens.
+        """Set a row back, so that it continues as if it had not read its last tokens.
 
         Args:
-            row: Its number, as `open` gave it.
+            row: Its number, as returned by `open`.
             length: How many of the tokens that it has read it keeps.
 
         Raises:
@@ -225,20 +225,21 @@ class Decoder(StartedRows, BoundedRows):
         """Let rows read tokens.
 
         Args:
-            tokens: The tokens of each row that reads: a chunk of its prompt, or one that was chosen. All other rows
-                are idle.
-            last: Of rows that verify proposed tokens, or may, after how many of the last tokens the logits are wanted.
-                What they compute of a token is bit for bit the same whether they read it alone or with others.
+            tokens: The tokens of each row that reads: a chunk of its prompt, or a chosen token. All other rows are
+                idle.
+            last: For rows that verify proposed tokens, or may do so, the number of last tokens whose logits are needed.
+                Their results for a token are bitwise equal whether they read it alone or with others.
 
         Returns:
-            For each of these rows the logits after its last token, `[vocabulary]`; of an export with `logits="all"`
-            those after each, `[tokens, vocabulary]`; of a row in `last` those after its last, `[last, vocabulary]`.
+            For each of these rows the logits after its last token, `[vocabulary]`; after each token, `[tokens,
+                vocabulary]`, for an export with `logits="all"`; after its last tokens, `[last, vocabulary]`, for a row
+                in `last`.
 
         Raises:
             ServingError: A row is not open, its tokens are none, more than `chunk` (`alone` if no other row reads),
-                more than it has room for, or outside the vocabulary, more logits are wanted than it reads tokens, it
+                more than it has room for, or outside the vocabulary, more logits are requested than it reads tokens, it
                 cannot verify tokens, or ONNX Runtime fails; no row has read anything then.
-            NoRoomError: The bound of memory has no room for what a row reads (see `reserve`).
+            NoRoomError: There is no memory for the tokens that a row reads (see `reserve`).
         """
         with self._lock:
             if not isinstance(tokens, Mapping):
@@ -260,7 +261,7 @@ class Decoder(StartedRows, BoundedRows):
         return logits
 
     def _cut(self, read: Mapping[int, NDArray[np.int64]]) -> Mapping[int, NDArray[np.int64]]:
-        """Return what is read first: all, or what some rows read up to where others, or an adapter, may take over."""
+        """Return the tokens to read first: all, or some rows' up to where other rows or an adapter may continue."""
         read = self._up_to_starts(read, self._lengths)
         if self._shared is None or not self._shared.cache.keeps_states:
             return read
@@ -268,10 +269,10 @@ class Decoder(StartedRows, BoundedRows):
         return {row: read[row][:count] for row, count in counts.items() if count} or read
 
     def _read(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
-        """Let rows read tokens in one go, and take note of them."""
+        """Let rows read tokens in one run, and record them."""
         try:
             logits = self._run(read, last)
-        except Exception as failure:  # ONNX Runtime raises types of its own
+        except Exception as failure:  # ONNX Runtime raises its own types
             if self._shared is not None:
                 self._shared.lose(read)
             if isinstance(failure, ServingError):
@@ -287,25 +288,25 @@ class Decoder(StartedRows, BoundedRows):
         return logits
 
     def _nearest(self) -> int:
-        """The free row that keeps those in use closest together, so that steps run few rows between them."""
+        """Return the free row closest to those in use, so that steps run few rows between them."""
         used = self._lengths or {0: 0}
         free = (number for number in range(self.rows) if number not in self._lengths)
         return min(free, key=lambda number: (max(number, *used) - min(number, *used), number))
 
     @abstractmethod
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> Any:
-        """Get ready for a row that is opened; returns the version of its adapter, if rows share what they read."""
+        """Prepare a row that is opened; return the version of its adapter, if rows share what they read."""
 
     def _names(self, row: int) -> Mapping[int, int] | None:
-        """As `GivenRows.names`, of a row with a source."""
+        """Return `GivenRows.names` of a row with a source."""
 
     @abstractmethod
     def _end(self, row: int) -> None:
-        """Let go what a row had."""
+        """Release a row's resources."""
 
     @abstractmethod
     def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
-        """Let rows read tokens after those that they have read, and give their logits as `step` does."""
+        """Let rows read tokens after those they have read; return logits as `step` does."""
 
     def _last(self, last: Mapping[int, int], read: Mapping[int, NDArray[np.int64]]) -> Mapping[int, int]:
         for row, count in last.items():

@@ -33,18 +33,18 @@ _OF_SOURCE = ".encoder."  # in the names of the keys and values of the source
 
 
 class Encodings:
-    """The encoder's outputs for some sources, each with an adapter, the last ones that were asked for.
+    """The encoder's outputs for the last sources used, each with an adapter.
 
-    A source is often read more than once: for several answers, or to hear its language first.
+    A source is often read more than once: for several answers, or to detect its language first.
     """
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Start empty."""
         self._known: OrderedDict[tuple[str | None, bytes], tuple[Any, Any]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, source: Source, name: str | None, adapter: Any, encode: Callable[[], Any]) -> Any:
-        """The encoder's output for a source."""
+        """Return the encoder's output for a source."""
         key = name, _digest(source)
         with self._lock:
             ref, output = self._known.get(key, (None, None))
@@ -60,21 +60,21 @@ class Encodings:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row that is open, as a step finds it."""
+    """The state of an open row, for a step."""
 
     decoder: Any  # the session of the decoder, with the row's adapter
-    # what every step reads of the source: the encoder's output, its mask, and after the first step its keys and values
+    # a step's inputs from the source: the encoder's output, its mask, and after the first step its keys and values
     fixed: Mapping[str, Any]
     # the keys and values of the decoder's own positions, and before the first step empty ones of the source
     cache: Mapping[str, Any]
-    outputs: Sequence[str]  # what a step is asked for
+    outputs: Sequence[str]  # the outputs that a step requests
     takes_flag: bool  # whether a step says if it has a past
 
 
 class EncoderDecoder(Decoder):
     """`encoder_model.onnx`, run once for a row, and `decoder_model_merged.onnx`, run for one row after the other.
 
-    The keys and values of a source are computed in a row's first step and stay where they are.
+    The keys and values of a source are computed in a row's first step and then kept.
     """
 
     unshared = "what the decoder computes depends on what the encoder has read"
@@ -87,7 +87,7 @@ class EncoderDecoder(Decoder):
         size: DecoderSize,
         encodings: Encodings,
     ) -> None:
-        """Begin without rows."""
+        """Start without rows."""
         super().__init__(limits, size)
         self._session, self._adapters, self._encodings = session, adapters, encodings
         self._open: dict[int, _Row] = {}
@@ -128,7 +128,7 @@ class EncoderDecoder(Decoder):
 
 
 def _checked(source: Source, session: EncoderDecoderSession) -> Source:
-    """A source as arrays of one row each."""
+    """Return a source as arrays of one row each, checked."""
     if not isinstance(source, Mapping):
         raise ServingError(f"a source is what the encoder reads by name, but got {shown(source)}")
     inputs = {value.name: value for value in session.encoder.get_inputs() if not is_adapter_input(value.name)}
@@ -141,13 +141,13 @@ def _checked(source: Source, session: EncoderDecoderSession) -> Source:
 
 
 def _encoded(encoder: Any, source: Source) -> Any:
-    names = [value.name for value in encoder.get_inputs() if value.name in source]  # it may be given more
+    names = [value.name for value in encoder.get_inputs() if value.name in source]  # the source may have others
     feed = {name: torch.from_numpy(np.ascontiguousarray(source[name])) for name in names}
     return run_values(encoder, feed, "the encoder", ["last_hidden_state"], ServingError)["last_hidden_state"]
 
 
 def _step(row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[_Row, NDArray[Any]]:
-    """The row after it has read tokens, and the logits `[vocabulary]` after the last."""
+    """Return the row after it has read tokens, and the logits `[vocabulary]` after the last."""
     feed = {**row.fixed, **row.cache, "input_ids": torch.from_numpy(tokens[None])}
     if row.takes_flag:
         feed[FLAG] = torch.tensor([past > 0])

@@ -1,4 +1,4 @@
-"""What a decoder can take: its vocabulary and context, how much room its rows have, and the tokens that end a text."""
+"""Limits of a decoder: its vocabulary and context, the room for its rows, and the tokens that end a text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _ENDS = "eos_token_id"
 UNLIMITED = 2048  # positions of a decoder whose configuration names no limit, for a cache of some size
 QUERIES = 16  # ONNX Runtime's attention takes queries in blocks of a multiple of it
-LEAST_CHUNK = 3  # tokens of a step that leave none of a longer prompt to be read by itself (see `part_length`)
+LEAST_CHUNK = 3  # least tokens of a step with which no token of a longer prompt is read alone (see `part_length`)
 # fields of configurations for the number of positions
 CONTEXT_FIELDS = (
     "max_position_embeddings",
@@ -33,12 +33,12 @@ _READ_BY = {  # an encoder-decoder's inputs, whose relative positions (T5's `n_p
 
 
 class TooLargeError(ServingError):
-    """A request has more tokens, prompts or rows than there is ever room for."""
+    """A request has more tokens, prompts or rows than will ever fit."""
 
 
 @dataclass(frozen=True)
 class DecoderLimits:
-    """What a decoder can take."""
+    """The limits of a decoder."""
 
     vocabulary: int | None  # how many tokens there are; None if that is not known
     context: int  # positions of a prompt and its answer together
@@ -47,7 +47,7 @@ class DecoderLimits:
 
     @classmethod
     def of(cls, directory: Path, config: Mapping[str, Any], position_offset: int) -> DecoderLimits:
-        """The limits of an export."""
+        """Return the limits of an export."""
         text = config.get("text_config") or config
         is_pair = bool(config.get("is_encoder_decoder"))
         vocabulary = text.get("decoder_vocab_size") if is_pair else None
@@ -57,7 +57,7 @@ class DecoderLimits:
         return cls(vocabulary, context, ends, is_assumed=named is None)
 
     def within(self, context: int, name: str) -> DecoderLimits:
-        """Limits with a shorter context, or any where the configuration names none."""
+        """Return limits with a shorter context, or with any context if the configuration names none."""
         if context > self.context and not self.is_assumed:
             given = option(**{name: context})
             raise ServingError(f"{given} is above the model's context of {self.context} tokens; give less")
@@ -65,24 +65,24 @@ class DecoderLimits:
 
     @property
     def note(self) -> str:
-        """What to say after the context: nothing, or that it is assumed."""
+        """A note on the context for messages: empty, or that it is assumed."""
         return ", which is assumed since config.json names none (max_position_embeddings)" if self.is_assumed else ""
 
     def outside(self, tokens: Sequence[int]) -> int | None:
-        """The first of some tokens that is not in the vocabulary, or None."""
+        """Return the first token that is not in the vocabulary, or None."""
         most = self.vocabulary
         return next((token for token in tokens if token < 0 or (most is not None and token >= most)), None)
 
 
 @dataclass(frozen=True)
 class DecoderSize:
-    """How much a decoder has room for."""
+    """The room that a decoder has."""
 
     rows: int = 8  # how many rows
     capacity: int | None = None  # how many tokens of each, prompt and answer; None for the model's context
     # The most tokens that a row may read in a step beside others. A step is as wide as its longest chunk.
     chunk: int = 64
-    prefix_cache: int | None = None  # the most bytes of what rows have read that is kept for others; None for nothing
+    prefix_cache: int | None = None  # the most bytes of cached tokens that rows share; None for no sharing
     # the most bytes of the caches of rows, copies of their adapters and the prefix cache together; None for no bound
     max_memory: int | None = None
 
@@ -96,7 +96,7 @@ class DecoderSize:
 
 
 def context_length(config: Mapping[str, Any], name: str = "input_ids") -> int | None:
-    """The number of positions in a configuration, or None if it names none."""
+    """Return the number of positions in a configuration, or None if it names none."""
     text = config.get("text_config")
     fields = text if isinstance(text, Mapping) else config
     names = _READ_BY.get(name, ()) if config.get("is_encoder_decoder") else CONTEXT_FIELDS
@@ -105,7 +105,7 @@ def context_length(config: Mapping[str, Any], name: str = "input_ids") -> int | 
 
 
 def end_tokens(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
-    """Ids of the tokens that end an answer: those of `generation_config.json`, else those of `config.json`."""
+    """Return the ids of tokens that end an answer, from `generation_config.json`, else from `config.json`."""
     path = directory / GENERATION_CONFIG
     named = read_json_object(path, ServingError).get(_ENDS) if path.is_file() else None
     if named is None:
@@ -121,20 +121,20 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class PromptLimit:
-    """The most tokens of a prompt."""
+    """The limit on a prompt's tokens."""
 
     most: int | None  # how many; None for any
-    what: str  # what a prompt is called in messages
-    excess: str  # what is said of more tokens
+    what: str  # the name of a prompt in messages
+    excess: str  # the text on a prompt with more tokens
 
     @classmethod
     def of_context(cls, limits: DecoderLimits) -> PromptLimit:
-        """That of a decoder."""
+        """Return the limit of a decoder."""
         return cls(limits.context, "the prompt", f"beyond the context of {limits.context} tokens{limits.note}")
 
     @classmethod
     def of_source(cls, positions: int | None) -> PromptLimit:
-        """That of an encoder-decoder, whose encoder has so many positions; None for any."""
+        """Return the limit of an encoder-decoder whose encoder has so many positions; None for any."""
         return cls(positions, "the source", f"more than the encoder's {positions} positions")
 
     def check_text(self, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -151,12 +151,12 @@ class PromptLimit:
 
 
 def part_length(left: int, most: int, before: int = 0) -> int:
-    """How many of the tokens that are left of a text to read in the next step, so that none is read alone if possible.
+    """Return how many of the tokens left of a text to read next, so that none is read alone if possible.
 
-    Of these, the base may read some before an adapter acts, which are then read first.
+    The tokens that the base reads before an adapter is active, if there are some, are read first.
 
-    A step of one token computes other last digits than one of several (see `SharedRows`), and so does attention of one
-    that is alone in a block.
+    A step of one token differs in the last digits from a step of several (see `SharedRows`), and so does attention for
+    one token that is alone in a block.
     """
     left = before if 0 < before < left else left
     part = min(left, most)

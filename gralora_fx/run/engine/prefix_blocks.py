@@ -1,4 +1,4 @@
-"""Blocks of tokens in the tree of a prefix cache, and tensors that lie in bytes one after the other."""
+"""Blocks of tokens in the tree of a prefix cache, and tensors packed in consecutive bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 BLOCK = 64  # most tokens of a block
 OVERHEAD, OF_TOKEN = 2048, 40  # bytes of a block, and of each of its tokens, beside keys, values and states
 _ALIGNMENT = 16  # bytes
-_NUMBER = 256  # bits of a token, or of what stands for one, above which is the number of the adapter that reads it
+_NUMBER = 256  # bits of a token or its key; the higher bits are the number of the adapter that reads it
 Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]  # of a tensor: its shape and its numbers
 Root: TypeAlias = tuple[Any, str | None]  # the version of an adapter, None for the base; and the salt
 
@@ -22,11 +22,11 @@ class TokenBlock:
 
     Attributes:
         tokens: The tokens; none of a root.
-        values: Their keys and values, one tensor of the model's cache after the other.
-        states: The states after them, likewise; None without a snapshot.
-        above: What they follow; None of a root.
+        values: Their keys and values, the tensors of the model's cache packed in order.
+        states: The states after them, packed likewise; None without a snapshot.
+        above: The block that they follow; None of a root.
         below: The blocks that follow, by their first token.
-        root: Of a root, what its tree is of.
+        root: Of a root, the key of its tree.
     """
 
     __slots__ = ("above", "below", "root", "states", "tokens", "values")
@@ -34,7 +34,7 @@ class TokenBlock:
     def __init__(
         self, tokens: tuple[int, ...], values: Tensor, above: TokenBlock | None, root: Root = (None, None)
     ) -> None:
-        """Begin without blocks below."""
+        """Start without blocks below."""
         self.tokens, self.values, self.above, self.root = tokens, values, above, root
         self.below: dict[int, TokenBlock] = {}
         self.states: Tensor | None = None
@@ -47,12 +47,12 @@ class TokenBlock:
 
 
 def length_of(kinds: Iterable[Kind]) -> int:
-    """Bytes of some tensors, one after the other."""
+    """Return the bytes of packed tensors."""
     return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in kinds)
 
 
 def unpacked(values: Tensor, kinds: Iterable[Kind]) -> Iterator[Tensor]:
-    """The tensors that bytes hold, one after the other."""
+    """Yield the tensors packed in bytes, in order."""
     at = 0
     for shape, dtype in kinds:
         length = math.prod(shape) * dtype.itemsize
@@ -65,14 +65,14 @@ def _aligned(length: int) -> int:
 
 
 def upwards(block: TokenBlock | None) -> Iterator[TokenBlock]:
-    """A block and those above it."""
+    """Yield a block and those above it."""
     while block is not None:
         yield block
         block = block.above
 
 
 def owned(token: int, number: int) -> int:
-    """Return what stands for a token that an adapter reads after those of the base."""
+    """Return the key of a token that an adapter reads after those of the base."""
     return token + (number << _NUMBER)
 
 
@@ -82,7 +82,7 @@ def owner_of(token: int) -> int:
 
 
 def common(known: Sequence[int], tokens: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """Return the length of the common beginning of two texts."""
     if known == tuple(tokens):
         return len(known)
     pairs = enumerate(zip(known, tokens, strict=False))

@@ -1,12 +1,12 @@
 """The prefix cache: keys and values of tokens that rows have read, for other rows whose text begins alike.
 
 Blocks are the nodes of a radix tree. Each has up to `BLOCK` tokens, which follow those of the blocks above it, and the
-keys and values of these tokens at their positions. Every version of an adapter, and every salt, has a tree of its own:
-what one adapter computed is never found by another, nor by a later adapter of the same name.
+keys and values of these tokens at their positions. Every version of an adapter, and every salt, has its own tree: a
+result of one adapter is never found by another, nor by a later adapter of the same name.
 
-Layers that keep states cannot tell what they were after fewer tokens. Of such a model a block may have a snapshot of
-the states after its last token, and a text goes on from a snapshot alone. Where snapshots are taken follows Marconi
-(Pan et al., 2024, https://arxiv.org/abs/2411.19379): where a text ends, and where two texts part.
+States cannot be set back to those after fewer tokens. If a model has states, a block may have a snapshot of them after
+its last token, and a text can be continued only from a snapshot. As in Marconi (Pan et al., 2024,
+https://arxiv.org/abs/2411.19379), snapshots are taken where a text ends, and where two texts diverge.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ class PrefixCacheError(ServingError):
 
 
 class PrefixCache:
-    """Blocks within a bound of bytes; for a new one those go that were not used for longest.
+    """Blocks within a limit of bytes; the least recently used ones are evicted for new ones.
 
-    Of a model with states the snapshots go, first those that were taken on the chance that a text may go on from them
-    and that none has; a block goes with the last snapshot that it leads to.
+    If the model has states, snapshots are evicted, first the speculative ones that no text has continued from; a block
+    is removed with the last snapshot below it.
 
     Keys, values and states are copied in and out, so a row never shares memory with a block. Any thread may use it.
 
     Attributes:
         limit: The most bytes.
-        room: The most bytes now: rows of a bounded memory need the rest.
-        evictions: How many blocks, or snapshots, made room for others.
+        room: The most bytes now: rows in limited memory need the rest.
+        evictions: The number of blocks, or snapshots, evicted.
     """
 
     def __init__(self, limit: int, like: Sequence[Tensor], states: Sequence[Tensor] = ()) -> None:
-        """Begin without blocks.
+        """Start without blocks.
 
         Args:
             limit: The most bytes.
-            like: What a row's keys and values are, tensors `[heads, positions, size]` on the CPU.
-            states: What its states are; none of a model that has none.
+            like: A row's keys and values, tensors `[heads, positions, size]` on the CPU, for shapes and dtypes.
+            states: Its states, likewise; empty for a model without any.
         """
         self._like = [(tensor.shape[0], tensor.shape[2], tensor.dtype) for tensor in like]
         self._states: list[Kind] = [(tuple(tensor.shape), tensor.dtype) for tensor in states]
@@ -75,7 +75,7 @@ class PrefixCache:
         self.limit, self.room, self.evictions = limit, limit, 0
         self._bytes_used = self._count = 0
         self._roots: dict[Root, TokenBlock] = {}
-        # where a text may go on, the last used at the end: blocks, each after those below it, or those with a snapshot
+        # places where a text may continue, least recently used first: blocks, each after those below it, or snapshots
         self._recent: OrderedDict[TokenBlock, None] = OrderedDict()
         self._chances: OrderedDict[TokenBlock, None] = OrderedDict()  # with a snapshot from which none has gone on yet
         self._gone: WeakSet[Any] = WeakSet()  # versions of adapters
@@ -83,39 +83,39 @@ class PrefixCache:
 
     @property
     def size(self) -> int:
-        """How many bytes the blocks take."""
+        """Bytes of the blocks."""
         return self._bytes_used
 
     def __len__(self) -> int:
-        """How many blocks there are."""
+        """Return the number of blocks."""
         return self._count
 
     @property
     def snapshots(self) -> int:
-        """How many snapshots of states there are."""
+        """The number of snapshots of states."""
         return len(self._recent) + len(self._chances) if self._states else 0
 
     @property
     def keeps_states(self) -> bool:
-        """Whether texts go on from snapshots of states alone."""
+        """Whether texts can be continued from snapshots of states only."""
         return bool(self._states)
 
     def known(self, root: Root, tokens: Sequence[int]) -> int:
-        """How many tokens of a text are those of another one, whether or not a text can go on from there."""
+        """Return the length of a text's known beginning, whether or not a text can be continued there."""
         with self._lock:
             return sum(count for _, count in self._path(root, tokens))
 
     def fill(
         self, root: Root, tokens: Sequence[int], start: int, row: Sequence[Tensor], states: Sequence[Tensor] = ()
     ) -> int:
-        """Copy what is known of a text into the cache of a row, from a position on.
+        """Copy the known part of a text into the cache of a row, from a position on.
 
         Args:
             root: The version of the row's adapter, and the salt.
             tokens: The text, up to the last token that may be filled in.
             start: How many of the tokens the row has already.
             row: The row's keys and values, `[heads, positions, size]`.
-            states: Its states, which become those of a snapshot if there is one after `start`.
+            states: Its states, which are overwritten by a snapshot's if there is one after `start`.
         """
         with self._lock:
             path = list(self._path(root, tokens))
@@ -146,15 +146,15 @@ class PrefixCache:
         *,
         is_chance: bool = False,
     ) -> None:
-        """Keep what a row has read: of a model with states all or nothing, else as far as there is room.
+        """Store what a row has read: as far as there is room, or for a model with states all or nothing.
 
         Args:
-            root: The version of the row's adapter, and the salt; nothing is kept for a version that is gone.
+            root: The version of the row's adapter, and the salt; nothing is stored for a version that was unloaded.
             tokens: Its text.
             row: Its keys and values, `[heads, positions, size]`.
             states: Its states, after the text.
-            is_chance: Whether no text is known to go on from there, so that nothing else makes room for it than what
-                is a chance, too.
+            is_chance: Whether the snapshot is speculative, since no text is known to continue there; it evicts only
+                other speculative ones.
         """
         with self._lock:
             owner = owner_of(tokens[-1]) if tokens else 0
@@ -219,7 +219,7 @@ class PrefixCache:
                 self._count -= 1
 
     def _path(self, root: Root, tokens: Sequence[int]) -> Iterator[tuple[TokenBlock, int]]:
-        """The blocks that a text begins with, and how many tokens of each it has: all, but maybe of the last."""
+        """Yield the blocks that a text begins with, each with its number of equal tokens (all but in the last)."""
         block, at = self._roots.get(root), 0
         while block is not None and at < len(tokens):
             block = block.below.get(tokens[at])
@@ -233,7 +233,7 @@ class PrefixCache:
     def _add(
         self, above: TokenBlock, tokens: tuple[int, ...], at: int, row: Sequence[Tensor], *, is_chance: bool
     ) -> TokenBlock | None:
-        """A new block below another; None if there is no room beside those above it."""
+        """Add a block below another; return it, or None if there is no room beside those above it."""
         kinds = self._kinds(len(tokens))
         self._use(above)
         values = self._memory(kinds, above, OVERHEAD + OF_TOKEN * len(tokens), is_chance=is_chance)
@@ -250,7 +250,7 @@ class PrefixCache:
         return block
 
     def _take(self, block: TokenBlock, states: Sequence[Tensor], *, is_chance: bool) -> None:
-        """Let a block have a snapshot, if there is room."""
+        """Give a block a snapshot, if there is room."""
         if block.states is None:
             block.states = self._memory(self._states, block, 0, is_chance=is_chance)
             if block.states is None:
@@ -263,13 +263,13 @@ class PrefixCache:
             self._keep(block)
 
     def _keep(self, block: TokenBlock) -> None:
-        """A text goes on from a block's snapshot, or ends there."""
+        """Mark a block's snapshot as used: a text continues from it, or ends there."""
         self._chances.pop(block, None)
         self._recent[block] = None
         self._recent.move_to_end(block)
 
     def _memory(self, kinds: Sequence[Kind], last: TokenBlock, more: int, *, is_chance: bool) -> Tensor | None:
-        """Room for tensors and some more bytes, beside the path to a block; None if there is none."""
+        """Allocate room for tensors and some more bytes, beside the path to a block; return None if there is none."""
         length = length_of(kinds)
         if not self._make_room(length + more, last, is_chance=is_chance):
             return None
@@ -279,7 +279,7 @@ class PrefixCache:
             return None
 
     def _split(self, block: TokenBlock, count: int) -> TokenBlock:
-        """Let a block have its last tokens alone, and a new one above it, which is returned, the first."""
+        """Split a block before its last tokens; return the new block above it, with the first ones."""
         assert block.above is not None
         parts: list[tuple[tuple[int, ...], Tensor]] = []
         for tokens in (block.tokens[:count], block.tokens[count:]):
@@ -300,7 +300,7 @@ class PrefixCache:
         return first
 
     def _use(self, block: TokenBlock | None) -> None:
-        """A block and all above it were used now; of a model with states that is said of the snapshot alone."""
+        """Mark a block and all above it as used; with states, only snapshots are marked (see `_keep`)."""
         while not self._states and block is not None and block.above is not None:
             self._recent.move_to_end(block)
             block = block.above
@@ -314,7 +314,7 @@ class PrefixCache:
         return is_whole and (last is None or not self._states or last.states is not None)
 
     def _make_room(self, size: int, last: TokenBlock | None, *, is_chance: bool = False) -> bool:
-        """Let blocks go until there is room; returns whether there is, beside the path to one that was just used."""
+        """Evict blocks until there is room; return whether there is, beside the path to one that was just used."""
         path = set(upwards(last)) if self._bytes_used + size > self.room else set[TokenBlock]()
         while self._bytes_used + size > self.room:
             oldest = next(chain(self._chances, () if is_chance else self._recent), None)
@@ -330,7 +330,7 @@ class PrefixCache:
         return True
 
     def _prune(self, block: TokenBlock, path: Container[TokenBlock] = ()) -> None:
-        """Let a block go, and those above it, as long as no text can go on from it nor is below it."""
+        """Remove a block, and those above it, while no text can be continued from it and none is below it."""
         kept: tuple[Container[TokenBlock], ...] = (self._recent, self._chances, path)
         while block.above is not None and not block.below and not any(block in some for some in kept):
             above = block.above
@@ -342,9 +342,9 @@ class PrefixCache:
             block = above
 
     def _kinds(self, count: int) -> list[Kind]:
-        """The keys and values of some tokens."""
+        """Return shapes and dtypes of the keys and values of some tokens."""
         return [((heads, count, size), dtype) for heads, size, dtype in self._like]
 
     def _tensors(self, block: TokenBlock) -> Iterator[Tensor]:
-        """The keys and values of a block, `[heads, tokens, size]`."""
+        """Yield the keys and values of a block, `[heads, tokens, size]`."""
         return unpacked(block.values, self._kinds(len(block.tokens)))

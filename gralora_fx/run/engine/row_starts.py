@@ -1,4 +1,4 @@
-"""Rows whose adapters act from a token on: the base reads what is before it, as it reads it for all others."""
+"""Rows whose adapters become active at a token; the base reads all tokens before it, as in any other row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class StartedRows:
-    """Rows that know from which of their tokens on their adapters act."""
+    """Rows that know the token at which their adapters become active."""
 
     _adapters: Adapters
 
@@ -25,21 +25,21 @@ class StartedRows:
         return {}
 
     def start(self, row: int) -> int | None:
-        """Return how many of a row's tokens the base reads before its adapter acts; None if that was not said."""
+        """Return how many of a row's tokens the base reads before its adapter is active; None if that was not given."""
         return self._starts.get(row)
 
     def start_of(self, adapter: str | None, tokens: Sequence[int]) -> int | None:
-        """Return how many tokens of a prompt the base reads before an adapter acts, for `open`.
+        """Return how many tokens of a prompt the base reads before an adapter is active, for `open`.
 
         Args:
             adapter: The adapter; None for the base.
             tokens: The prompt.
 
         Returns:
-            The number; None of an adapter that acts everywhere.
+            The number; None for an adapter that is always active.
 
         Raises:
-            NotInvokedError: The adapter acts from tokens on that the prompt does not have.
+            NotInvokedError: The prompt lacks the tokens that activate the adapter.
         """
         return None if adapter is None else self._adapters[adapter].start_in(tokens)
 
@@ -48,7 +48,7 @@ class StartedRows:
         return length >= self._starts.get(row, 0)
 
     def _begin_at(self, row: int, adapter: str | None, start: int | None) -> None:
-        """Note where the adapter of a row that is opened acts."""
+        """Record where the adapter of a row that is opened becomes active."""
         self._starts.pop(row, None)
         if start is None:
             if adapter is not None:
@@ -62,7 +62,7 @@ class StartedRows:
     def _up_to_starts(
         self, read: Mapping[int, NDArray[np.int64]], lengths: Mapping[int, int]
     ) -> Mapping[int, NDArray[np.int64]]:
-        """Return what is read first: of a row whose adapter begins to act within, what is before that."""
+        """Return the tokens to read first: of a row whose adapter becomes active among them, those before."""
         crossing = {row: start - lengths[row] for row, start in self._starts.items() if row in read}
         cut = {row: count for row, count in crossing.items() if 0 < count < len(read[row])}
         return {row: array[: cut.get(row, len(array))] for row, array in read.items()} if cut else read

@@ -1,4 +1,4 @@
-"""A decoder's `model.onnx`, whose rows have no lengths of their own: it runs one row after the other."""
+"""A decoder's `model.onnx`, whose rows cannot have different lengths: it runs one row after the other."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class _Row:
     """A row that is open."""
 
     values: Mapping[str, Any]  # the tensors of its adapter, as the session takes them
-    base: Mapping[str, Any]  # those of the base, with which it reads before its adapter acts
-    steps: BufferedSteps | None  # what runs it where its cache is in buffers; None where a step gives the next cache
-    cache: Mapping[str, Any]  # its keys and values, which the last step gave
-    # tokens that are read at once with those after them (see `GivenRows.joins`)
+    base: Mapping[str, Any]  # tensors of the base, with which it reads before its adapter is active
+    steps: BufferedSteps | None  # runs it if its cache is in buffers; None if a step returns the next cache
+    cache: Mapping[str, Any]  # its keys and values from the last step
+    # tokens to read in one step with those after them (see `GivenRows.joins`)
     held: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 class SequentialDecoder(Decoder):
-    """`model.onnx`, run for one row after the other, each with a cache of its own.
+    """`model.onnx`, run for one row after the other, each with its own cache.
 
-    The cache is a buffer that each step extends where attention alone reads it; else a step gives the next one.
+    If only attention reads the cache, it is a buffer that each step extends; else each step returns the next cache.
     """
 
     def __init__(
         self, session: Any, adapters: Adapters, limits: DecoderLimits, size: DecoderSize, *, takes_buffers: bool
     ) -> None:
-        """Begin without rows."""
+        """Start without rows."""
         super().__init__(limits, size, gives_all=gives_all(session), is_apart=reads_tokens_apart(session))
         if not takes_buffers:
             self.alone = self.chunk  # the last bits of its attention may depend on the pieces
@@ -70,24 +70,25 @@ class SequentialDecoder(Decoder):
         del self._open[row]
 
     def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
-        logits: dict[int, NDArray[Any]] = {}
+        stepped: dict[int, tuple[Mapping[str, Any], NDArray[Any], NDArray[np.int64]]] = {}
         for number, new in read.items():
             row, total = self._open[number], self._lengths[number] + len(new)
             tokens = np.concatenate([row.held, new])
-            if self._given.joins(number, total):  # in the middle of a prompt, where nobody takes logits
-                if self.gives_all:
-                    raise ServingError(
-                        f"row {number} reads a part of tokens that are read at once, and the export gives the logits "
-                        "after each; give a larger chunk"
-                    )
-                row.held, logits[number] = tokens, np.full(self.limits.vocabulary or 1, np.nan, np.float32)
-                continue
-            row.cache, own = self._step(number, tokens, total - len(tokens))
-            logits[number], row.held = own, tokens[:0]
-        return logits
+            if not self._given.joins(number, total):
+                stepped[number] = (*self._step(number, tokens, total - len(tokens)), tokens[:0])
+            elif self.gives_all:
+                raise ServingError(
+                    f"row {number} reads a part of tokens that are read at once, and the export gives the logits "
+                    "after each; give a larger chunk"
+                )
+            else:  # in the middle of a prompt, where nobody takes logits
+                stepped[number] = row.cache, np.full(self.limits.vocabulary or 1, np.nan, np.float32), tokens
+        for number, (cache, _, held) in stepped.items():
+            self._open[number].cache, self._open[number].held = cache, held
+        return {number: logits for number, (_, logits, _) in stepped.items()}
 
     def _step(self, number: int, tokens: NDArray[np.int64], past: int) -> tuple[Mapping[str, Any], NDArray[Any]]:
-        """The cache after a row has read tokens, where that is another one, and the logits."""
+        """Return a row's new cache after it has read tokens, if it is replaced, and the logits."""
         row, total, ids = self._open[number], past + len(tokens), tokens[None].copy()
         adapter = row.values if self.acts(number, past) else row.base
         inputs = {

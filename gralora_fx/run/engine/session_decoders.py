@@ -1,4 +1,4 @@
-"""A decoder over a graph of rows with a cache: all in one run, each with its adapter and with what it begins with."""
+"""A decoder over a graph of rows with a cache: one run for all rows, each with its adapter and its first inputs."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _NO_STACK = Stack({None: BASE}, {})  # of a graph without adapters
 
 
 class GivenRows:
-    """What rows begin with in the place of tokens: nothing, of a decoder that takes ids alone.
+    """Inputs that replace the first tokens of rows; this base class is for a decoder that takes ids alone.
 
-    A feature's subclass, a part of the point "given rows", is made of the session. Its `prompts_with` takes prompts and
-    the embeddings that `generate` was given, and returns the prompts with them.
+    A feature's subclass, a part of the point "given rows", is made from the session. Its `prompts_with` takes prompts
+    and the embeddings given to `generate`, and returns the prompts with them.
     """
 
     def begin(self, row: int, source: Mapping[str, Any] | None) -> None:
-        """Note that a row is opened, or closed.
+        """Record that a row is opened, or closed.
 
         Args:
             row: Its number.
-            source: What stands in the place of its first tokens, by name, as `model.onnx` takes it of one row. None for
+            source: The inputs that replace its first tokens, by name, as `model.onnx` takes them for one row. None for
                 a row of text alone.
 
         Raises:
@@ -60,9 +60,9 @@ class GivenRows:
         )
 
     def names(self, row: int) -> Mapping[int, int] | None:
-        """Return what tells a row's given tokens from others, by position, as token ids tell the rest.
+        """Return keys, by position, that identify a row's given inputs, as token ids identify the rest.
 
-        Rows share what they read where these are alike. None if nothing tells what the row begins with.
+        Rows share what they read if these are equal. None if nothing identifies the row's beginning.
         """
         return {}
 
@@ -73,7 +73,7 @@ class GivenRows:
     def arrays(
         self, read: Mapping[int, NDArray[np.int64]], before: Mapping[int, int], rows: range, ids: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """Return what a step is fed beside the ids: of text alone, arrays that stand for any number of tokens.
+        """Return a step's inputs beside the ids; for text alone, arrays that stand for any number of tokens.
 
         Args:
             read: The tokens of each row that reads.
@@ -85,7 +85,7 @@ class GivenRows:
 
 
 def given_rows(session: Any) -> GivenRows:
-    """Return what the rows of a session begin with."""
+    """Return the first inputs of a session's rows, as a feature or text alone provides them."""
     taken = [value.name for value in optional_arguments(session)]
     if not taken:
         return GivenRows()
@@ -97,7 +97,7 @@ def given_rows(session: Any) -> GivenRows:
 
 
 class RowsDecoder(Decoder):
-    """The rows' graph with caches in shared buffers; a step runs the rows from the first to the last that read."""
+    """The rows' graph with caches in shared buffers; a step runs all rows from the first to the last that read."""
 
     unshared = ""
 
@@ -132,7 +132,7 @@ class RowsDecoder(Decoder):
             self._row_stacks = RowStacks(tensors, self.rows, weights)
         self._row_adapters: dict[int, LoadedAdapter | None] = {}
         self._stacks: Sequence[Stack] = ()  # of the rows that are open; none until a step needs them
-        self._spare = 0  # bytes that they take beyond what these rows need
+        self._spare = 0  # bytes that they take beyond these rows' needs
         if size.max_memory is not None and (reason := kept_reason()) is not None:
             raise ServingError(
                 f"max_memory cannot be kept to: {reason}; leave it out, and give fewer rows or a smaller capacity"
@@ -164,14 +164,15 @@ class RowsDecoder(Decoder):
                 cache,
                 lambda row: [each[row] for each in caches.values()],
                 lambda row: [each[row] for each in states],
-                is_float32=is_float32 and not apart,  # apart, what an answer computes is not what a prompt does
+                is_float32=is_float32 and not apart,  # apart, an answer's values differ from a prompt's
             )
 
     def cached(self, row: int) -> dict[str, Tensor]:
-        """Return what is kept of a row by the names of the inputs, in the row's own memory: keys and values, or states.
+        """Return a row's caches by the names of the inputs, in the row's own memory: keys and values, or states.
 
         Returns:
-            Keys and values are `[heads, positions, size]`; positions that the row has not read yet hold anything.
+            Keys and values are `[heads, positions, size]`; contents are undefined at positions that the row has not
+                read.
         """
         return {name: as_tensor(value)[row] for name, value in self._buffers.values.items()}
 
@@ -190,7 +191,7 @@ class RowsDecoder(Decoder):
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> LoadedAdapter | None:
         self._given.begin(row, source)
         self._row_adapters[row] = None if adapter is None else self._adapters[adapter]
-        for name in self._states:  # those of the text that the row was of before
+        for name in self._states:  # states of the row's earlier text
             as_tensor(self._buffers.values[name])[row].zero_()
         self._stacks = ()
         return self._row_adapters[row]
@@ -215,13 +216,13 @@ class RowsDecoder(Decoder):
         self._stacks, self._spare = (), 0
 
     def _stacks_of(self, stacks: RowStacks) -> Sequence[Stack]:
-        """Return the adapters of the open rows; copies that take more than they need go first where room is short."""
+        """Return the adapters of the open rows; if memory is short, free copies that are larger than needed first."""
         used, limit = list(self._row_adapters.values()), self.memory.limit
         if not self._stacks:
             self._spare = 0 if limit is None else stacks.spare(used)
         is_short = limit is not None and self._spare and self.memory.taken + self._spare > limit
         if is_short or (not self._stacks and stacks.is_misfit(used)):
-            self._free_copies(stacks)  # what is bound would stay
+            self._free_copies(stacks)  # bound values would not be freed
         return self._stacks or stacks.of(used)
 
     def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
@@ -242,13 +243,13 @@ class RowsDecoder(Decoder):
         return logits
 
     def _acting(self, row: int) -> LoadedAdapter | None:
-        """Return the adapter with which a row reads now: the base before its own acts."""
+        """Return the adapter with which a row reads now: the base before its adapter is active."""
         return self._row_adapters[row] if self.acts(row, self._lengths[row]) else None
 
     def _runs(self, read: Mapping[int, NDArray[np.int64]]) -> list[Mapping[int, NDArray[np.int64]]]:
-        """Rows that read tokens, in runs: all in one, or those with several tokens apart where padding costs more.
+        """Split rows that read tokens into runs: one for all, or those with several tokens apart if padding costs more.
 
-        Layers that sum positions up take the time of the longest row for every row, those between others included.
+        Layers that sum up positions take the time of the longest row for every row, also for idle rows between others.
         """
         if not read:
             return []
@@ -261,7 +262,7 @@ class RowsDecoder(Decoder):
     def _run_together(
         self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int], stack: Stack, lengths: Mapping[int, int]
     ) -> dict[int, NDArray[Any]]:
-        """Let rows read tokens that choose from one stack, after the lengths that rows have then."""
+        """Let rows that choose from one stack read tokens, and set their new lengths."""
         rows = range(min(read), max(read) + 1)  # the others take no time at all
         read, attended = {row: read[row] for row in sorted(read)}, np.zeros(len(rows), dtype=np.int32)
         # attention that sees one token of each row takes another way, with other last digits

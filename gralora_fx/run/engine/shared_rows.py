@@ -23,19 +23,19 @@ class _SharedRow:
 
     root: tuple[Any, str | None]  # the version of its adapter, and its salt
     text: list[int] = field(default_factory=list)  # the tokens that it has read, or that were filled in
-    kept: int = 0  # how many of them are in the cache, or were when they were put there
-    exact: int = 2**62  # up to which of them all were read several in a step
-    # of a model with states, the tokens that it is known to read, such as its prompt, from the first on
+    kept: int = 0  # how many of them were stored in the cache
+    exact: int = 2**62  # up to which all were read in steps of several
+    # for a model with states, the tokens that it is known to read, such as its prompt, from the first on
     planned: tuple[int, ...] = ()
-    # of these, after how many tokens another text parts, or may part, from it
+    # numbers of these tokens after which another text diverges, or may diverge, from it
     stops: set[int] = field(default_factory=set)
-    # what stands for tokens that it was given something in the place of, by position
+    # keys of inputs that replace its tokens, by position
     names: Mapping[int, int] = field(default_factory=dict)
-    start: int = 0  # the first token on which its adapter acts; what is before it is the base's, whose text it goes on
-    adapter: int = 0  # the adapter's number, of one that acts from a token on
+    start: int = 0  # the first token on which its adapter is active; the base reads those before
+    adapter: int = 0  # the adapter's number, if it is active from a token on; else 0
 
     def named(self, start: int, tokens: Sequence[int]) -> list[int]:
-        """Return tokens from a position on as they are told from others."""
+        """Return the keys of tokens from a position on: their ids, or names of given inputs."""
         if not self.names and not self.adapter:
             return list(tokens)
         named = [self.names.get(position, token) for position, token in enumerate(tokens, start)]
@@ -44,17 +44,17 @@ class _SharedRow:
 
 
 class SharedRows:
-    """Puts into a prefix cache what rows read, and fills in from it what they would read next.
+    """Stores what rows read in a prefix cache, and fills in from it what they would read next.
 
-    The keys and values of a token are the same bits however many tokens a row reads in a step, as long as it reads
-    several: a product with one row of values is summed up in another order. In float32 that changes the last digits;
-    where values are rounded, to eight bits or to halves, it changes more. There what followed a step of one token is
-    left out, so that an answer is the one that is given without a cache. A prompt is never read by one token (see
-    `part_length`), so the next turn of a chat reads the answer as a part of its prompt, once.
+    The keys and values of a token are bitwise equal however many tokens a row reads in a step, as long as there are
+    several: a matrix product with a single row is summed in another order. In float32 that changes the last digits; it
+    changes more if values are rounded to eight bits or half precision. With such rounding, whatever follows a step of
+    one token is not stored, so that an answer is the same as without a cache. A prompt is never read token by token
+    (see `part_length`), so the next turn of a chat reads the answer once, as a part of its prompt.
 
-    Of a model with states snapshots are kept: after each prompt and each text, and where the prompt of another row, or
-    a text in the cache, goes on otherwise, for which a step is cut in two there. Where a step ends within a prompt, and
-    after its last whole block, one is kept on the chance that a later prompt is the same so far. Layers with states
+    For a model with states, snapshots are stored: after each prompt and each text, and where another row's prompt, or a
+    text in the cache, diverges; a step is cut in two there. At the end of a step within a prompt, and after its last
+    whole block, a speculative snapshot is stored, for a later prompt that is equal up to there. Layers with states
     compute the same bits of a token wherever a prompt is cut.
     """
 
@@ -66,7 +66,7 @@ class SharedRows:
         *,
         is_float32: bool,
     ) -> None:
-        """Begin without rows.
+        """Start without rows.
 
         Args:
             cache: The cache.
@@ -80,14 +80,14 @@ class SharedRows:
     def begin(
         self, row: int, version: Any, salt: str | None, names: Mapping[int, int] | None, start: int | None = None
     ) -> None:
-        """A row is opened.
+        """Open a row.
 
         Args:
             row: Its number.
             version: The version of its adapter.
-            salt: Rows share what they read with those of the same salt alone.
-            names: What stands for tokens that it was given something in the place of; None if nothing tells them.
-            start: The first token on which the adapter acts, after those of the base; None for all.
+            salt: Rows share what they read only with rows of the same salt.
+            names: Keys of inputs given instead of tokens, by position; None if nothing identifies them.
+            start: The first token on which the adapter is active, after those of the base; None for all.
         """
         if version is None or start is None:
             self._rows[row] = _SharedRow((version, salt), names=names or {})
@@ -97,7 +97,7 @@ class SharedRows:
             self.lose([row])
 
     def end(self, row: int, length: int) -> None:
-        """A row is closed that has read so many tokens."""
+        """Close a row that has read so many tokens."""
         shared = self._at(row, length)
         stop = len(shared.text) if self.cache.keeps_states else self._sharable(shared)
         if self._sharable(shared) >= stop > max(shared.kept, _LEFT):
@@ -105,12 +105,12 @@ class SharedRows:
         del self._rows[row]
 
     def lose(self, rows: Iterable[int]) -> None:
-        """A step of rows failed halfway, so that what they have now is not shared."""
+        """Stop sharing rows whose step failed halfway."""
         for row in rows:
             self._rows[row].exact = -1
 
     def read(self, row: int, length: int, tokens: Sequence[int], proposed: int = 0, *, is_several: bool = True) -> None:
-        """A row has read tokens, after so many others."""
+        """Record that a row has read tokens, after so many others."""
         shared = self._at(row, length)
         if proposed:
             self._keep_blocks(row, shared)
@@ -139,7 +139,7 @@ class SharedRows:
         self.cache.store(shared.root, shared.text[:stop], self._tensors(row), states, is_chance=is_chance)
 
     def cut(self, row: int, length: int, count: int) -> int:
-        """How many of the tokens that a row is about to read it reads in a step by themselves; 0 for no cut."""
+        """Return how many of the tokens that a row is about to read go into a step of their own; 0 for no cut."""
         shared = self._at(row, length)
         chance = (len(shared.planned) - _LEFT) // BLOCK * BLOCK
         stops = {*shared.stops, chance} if chance - shared.kept >= _APART else shared.stops
@@ -156,7 +156,7 @@ class SharedRows:
         return 0
 
     def fill(self, row: int, length: int, tokens: Sequence[int]) -> int:
-        """Fill in what is known of the tokens that a row would read next, without the last ones."""
+        """Fill in the known part of the tokens that a row would read next, without the last ones."""
         shared = self._at(row, length)
         if len(tokens) <= _LEFT or self._sharable(shared) < length:
             return 0
@@ -172,7 +172,7 @@ class SharedRows:
         return count
 
     def _plan(self, shared: _SharedRow, text: Sequence[int], tokens: Sequence[int]) -> None:
-        """Take note of what a row is to read, and of where its text and others part."""
+        """Record the tokens that a row is to read, and where its text and others diverge."""
         shared.planned = (*text, *tokens[-_LEFT:])
         others = [other for other in self._rows.values() if other is not shared and other.root == shared.root]
         stops = [(other, common(other.planned[: len(text)], text)) for other in others]
@@ -181,7 +181,7 @@ class SharedRows:
                 reader.stops.add(stop)
 
     def _at(self, row: int, length: int) -> _SharedRow:
-        """A row that has read so many tokens, maybe fewer than before."""
+        """Return a row that has read so many tokens, perhaps fewer than before."""
         shared = self._rows[row]
         del shared.text[length:]
         shared.kept = min(shared.kept, length)

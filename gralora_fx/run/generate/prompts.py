@@ -62,7 +62,7 @@ class GenerateInputs:
     attention_mask: Any = None  # the mask of `input_ids` or of features
     input_features: Any = None  # instead of prompts, a feature extractor's result, `[batch, ...]`
     inputs_embeds: Any = None  # embeddings that replace a decoder's tokens, of one prompt or of each
-    media: Any = None  # what a prompt, or each of them, has beside its text, for the export's companions
+    media: Any = None  # inputs of a prompt, or each of them, beside its text, for the export's companions
 
     def check_unused(self, reason: str, name: str) -> None:
         """Raise a `ServingError` with the reason if an input without effect is given."""

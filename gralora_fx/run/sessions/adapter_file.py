@@ -74,7 +74,7 @@ class AdapterInMemory:
     tensors: Arrays  # its tensors by name
 
 
-AdapterSource: TypeAlias = str | Path | AdapterContent | AdapterInMemory  # what an adapter is loaded from
+AdapterSource: TypeAlias = str | Path | AdapterContent | AdapterInMemory  # the source of an adapter
 
 
 def read_record(

@@ -21,7 +21,7 @@ Providers = str | Sequence[str | tuple[str, Mapping[str, Any]]]
 Pairs = tuple[tuple[str, Mapping[str, Any]], ...]
 ProviderOptions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
-_V1_FOLDERS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")  # where control groups of the first version are mounted
+_V1_FOLDERS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")  # mount points of version 1 control groups
 
 
 def runtime_of(

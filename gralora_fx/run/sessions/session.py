@@ -96,7 +96,7 @@ def _open(
     changes = (_take_defaults if runtime.devices else None, _call_functions if is_cpu and not as_stored else None)
     try:
         changed = [change(model) for change in changes if change is not None]
-        if any(changed):  # a model's bytes do not say where its weights are
+        if any(changed):  # in-memory model bytes have no directory to find weights in
             _read_weights_in(path.parent, options)
         session = onnxruntime.InferenceSession(
             model.SerializeToString() if any(changed) else str(path),
