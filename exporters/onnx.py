@@ -101,7 +101,7 @@ def export_onnx(
 
     Returns:
         Files, seconds of each stage, the results of verification, the effect of quantization, and a report of every
-            pass.
+        pass.
 
     Raises:
         ExportError: The output may not be written, the model cannot be exported, this processor cannot run the

@@ -98,8 +98,7 @@ class ExportReport(Report):
         passes: The report of every pass, in order.
         quality: The effect of quantization, if it was measured.
         adapter_inputs: The adapter tensors that the export takes; None if adapters are folded.
-        rows: The graph for rows that differ in length or adapter, or why there is none; None if none was
-            requested.
+        rows: The graph for rows that differ in length or adapter, or why there is none; None if none was requested.
         quantization: How matrices are quantized, and those with their own format; None for floats.
         usage: How the export is called, in Python and as a command.
     """

@@ -167,7 +167,7 @@ class Decoder(StartedRows, BoundedRows):
 
         Returns:
             How many of these tokens it need not read: 0 without a prefix cache, and never the last two, whose logits
-                are needed.
+            are needed.
 
         Raises:
             ServingError: The row is not open.
@@ -231,9 +231,9 @@ class Decoder(StartedRows, BoundedRows):
                 Their results for a token are bitwise equal whether they read it alone or with others.
 
         Returns:
-            For each of these rows the logits after its last token, `[vocabulary]`; after each token, `[tokens,
-                vocabulary]`, for an export with `logits="all"`; after its last tokens, `[last, vocabulary]`, for a row
-                in `last`.
+            For each of these rows the logits after its last token, `[vocabulary]`; after each token,
+            `[tokens, vocabulary]`, for an export with `logits="all"`; after its last tokens, `[last, vocabulary]`, for
+            a row in `last`.
 
         Raises:
             ServingError: A row is not open, its tokens are none, more than `chunk` (`alone` if no other row reads),

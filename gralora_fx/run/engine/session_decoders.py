@@ -172,7 +172,7 @@ class RowsDecoder(Decoder):
 
         Returns:
             Keys and values are `[heads, positions, size]`; contents are undefined at positions that the row has not
-                read.
+            read.
         """
         return {name: as_tensor(value)[row] for name, value in self._buffers.values.items()}
 
