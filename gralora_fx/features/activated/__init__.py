@@ -1,1 +1,1 @@
-"""Activated adapters: those that act from certain tokens of a row on, and leave what comes before to the base."""
+"""Activated adapters: active from certain tokens of a row on; the base computes the tokens before."""

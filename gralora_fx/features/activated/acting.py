@@ -1,4 +1,4 @@
-"""The tokens from the last invocation of a row on: as a node of a graph, and of a prompt."""
+"""The tokens from a row's last invocation on, as a node of a graph and for a prompt."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _OUTSIDE = ("torch", "transformers", "peft", "accelerate", "None")  # a warning 
 
 
 def invoked_tokens(ids: Tensor, invocation: Sequence[int], starts: Tensor | None = None) -> Tensor:
-    """Return at which tokens an activated adapter acts: from the last invocation of each row on, as PEFT's aLoRA does.
+    """Return whether an activated adapter is active at each token: from the row's last invocation on, as PEFT's aLoRA.
 
-    Padding is not told from tokens, as in PEFT. Rows without the invocation are the base's, with a warning.
+    Padding is not distinguished from tokens, as in PEFT. Rows without the invocation use the base, with a warning.
 
     Args:
         ids: `[batch, tokens]`.
         invocation: The ids of the invocation's tokens.
-        starts: `[batch]`, the first token of each row at which it acts, maybe one before or after these tokens; None to
-            find it.
+        starts: `[batch]`, the first active token of each row, which may lie before or after these tokens; None to find
+            it.
 
     Returns:
         `[batch, tokens]` bool.
@@ -40,7 +40,7 @@ def invoked_tokens(ids: Tensor, invocation: Sequence[int], starts: Tensor | None
 
 
 def first_columns(ids: Tensor, invocation: Sequence[int]) -> Tensor:
-    """Return where the last invocation of each row begins; the number of tokens where there is none.
+    """Return where the last invocation of each row begins, `[batch]`; the number of tokens if there is none.
 
     Args:
         ids: `[batch, tokens]`.
@@ -64,7 +64,7 @@ def start_in_prompt(tokens: Sequence[int], invocation: Sequence[int]) -> int | N
 
 
 def warn_of_rows_without(ids: Tensor, invocation: Sequence[int], starts: Tensor) -> None:
-    """Warn of rows in which an adapter never acts; not while a graph is compiled or transformed."""
+    """Warn of rows in which an adapter is never active; not while a graph is compiled or transformed."""
     if torch.compiler.is_compiling() or is_transformed() or ids.is_meta:
         return
     rows = (starts == ids.shape[1]).nonzero()[:, 0].tolist()
@@ -82,7 +82,7 @@ def insert_mask(graph: fx.Graph, ids: fx.Node, invocation: Sequence[int]) -> fx.
 
 
 def masks(graph: fx.Graph) -> list[fx.Node]:
-    """Return these nodes of a graph, in the order in which they were inserted."""
+    """Return the mask nodes of a graph, in the order in which they were inserted."""
     return list(graph.find_nodes(op="call_function", target=invoked_tokens))
 
 
