@@ -1,1 +1,1 @@
-"""Bases whose linear layers GPTQ, AWQ, compressed-tensors or FP8 stored in few bits."""
+"""Bases with linear layers quantized by GPTQ, AWQ, compressed-tensors or FP8."""

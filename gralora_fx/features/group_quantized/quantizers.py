@@ -1,4 +1,4 @@
-"""GPTQ, AWQ, compressed-tensors and FP8 as a form of stored weights: what a checkpoint's configuration says of them."""
+"""GPTQ, AWQ, compressed-tensors and FP8 as a base quantization, read from a checkpoint's configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.errors import ConfigError, listed, shown
 
 METHODS = {"gptq": "GPTQ", "awq": "AWQ", "compressed-tensors": "compressed-tensors", "fp8": "FP8"}
-# by method: the field that names a layout, what it is by default, and the layouts that are read
+# by method: the field that names a layout, its default, and the supported layouts
 _LAYOUTS = {
     "gptq": ("checkpoint_format", "gptq", ("gptq", "gptq_v2")),
     "awq": ("version", "gemm", ("gemm",)),
@@ -25,9 +25,9 @@ class GroupQuantized(BaseQuantization):
 
     Attributes:
         method: Name of the quantizer: a key of `METHODS`.
-        layout: Its layout, of those that differ: `"gptq"` stores zero points less one, and `"gptq_v2"` does not.
-        bits: Bits of a weight; None where each layer's tensors say so.
-        block: Rows and columns of FP8 with one scale; None where the shapes say so.
+        layout: Its layout, if it has several: `"gptq"` stores zero points less one, and `"gptq_v2"` does not.
+        bits: Bits of a weight; None if each layer's tensors determine them.
+        block: Rows and columns of FP8 with one scale; None if the shapes determine them.
         compute_dtype: Dtype of the values in a record; a layer's values have the dtype of its scales.
     """
 
@@ -46,14 +46,14 @@ class GroupQuantized(BaseQuantization):
 
     @classmethod
     def of_text(cls, text: str) -> None:
-        """Return None: no base is rounded so here."""
+        """Return None: a float base cannot be rounded to these forms."""
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> GroupQuantized | None:
-        """Return what a record or a `quantization_config` tells; None if it is of another form.
+        """Return the quantization in a record or a `quantization_config`; None if it is of another form.
 
         Raises:
-            ConfigError: The layout or the number of bits is not read.
+            ConfigError: The layout or the number of bits is not supported.
         """
         method = fields.get("kind", fields.get("quant_method"))
         if method not in METHODS:

@@ -42,7 +42,7 @@ _CODES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of the outputs 0 to 7 in a word
-_BESIDE = {  # what a quantizer stores beside a layer's weight and bias
+_BESIDE = {  # tensors that a quantizer stores beside a layer's weight and bias
     "gptq": {"qweight", "qzeros", "scales", "g_idx"},
     "awq": {"qweight", "qzeros", "scales"},
     "compressed-tensors": {
@@ -54,12 +54,12 @@ _BESIDE = {  # what a quantizer stores beside a layer's weight and bias
 
 
 class _DamagedError(Exception):
-    """What is wrong with a stored weight, in words."""
+    """The problem with a stored weight, in words."""
 
 
 @dataclass(frozen=True)
 class GroupTensor(PackedTensor):
-    """A weight in few bits, with a scale for each group.
+    """A quantized weight with a scale for each group.
 
     Attributes:
         layer: The tensors of its layer.
@@ -71,7 +71,7 @@ class GroupTensor(PackedTensor):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all values are read for a part of them."""
+        """Whether reading a part of the values reads all."""
         return True
 
     def floats(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -79,7 +79,7 @@ class GroupTensor(PackedTensor):
         return self.values(self.layer).reshape(-1)[start:stop]
 
     def read_into(self, values: NDArray[Any], first: int = 0) -> None:
-        """Fill a contiguous array with the bytes of the floats, from the `first` on."""
+        """Fill a contiguous array with the bytes of the floats, starting at value `first`."""
         whole = self.values(self.layer)
         stored = np.ascontiguousarray(whole.T if self.is_turned else whole).astype(FLOATS[self.dtype], copy=False)
         target = bytes_of(values)
@@ -89,9 +89,9 @@ class GroupTensor(PackedTensor):
 def unpacked(
     tensors: Mapping[str, StoredTensor], origin: Path, told: BaseQuantization | None
 ) -> Mapping[str, StoredTensor]:
-    """Return a model's tensors with those in few bits as floats, and without what is stored beside them.
+    """Return a model's tensors with quantized weights as floats, and without the tensors stored beside them.
 
-    Without a configuration they are returned as they are, since it alone says what the integers mean.
+    Without a configuration they are returned unchanged, since only it says what the integers mean.
     """
     if not isinstance(told, GroupQuantized):  # as of another form with tensors of these names
         return tensors
@@ -127,7 +127,7 @@ def unpacked(
 def _layouts(
     told: GroupQuantized, parts: Parts
 ) -> tuple[tuple[int, int], StoredTensor, Callable[[Parts], NDArray[np.float32]]]:
-    """Return a weight's shape, its scales, and what reads it, once its tensors fit each other."""
+    """Return a weight's shape, its scales and its reader, after checking that its tensors fit each other."""
     if told.method in ("gptq", "awq"):
         codes, scales, zeros = (_part(parts, name) for name in ("qweight", "scales", "qzeros"))
         bits = told.bits or 4
@@ -211,7 +211,7 @@ def _check_scales(scales: StoredTensor, shape: tuple[int, ...]) -> None:
 
 
 def _blocks(weight: StoredTensor, scales: StoredTensor, told: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the rows and columns with one scale, of which the last block may have fewer."""
+    """Return the rows and columns that share a scale; the last block may have fewer."""
     if len(weight.shape) == 2 and (scales.numel == 1 or len(scales.shape) == 2):
         counts = (1, 1) if scales.numel == 1 else scales.shape
         sizes = (
@@ -229,7 +229,7 @@ def _blocks(weight: StoredTensor, scales: StoredTensor, told: tuple[int, int] | 
 
 
 def codes_of(words: NDArray[Any], bits: int, count: int) -> NDArray[np.uint8]:
-    """Return the first codes `[rows, count]` of rows of words of 32 bits, filled from the lowest bit on."""
+    """Return the first codes `[rows, count]` of rows of 32-bit words, packed from the lowest bit on."""
     words = np.ascontiguousarray(words).view(np.uint32)
     words = np.pad(words, ((0, 0), (0, -words.shape[1] % bits)))
     groups = words.reshape(len(words), -1, bits)  # of 32 codes each
@@ -262,7 +262,7 @@ def _dequantized(
 
 
 def _groups(inputs: int, count: int) -> NDArray[np.int64]:
-    """Return the group of each input, of groups of one size, `[inputs]`."""
+    """Return the group of each input, `[inputs]`, for groups of equal size."""
     return np.arange(inputs) // -(-inputs // count)
 
 
@@ -343,7 +343,7 @@ class _OfFp8:
 
 
 def _array(tensor: StoredTensor) -> NDArray[Any]:
-    """Return a stored tensor of integers or FP8."""
+    """Return a stored tensor of integers or FP8 as an array."""
     values = np.empty(tensor.shape, _CODES[tensor.dtype])
     tensor.read_into(values)
     return values
