@@ -68,7 +68,7 @@ class MergeReport(Report):
 
     @property
     def summary(self) -> Summary:
-        """Lines on what was merged and written, how it is used, and what else changed."""
+        """Lines on the merged weights, the files written, how the result is used, and other changes."""
         replaced = f", replaced {len(self.replaced)} tensors" if self.replaced else ""
         result = f"merged {len(self.merged)} weight{'s' * (len(self.merged) > 1)}{replaced}; every value is finite"
         place = str(self.output_dir)

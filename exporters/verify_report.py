@@ -142,7 +142,7 @@ class VerifyReport(Report):
 
         Args:
             name: The adapter's name.
-            report: What was measured with it.
+            report: The comparison with it.
         """
         adapters = {**self.adapters, name: report}
         return dataclasses.replace(self, passed=self.passed and report.passed, adapters=adapters)
@@ -195,7 +195,7 @@ class VerifyReport(Report):
 
     @property
     def summary(self) -> Summary:
-        """Lines on whether it passed, and what was compared."""
+        """Lines on whether it passed, and on the compared inputs."""
         provider = "" if self.provider is None else f", on {self.provider.name}"
         compared = f"{self._compared}{provider}, tolerance {self.tolerance:g}"
         return Summary(self.outcome, compared, notes=self.notes)

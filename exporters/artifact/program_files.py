@@ -111,7 +111,7 @@ def _attention_sizes(pasts: Mapping[CacheSlot, ir.Value]) -> tuple[int, int]:
 def _model_type(config: PreTrainedConfig) -> str:
     """Return onnxruntime-genai's name for a model that keeps states, which it recognises by name alone.
 
-    The name is that of the class; the text model within another has one of its own.
+    The name is derived from the class, or for a text model within another from its `model_type`.
     """
     named = getattr(config, "architectures", None) or [str(config.model_type)]
     if str(config.model_type).endswith("_text"):

@@ -43,7 +43,7 @@ class FoldReport(Report):
         files: Files of the directory with their sizes in bytes.
         seconds: Seconds that each stage took.
         adapters: Names of all adapters that the result holds, in the order of folding; empty without a manifest.
-        base: What was compared of the adapter's base and the export's.
+        base: How the adapter's base compares with the export's.
         unread: Layers of the adapter that the export leaves out, since no output depends on them.
         usage: How the result is called, in Python and as a command.
     """
@@ -63,7 +63,7 @@ class FoldReport(Report):
 
     @property
     def summary(self) -> Summary:
-        """Lines on what was folded and written, how it is used, and notes."""
+        """Lines on the folded layers, the files written, how the result is used, and notes."""
         count = len({site.path for site in self.sites})
         return Summary(
             f"folded {count} layer{'s' * (count > 1)}",

@@ -157,7 +157,7 @@ class _StoredBlocks:
 
     @property
     def form(self) -> Blocks:
-        """The format of the blocks, as far as it shows."""
+        """The format of the blocks, as read from their tensors."""
         return Blocks(
             self.weight.bits,
             self.weight.block_size,

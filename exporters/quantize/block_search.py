@@ -35,7 +35,7 @@ class BlockArrays(NamedTuple):
 class InputWindow(NamedTuple):
     """Rounding of neighbouring inputs together."""
 
-    order: Tensor  # their order, `[width]`: those of largest weight first, whose errors the later ones compensate
+    order: Tensor  # their order, `[width]`: largest weight first, so that later inputs compensate their errors
     feedback: Tensor  # `[width, width]`, in that order: the share of an input's error (row) added to a later input
 
 

@@ -55,7 +55,7 @@ def calibrate(conversion: Conversion, verification: Verification) -> Calibration
                 "run: leave them out, or load the model whole"
             )
         return Calibration(problem="a streamed model is not run")
-    given = _given(conversion.traced, conversion.options)  # errors in them are raised before a copy is made
+    given = _given(conversion.traced, conversion.options)  # raises errors in the texts before a copy is made
     traced = _runnable(conversion)
     with evaluating(conversion.model, traced):
         cases: list[Mapping[str, Any]] = []

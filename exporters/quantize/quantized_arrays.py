@@ -121,7 +121,7 @@ def _integers(stored: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
 # 2 * 255 * 127 does not fit: they are refused when a session is opened (see `check_integer_sums`).
 LARGEST = 127
 ROW_LARGEST = 127  # integers of a row's largest value, less the zero point
-ROW_TINY = 1e-30  # what a row of zeros is divided by
+ROW_TINY = 1e-30  # divisor of a row of zeros
 _TOGETHER = 32  # rows of a matrix that are rounded between two updates of the errors so far
 _ZERO, _SILENT = 1e-6, 1e-2  # thresholds of a channel's mean square: of the mean; of the non-zero median
 

@@ -1,4 +1,4 @@
-"""Branches and loops in an ONNX graph, nodes that hold graphs of their own; and functions of a model."""
+"""Branches and loops of an ONNX graph, whose nodes hold graphs; and functions of a model."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class GraphCast:
             self._note(node, _Kind.FREE)
         elif self.before == torch.float32 and node.target is not _aten.to.dtype:
             self._note(node, kind)  # to a device or to another tensor's dtype, not to float32
-        elif self.before == torch.float32:  # in a float32 graph only the order tells a cast up from the cast back
+        elif self.before == torch.float32:  # in a float32 graph only the order tells casts up from casts back
             self._note(node, _Kind.RAISED if kind is _Kind.OWN else _Kind.OWN)
             self._part_from(node, source)
         else:
@@ -252,7 +252,7 @@ def _contracts(node: fx.Node) -> bool:
 
 
 def _dtype_argument(node: fx.Node) -> torch.dtype | None:
-    """Return the dtype that a node's arguments give for its result."""
+    """Return the dtype of its result that a node's arguments specify."""
     return next((arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, torch.dtype)), None)
 
 

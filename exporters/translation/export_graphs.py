@@ -51,7 +51,7 @@ def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
     """Return a copy of a trace's graph in evaluation mode, of PyTorch operators, each with its traced value."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
-    if any(isinstance(node.target, FunctionType) for node in graph_module.graph.nodes):  # such as those of regions
+    if any(isinstance(node.target, FunctionType) for node in graph_module.graph.nodes):  # such as functions of regions
         from gralora_fx.core.tracing.normalize.regions import drop_regions_for_inference
 
         drop_regions_for_inference(graph_module.graph)

@@ -129,7 +129,7 @@ def _append(node: ir.Node) -> ir.Value:
     return node.outputs[0]
 
 
-# each takes the arguments of the operator's schema; those of features are added to a translation that has them
+# each takes the arguments of the operator's schema; features add their own to a translation that uses them
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     Reshape.target: _reshape,
     Slice.target: _slice,

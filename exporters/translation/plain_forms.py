@@ -86,7 +86,7 @@ def eliminate_common_subexpressions(graph: fx.Graph) -> PassResult[fx.Graph]:
 def promote_types(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Insert explicit casts where an operator mixes dtypes, which PyTorch promotes implicitly."""
     count = sum(_promotes(node) for node in graph.nodes)
-    if not count:  # it runs the whole graph, which takes seconds
+    if not count:  # the code below runs the whole graph, which takes seconds
         return PassResult(0)
     module = module_of(graph)
     for node in graph.nodes:

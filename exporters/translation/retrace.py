@@ -36,7 +36,7 @@ def _broadcast(x: Tensor, shape: Sequence[Any], axes: Sequence[int]) -> Tensor:
 # used by PyTorch's own decompositions, but not supported by functionalization
 _BASIC: dict[Any, Function] = {torch.ops.prims.broadcast_in_dim.default: _broadcast}
 
-# in-place operators whose rule fails while writes are functionalized with dynamic sizes, by what they write
+# in-place operators whose rule fails while writes are functionalized with dynamic sizes, by the argument written
 _UNTRACEABLE: dict[Any, Function] = {torch.ops.aten.clamp_.default: torch.ops.aten.clamp.default}
 
 
@@ -195,7 +195,7 @@ class Decompose:
     """
 
     known: Collection[Any]  # operators to keep
-    # returns the decompositions that PyTorch does not apply by itself; called only if an operator is unsupported
+    # returns decompositions that PyTorch does not apply by default; called only if an operator is unsupported
     decompositions: Callable[[], Table]
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:

@@ -24,8 +24,8 @@ class SplitGraph:
     """A graph split in two."""
 
     encoder: fx.GraphModule  # from the model's own input to `last_hidden_state`
-    # from `input_ids`, `encoder_hidden_states`, the masks that it reads, and past keys and values of its own positions,
-    # to `logits`, keys and values of its own positions, and those of the encoder's output
+    # from `input_ids`, `encoder_hidden_states`, its masks, and past keys and values of its own positions, to `logits`,
+    # keys and values of its own positions, and keys and values of the encoder's output
     decoder: fx.GraphModule
     outputs: tuple[str, ...]  # names of the decoder's outputs: `logits` and `present.N.decoder|encoder.key|value`
 

@@ -51,7 +51,7 @@ _FUNCTIONS = "gralora.functions"  # domain of subgraphs, until they are inlined
 Weights = dict[str, tuple[str, Tensor]]  # path and tensor by the name of the node that reads it
 
 _aten = torch.ops.aten
-_REPLACED = {  # replaced by those in `torch_operators`
+_REPLACED = {  # replaced by functions in `torch_operators`
     _aten.scaled_dot_product_attention.default,
     _aten.batch_norm.default,
     _aten.fft_fftn.default,

@@ -64,7 +64,7 @@ def check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterInp
 
 
 def tensors_of(name: str, exported: str, model: TracedModel | GraloraModel, base: BaseParameters) -> Arrays:
-    """Return an active adapter's tensors as the export stores them, where its name may differ."""
+    """Return an active adapter's tensors as the export stores them; the adapter's name there may differ."""
     directory, manifest = base.directory, base.manifest
     inputs = manifest.adapter_inputs
     assert inputs is not None

@@ -61,7 +61,7 @@ class TokenResult:
 
     passed: bool = True
     tokens: TokenCheck | None = None
-    tensors: tuple[TensorCheck, ...] = ()  # figures reported like those of an output
+    tensors: tuple[TensorCheck, ...] = ()  # figures reported like an output's
     rows: TokenCheck | None = None
 
 

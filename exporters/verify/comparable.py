@@ -38,7 +38,7 @@ class Comparable(NamedTuple):
     session: Any
     rows: Any  # a session over the graph of rows; None without one, or if the providers may not run it
     arithmetic: str  # precision of the run
-    companions: Mapping[str, Any]  # sessions of what runs beside it, and of what others run in its place
+    companions: Mapping[str, Any]  # sessions of companions, and of graphs that other programs run instead
 
 
 def open_comparable(
@@ -132,7 +132,7 @@ def variants(
 
 
 def _rows_with(session: Any, adapters: Adapters, name: str | None, names: Sequence[str]) -> Any:
-    """Return what runs `model_rows.onnx` with an adapter or none, beside rows with others (see `Variant`)."""
+    """Return a runner of `model_rows.onnx` with an adapter or none, beside rows with others (see `Variant`)."""
     if session is None:
         return None
     if any(value.name == PAST_SEQLENS for value in session.get_inputs()):
@@ -149,7 +149,7 @@ def _only(model: GraloraModel, name: str) -> Iterator[None]:
     before = model.active_adapters
     model.set_adapter(name)
     try:
-        with model._state.acting_everywhere():  # as in a run of the export, which is one of tokens that it acts on
+        with model._state.acting_everywhere():  # as the export, which reads active tokens only
             yield
     finally:
         model.set_adapter(before)

@@ -1,4 +1,4 @@
-"""A model in float64, of which some runs have float32's rounding noise: what its arithmetic may change."""
+"""A model in float64, some runs of which add float32's rounding noise, to measure that noise in the outputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Float64Model:
         self._model = model
 
     def __call__(self, **inputs: Any) -> Any:
-        """Return what the model returns."""
+        """Return the model's outputs."""
         round_off = _RoundingNoise(self.draw)
         graph_module = _widened(self._model.graph_module, round_off)
         before = torch.get_default_dtype()

@@ -104,7 +104,7 @@ def text_cases(
 def _encoded(tokenizer: Any, texts: list[str], length: int, where: str) -> dict[str, Tensor]:
     try:
         return dict(tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt"))
-    except Exception as error:  # tokenizers raise types of their own
+    except Exception as error:  # tokenizers raise their own types
         raise ExportError(f"the tokenizer does not take {where} ({first_line(error)})") from error
 
 

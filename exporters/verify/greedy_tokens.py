@@ -36,10 +36,10 @@ from gralora_fx.run.sessions.session_views import as_past
 if TYPE_CHECKING:  # loaded where a difference is above the tolerance
     from gralora_fx.exporters.verify.float64_model import Float64Model
 
-# from new ids `[batch, new]` and the mask `[batch, all]`, over those that were read before too, which is 0 where a
-# position is padding, to logits: `[batch, new, vocabulary]`, or those of the last position alone
+# from new ids `[batch, new]` and the mask `[batch, all]` of earlier and new positions, 0 at padding, to logits of all
+# new positions, `[batch, new, vocabulary]`, or of the last one
 Step = Callable[[Tensor, Tensor], Tensor]
-Reader = Callable[[PromptBatch], Step]  # from prompts to what reads them
+Reader = Callable[[PromptBatch], Step]  # from prompts to their reader
 _BYSTANDER = (0, 0, 0)  # tokens of the row that is idle from then on; every vocabulary has this token
 
 
@@ -125,7 +125,7 @@ class RowSteps(EngineSteps):
         with engine_errors(prompts.description):
             decoder = RowsDecoder(session, adapters, limits, DecoderSize(2 * count + 1, chunk=limits.context))
             names = self.adapters(name, others, count)
-            # the one that rests is between others, since a step gives the graph the rows from the first to the last
+            # the idle row is between others, since a step runs all rows from the first to the last that read
             first, self._idle, *rest = [decoder.open(name, start=0) for name in (names[0], name, *names[1:])]
             decoder.step({self._idle: _BYSTANDER})
         super().__init__(decoder, [first, *rest], prompts.description)

@@ -104,7 +104,7 @@ def run_model(model: TracedModel | GraloraModel, description: str, **inputs: Any
     try:
         with torch.no_grad():
             return model(**inputs)
-    except Exception as error:  # a model raises what it likes
+    except Exception as error:  # a model may raise any exception
         raise ExportError(f"the model itself fails on {description}: {first_line(error)}") from error
 
 

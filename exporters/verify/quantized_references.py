@@ -203,7 +203,7 @@ def _as_float32(tensor: ir.TensorProtocol) -> LazyTensor:
 PRODUCT_TOLERANCE = 6 * 2.0**-24
 _STEP, _LARGEST = 2.0**-6, 127  # values whose rounding by their largest is exact
 _DRAWN_ROWS, _COLUMNS = 4, 4096  # rows of activations; columns of a weight at once
-_HALVES = 1  # the row between two steps, where there are 16 bits
+_HALVES = 1  # the row halfway between two steps, with 16 bits
 
 
 class _Case(NamedTuple):

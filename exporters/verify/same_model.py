@@ -72,7 +72,7 @@ def _check_active_adapters(manifest: Manifest, origin: str, model: TracedModel |
 
 
 def check_exported_adapters(manifest: Manifest, origin: str, adapters: Sequence[str]) -> None:
-    """Check that adapter directories are what was exported, in any order, before a base is loaded."""
+    """Check that adapter directories hold the exported adapters, in any order, before a base is loaded."""
     if manifest.adapter_inputs is not None:  # any adapter is allowed; verification looks for its tensors
         if len(adapters) > 1:
             raise ExportError(f"{origin} takes adapters as data, and is verified with one at a time; give one adapter")

@@ -19,17 +19,17 @@ from gralora_fx.run.sessions.session import CPU, Runtime
 if TYPE_CHECKING:  # loaded where a difference is above the tolerance
     from gralora_fx.exporters.verify.float64_model import Float64Model
 
-# Largest difference, relative to the largest value or to 1 where that is smaller. Exports in float16 run in it: largest
+# Largest difference, relative to the largest value or to 1 if that is smaller. Exports in float16 run in it: largest
 # seen 0.004 on tiny random models of 13 architectures, 0.009 on SmolLM2-135M. Those in bfloat16 run in float32 with
 # their own weights and constants (see `open_comparable`); the constants round differently: largest seen 0.0004.
 _TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2}
-# Of a provider's arithmetic that is less exact than float32: 20 times its largest rounding error of a number, which is
-# 2^-11 where numbers have 11 bits, and 2^-8 where they have 8. The fp16 above is as much. In int8 it is 2^-8 of the
-# largest of a group of 32, which is about twice their root mean square, so twice as much. Largest seen on OpenVINO:
-# 0.012 in bf16 on MiniLM, 0.035 on SmolLM2-135M, and 0.085 in int8 and bf16 on the same quantized to int4.
+# Tolerances of providers whose arithmetic is less exact than float32: 20 times the largest relative rounding error of a
+# number, 2^-11 with 11 bits of mantissa and 2^-8 with 8. That equals the fp16 above. In int8 the error is 2^-8 of the
+# largest value in a group of 32, about twice their root mean square, so the tolerance is doubled. Largest seen on
+# OpenVINO: 0.012 in bf16 on MiniLM, 0.035 on SmolLM2-135M, and 0.085 in int8 and bf16 on the same quantized to int4.
 _OF_ARITHMETIC = {"fp32": 0.0, "tf32": 1e-2, "fp16": 1e-2, "bf16": 8e-2, "int8": 16e-2}
 _FROM_THE_MOST_EXACT = ("fp32", "tf32", "fp16", "bf16", "int8")
-# what providers compute in that do not keep to a float32 model's precision unless an option says so
+# arithmetic of providers that do not keep a float32 model's precision by default
 _LESS = {"QNNExecutionProvider": "fp16", "CoreMLExecutionProvider": "fp16"}
 _NVIDIA = {"CUDAExecutionProvider", "TensorrtExecutionProvider"}
 LEAST_SCALE = 1 / 20  # a difference relative to 1 may be one rounding error of 1, however small the largest value is

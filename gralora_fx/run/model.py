@@ -240,9 +240,9 @@ class OrtModel(OpenExport):
             regex: A regular expression, in the syntax of Rust's `regex`, that every answer matches as a whole.
             choice: Texts of which every answer is one.
             grammar: A grammar that every answer follows, in llguidance's variant of Lark or in GBNF.
-            prompt_lookup_num_tokens: The most tokens that a step proposes and verifies, copied from what followed an
-                earlier occurrence of the text's last tokens; None for as many as save time, 0 for none. The answer is
-                the same.
+            prompt_lookup_num_tokens: The most tokens that a step proposes and verifies, taken from the text after an
+                earlier occurrence of its last tokens; None for as many as save time, 0 for none. The answer is the
+                same.
             **sampling: The fields of `Sampling`: `max_new_tokens`, `do_sample` and, to draw, `top_k`, `top_p`, `min_p`,
                 `temperature`, `seed`; `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`,
                 `min_new_tokens`, `eos_token_id` and `logprobs`.
@@ -301,7 +301,7 @@ class OrtModel(OpenExport):
 
         Raises:
             ServingError: The export has no cache, a size is not a count, the capacity is above the model's context, or
-                rows cannot share what they read, or not within so few bytes.
+                rows cannot share what they read, or `prefix_cache` is too small.
         """
         return self.generation.open_decoder(DecoderSize(rows, capacity, chunk, prefix_cache, max_memory))
 

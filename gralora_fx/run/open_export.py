@@ -185,7 +185,7 @@ class OpenExport:
 
     @cached_property
     def generation(self) -> Generation:
-        """How it generates.
+        """Its generation.
 
         Raises:
             ServingError: It has no cache, or its generation settings cannot be followed.
@@ -300,7 +300,7 @@ def _encoder_decoder_generation(export: OpenExport) -> Generation:
 
 
 def _reader_of(inputs: Mapping[str, Any]) -> type[EncoderInputs]:
-    """Return what reads the prompts of an encoder: texts, those of a feature, or arrays alone."""
+    """Return the reader of an encoder's prompts: of texts, a feature's, or of arrays alone."""
     from gralora_fx.run.generate.encoder_inputs import EncoderInputs, TextSources
 
     if IDS in inputs:

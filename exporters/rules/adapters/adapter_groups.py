@@ -144,7 +144,7 @@ class Grouping:
 
     Attributes:
         model: The model.
-        branches: Whether adapters of rows with lengths of their own are in branches.
+        branches: Whether adapters are applied in branches, which needs rows with their own lengths.
         is_any: Whether any row that reads tokens in this step has an adapter, a scalar; None without branches.
         is_short: Whether one group for each adapter is faster than tiles in this step, a scalar; None without branches.
     """

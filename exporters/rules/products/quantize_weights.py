@@ -34,14 +34,14 @@ class Quantized(NamedTuple):
 class QuantizeWeights:
     """Store constant matrices as the plan says (see `BlockProducts` and `ColumnProducts` for the graphs).
 
-    Before: `y = MatMul(x, [Wq Wk Wv])`, where the plan gives `Wv` another format than the others
+    Before: `y = MatMul(x, [Wq Wk Wv])`, if the plan gives `Wv` another format than the others
     After:  `y = Concat(<product of x with [Wq Wk]>, <product of x with Wv>)`
 
     Attributes:
         plan: The format of each matrix.
         tables: Names of embeddings that are a head's weight in another part of the model, so that they are stored as
             the head is in this one too.
-        others: What quantizes weights of features, given the model and the plan.
+        others: Functions that quantize the weights of features, given the model and the plan.
     """
 
     plan: QuantizationPlan

@@ -46,7 +46,7 @@ def dtype_of(value: ir.Value) -> np.dtype[Any]:
 
 
 def read_rows(value: ir.Value, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-    """Read rows of an initializer, `[rows, columns]` as by `rows_and_columns`, into memory of their own."""
+    """Read rows of an initializer into new memory, `[rows, columns]` as by `rows_and_columns`."""
     count, columns = rows_and_columns(value)
     stop = count if stop is None else stop
     tensor, dtype = tensor_of(value), dtype_of(value)

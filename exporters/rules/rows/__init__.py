@@ -1,1 +1,1 @@
-"""The graph of rows: one token stream for many rows, with a cache of their own for each."""
+"""The graph of rows: one token stream for many rows, each with its own cache."""

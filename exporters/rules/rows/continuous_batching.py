@@ -187,7 +187,7 @@ def _check_inputs(inputs: Mapping[str, ir.Value]) -> None:
 
 
 def _check_layers(graph: ir.Graph, layers: Sequence[ir.Node]) -> None:
-    """Check that every layer's attention has a cache of its own, and that no other operator mixes tokens."""
+    """Check that every layer's attention has its own cache, and that no other operator mixes tokens."""
     owners: dict[ir.Value, str] = {}
     problems: list[str] = []
     for node in layers:

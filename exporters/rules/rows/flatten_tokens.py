@@ -53,7 +53,7 @@ def copied(model: ir.Model) -> ir.Model:
 @contract(needs={FUSED_ATTENTION})
 @dataclass(frozen=True)
 class FlattenTokens:
-    """Compute what lies between attention on matrices `[tokens, features]`, and leave padding out.
+    """Run the nodes between attention on matrices `[tokens, features]`, without padding.
 
     Before: `y = Attention(x @ Wq, x @ Wk, x @ Wv, bias); z = LayerNormalization(Add(y @ Wo, x))`
     After:  `t = Gather(Reshape(x), tokens); y = Attention(back(t @ Wq), back(t @ Wk), back(t @ Wv), bias)`

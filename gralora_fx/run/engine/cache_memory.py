@@ -93,7 +93,7 @@ class CacheMemory:
             self._bound_shared()
 
     def close(self, number: int, copies: int) -> None:
-        """Remove a row, which has given back what it took."""
+        """Remove a row that has freed its memory."""
         with self._lock:
             del self._rows[number]
             self._copies = copies
@@ -114,7 +114,7 @@ class CacheMemory:
             return True
 
     def shrink_shared(self) -> None:
-        """Free of what rows share as much as they need."""
+        """Shrink the shared cache to the memory that rows leave free."""
         if self.limit is not None and self.shared is not None:
             self.shared.shrink()
 

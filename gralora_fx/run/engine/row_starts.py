@@ -44,7 +44,7 @@ class StartedRows:
         return None if adapter is None else self._adapters[adapter].start_in(tokens)
 
     def acts(self, row: int, length: int) -> bool:
-        """Return whether a row's adapter acts on the token after so many."""
+        """Return whether a row's adapter is active on the token after `length` others."""
         return length >= self._starts.get(row, 0)
 
     def _begin_at(self, row: int, adapter: str | None, start: int | None) -> None:

@@ -189,7 +189,7 @@ class AnswerOptions:
     salt: str | None = None  # the prefix cache is shared only between requests of the same salt, None included
 
     def of_answer(self, index: int) -> AnswerOptions:
-        """Return the options of one of several answers, with a seed of its own."""
+        """Return the options of one of several answers, with its own seed."""
         seed = self.sampling.seed
         if seed is None:
             return self

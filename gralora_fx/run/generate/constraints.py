@@ -75,7 +75,7 @@ class Constraints(Protocol):
         """Return ids of special tokens that no text contains, except end tokens; rules name them as `<[id]>`."""
 
     def joined(self, rules: str, named: Mapping[str, Form], field: str) -> Constraint:
-        """Compile Lark rules in which `@name` stands for a part."""
+        """Compile Lark rules in which `@name` refers to a part."""
 
 
 def compiler_for(tokenizer: PreTrainedTokenizerBase | None, limits: DecoderLimits) -> Constraints | None:

@@ -98,7 +98,7 @@ class TokenBytes:
 
     @cached_property
     def _byte_letters(self) -> dict[str, int]:
-        """Letters that stand for bytes in a byte-level tokenizer; empty for others."""
+        """Letters that represent bytes in a byte-level tokenizer; empty for others."""
         decoder = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None)
         if decoder is None or b'"ByteLevel"' not in decoder.__getstate__():
             return {}

@@ -44,7 +44,7 @@ class GivenPrompts(Protocol):
         ...
 
     def read(self, inputs: GenerateInputs, adapter: AdapterNames, limit: PromptLimit) -> Prompts:
-        """Read the arguments of `generate`: prompts, and what each has beside its text."""
+        """Read the arguments of `generate`: prompts, and each one's inputs beside text."""
         ...
 
     def read_one(

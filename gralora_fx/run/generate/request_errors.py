@@ -84,4 +84,4 @@ class RunError(ServingError):
 
 
 class AnswerError(RunError):
-    """A valid request's answer has come to a point where no token may follow."""
+    """A valid request's answer has reached a point at which no token is allowed."""

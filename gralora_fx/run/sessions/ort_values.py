@@ -153,7 +153,7 @@ class PagedBytes:
     """
 
     def __init__(self, count: int) -> None:
-        """Reserve address space for so many bytes."""
+        """Reserve address space for a number of bytes."""
         self._map = _mapped(max(count, 1))
         if sys.platform == "linux":
             with contextlib.suppress(OSError):  # a kernel without huge pages
