@@ -15,7 +15,7 @@ def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any, companions
 
     For companions, the processor that makes their inputs from prompts is written too.
 
-    For a model that reads audio features, the feature extractor is written as `preprocessor_config.json`, which
+    For a model that reads sound features, the feature extractor is written as `preprocessor_config.json`, which
     transformers.js reads: the processor's, or the one beside the tokenizer.
     """
     source = tokenizer if isinstance(tokenizer, (str, Path)) else None
@@ -53,7 +53,7 @@ def _places(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> l
 
 
 def _feature_extractor(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> Any | None:
-    """Return the feature extractor beside a tokenizer without one, if the model reads audio features."""
+    """Return the feature extractor beside a tokenizer without one, if the model reads sound features."""
     if not {"input_features", "input_values"} & set(traced.example_inputs):
         return None
     places = _places(traced, source, tokenizer)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # loaded where a difference is above the tolerance
 # their own weights and constants (see `open_comparable`); the constants round differently: largest seen 0.0004.
 _TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2}
 # Tolerances of providers whose arithmetic is less exact than float32: 20 times the largest relative rounding error of a
-# number, 2^-11 with 11 bits of mantissa and 2^-8 with 8. That equals the fp16 above. In int8 the error is 2^-8 of the
+# number, 2^-11 for an 11-bit significand, 2^-8 for 8 bits. That equals the fp16 above. In int8 the error is 2^-8 of the
 # largest value in a group of 32, about twice their root mean square, so the tolerance is doubled. Largest seen on
 # OpenVINO: 0.012 in bf16 on MiniLM, 0.035 on SmolLM2-135M, and 0.085 in int8 and bf16 on the same quantized to int4.
 _OF_ARITHMETIC = {"fp32": 0.0, "tf32": 1e-2, "fp16": 1e-2, "bf16": 8e-2, "int8": 16e-2}

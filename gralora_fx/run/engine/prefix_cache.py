@@ -44,7 +44,7 @@ class PrefixCacheError(ServingError):
 class PrefixCache:
     """Blocks within a limit of bytes; the least recently used ones are evicted for new ones.
 
-    If the model has states, snapshots are evicted, first the speculative ones that no text has continued from; a block
+    If the model has states, snapshots are evicted, first the tentative ones that no text has continued from; a block
     is removed with the last snapshot below it.
 
     Keys, values and states are copied in and out, so a row never shares memory with a block. Any thread may use it.
@@ -153,8 +153,8 @@ class PrefixCache:
             tokens: Its text.
             row: Its keys and values, `[heads, positions, size]`.
             states: Its states, after the text.
-            is_chance: Whether the snapshot is speculative, since no text is known to continue there; it evicts only
-                other speculative ones.
+            is_chance: Whether the snapshot is tentative, since no text is known to continue there; it evicts only
+                other tentative ones.
         """
         with self._lock:
             owner = owner_of(tokens[-1]) if tokens else 0

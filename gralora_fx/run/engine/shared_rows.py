@@ -54,7 +54,7 @@ class SharedRows:
 
     For a model with states, snapshots are stored: after each prompt and each text, and where another row's prompt, or a
     text in the cache, diverges; a step is cut in two there. At the end of a step within a prompt, and after its last
-    whole block, a speculative snapshot is stored, for a later prompt that is equal up to there. Layers with states
+    whole block, a tentative snapshot is stored, for a later prompt that is equal up to there. Layers with states
     compute the same bits of a token wherever a prompt is cut.
     """
 
