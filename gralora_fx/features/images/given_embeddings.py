@@ -84,7 +84,7 @@ def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterat
 
 
 def _stands_in(model: PreTrainedModel) -> int:
-    """The id that what reads ids beside the table of embeddings sees in the place of an image."""
+    """Return the id that layers which read ids see in the place of an image."""
     text = model.config.get_text_config()
     return int(text.pad_token_id or 0) if text.model_type.startswith("gemma4") else 0
 

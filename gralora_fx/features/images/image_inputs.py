@@ -132,7 +132,7 @@ def drawn_beside(model: TracedModel, case: Mapping[str, Tensor], generator: torc
 
 
 def embedding_of(model: PreTrainedModel) -> nn.Embedding:
-    """The table of a decoder's tokens."""
+    """Return the embedding table of a decoder."""
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise TraceError(f"{type(model).__name__} has no table of embeddings, so none can be given in place of its own")
@@ -156,7 +156,7 @@ def has_grid_positions(model: PreTrainedModel) -> bool:
 
 
 def deepstack_part(model: nn.Module) -> nn.Module | None:
-    """The decoder in whose first layers features of an image are added; None of a model without."""
+    """Return the decoder in whose first layers image features are added (deepstack); None if there is none."""
     parts = (part for part in model.modules() if hasattr(part, "_deepstack_process") and hasattr(part, "layers"))
     return next(parts, None)
 
@@ -168,7 +168,7 @@ def _deepstack_layers(model: PreTrainedModel) -> int | None:
 
 
 def _types_of_blocks(model: PreTrainedModel) -> str | None:
-    """What a model calls the types of tokens by which the tokens of an image see each other; None if they do not."""
+    """Return the name of the token types by which tokens of an image attend to each other; None if they do not."""
     parts = {type(part).__module__ for part in model.children()} | {type(model).__module__}
     if not any(hasattr(sys.modules[name], "create_masks_for_vision_model") for name in parts):
         return None

@@ -165,7 +165,7 @@ class ImageRows(GivenRows):
         return feed
 
     def _absent(self, name: str, rows: int, length: int) -> NDArray[Any]:
-        """What stands for text, in a number of rows and positions."""
+        """Return the values that stand for text, in a number of rows and positions."""
         spec, value = _SPECS[name], self._taken[name]
         sizes = [*value.shape[: spec.axis], rows, length, *value.shape[spec.axis + 2 :]]
         return np.full(sizes, spec.absent, DTYPES[value.type])

@@ -30,7 +30,7 @@ class ImageSizes:
     multiple_of: int = 1  # of height and width, if they vary
 
     def __str__(self) -> str:
-        """The sizes in words."""
+        """Return the sizes in words."""
         if self.fixed is not None:
             return f"{pixels(self.fixed)} only" + (f" ({self.reason})" if self.reason else "")
         multiples = f", in multiples of {self.multiple_of}" if self.multiple_of > 1 else ""
@@ -47,7 +47,7 @@ class ImageSizes:
         return self.fitting((1, 1))
 
     def problem(self, shape: Sequence[int], sizes: Sequence[Any]) -> str | None:
-        """What is wrong with images of a shape, and what to do; None if they are taken.
+        """Return what is wrong with images of a shape, and what to do; None if they are taken.
 
         Args:
             shape: `[batch, channels, height, width]`.
@@ -75,7 +75,7 @@ class ImageSizes:
         return None
 
     def fitting(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The size nearest to another from above that is taken."""
+        """Return the smallest accepted size that is no smaller than another."""
         if self.fixed is not None:
             return self.fixed
         height, width = (
@@ -109,7 +109,7 @@ def _drawn(size: tuple[int, int], images: Any, generator: Any) -> Any:
 
 
 def pixels(size: tuple[int, int]) -> str:
-    """A height and a width in words."""
+    """Return a height and a width in words."""
     return f"{size[0]} x {size[1]}"
 
 

@@ -90,7 +90,7 @@ def _why_fixed(draft: Draft) -> str | None:
 
 
 def _step(model: nn.Module) -> int:
-    """The multiples in which sizes are tried: of the strides, or of a patch that is none of them."""
+    """Return the multiples in which sizes are tried: of the strides, or of a patch that is none of them."""
     patch = getattr(getattr(model, "config", None), "patch_size", None) if isinstance(model, PreTrainedModel) else None
     patch = max(patch) if isinstance(patch, (list, tuple)) and patch else patch
     return patch if isinstance(patch, int) and patch > 0 and _STRIDE % patch else _STRIDE
@@ -102,14 +102,14 @@ def _size_of(sample: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _other_size(size: tuple[int, int], step: int) -> tuple[int, int]:
-    """A size with another height and width, both multiples of the step: a model may branch on equal ones."""
+    """Return a size whose height and width differ, both multiples of the step: a model may branch on equal ones."""
     half = max(1, size[0] // step // 2) * step
     free = [candidate for candidate in range(half, half + 4 * step, step) if candidate not in size]
     return free[0], free[1]
 
 
 def _sizes_of(draft: Captured, own: tuple[int, int], step: int) -> ImageSizes:
-    """The sizes for which a trace equals the eager model."""
+    """Return the sizes for which a trace equals the eager model."""
     graph = draft.graph_module.graph
     fixed = fixed_axes(graph, draft.sample)[IMAGES][2:]
     if any(axis is not None for axis in fixed):
@@ -138,7 +138,7 @@ def _sizes_of(draft: Captured, own: tuple[int, int], step: int) -> ImageSizes:
 
 
 def least_sizes(graph: fx.Graph, name: str) -> tuple[int, int]:
-    """The smallest height and width of an image for which no axis of any value in a graph is empty.
+    """Return the smallest height and width of an image for which no axis of any value in a graph is empty.
 
     Args:
         graph: A traced graph, every node with its traced value.
@@ -152,7 +152,7 @@ def least_sizes(graph: fx.Graph, name: str) -> tuple[int, int]:
 
 
 def _least(sizes: set[Any], axis: Any, hints: dict[Any, int]) -> int:
-    """The smallest value of an axis, the others being large, for which all sizes are at least one."""
+    """Return the smallest value of an axis, the others being large, for which all sizes are at least one."""
     bound = [size for size in sizes if axis in size.free_symbols]
     low, high = 1, _LARGE
     while low < high:  # sizes grow with the axis
@@ -171,14 +171,14 @@ def _expressions(value: Any) -> Iterator[Any]:
 
 
 def _expression(size: Any) -> Any:
-    """A symbolic size as an expression over the symbols of the inputs' axes."""
+    """Return a symbolic size as an expression over the symbols of the inputs' axes."""
     return size.node.expr
 
 
 def _at_image_size(
     model: nn.Module, inputs: dict[str, Any], constants: dict[str, Any], image_size: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Example inputs and constants for a requested image size.
+    """Return example inputs and constants for a requested image size.
 
     A model with a table of positions is told to interpolate it, if the size is not its own.
     """
@@ -201,7 +201,7 @@ def _may_interpolate(model: nn.Module) -> bool:
 
 
 def _own_size(model: nn.Module) -> tuple[int, int] | None:
-    """The image size in a model's configuration."""
+    """Return the image size in a model's configuration."""
     config = getattr(model, "config", None)
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
     if isinstance(size, int):
@@ -210,7 +210,7 @@ def _own_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def _resized(sample: Mapping[str, Any], size: tuple[int, int], rows: int | None = None) -> dict[str, Any]:
-    """The inputs with images cropped from repetitions of the example's own, and optionally only some rows."""
+    """Return the inputs with images cropped from repetitions of the example's own, of some rows if asked."""
     images = sample[IMAGES]
     counts = [-(-new // old) for new, old in zip(size, images.shape[2:], strict=True)]
     images = images.repeat(1, 1, *counts)[:, :, : size[0], : size[1]].contiguous()

@@ -90,7 +90,7 @@ class _ImageContent(StrictModel):
         return self
 
     def _parts(self) -> list[tuple[str, tuple[str, str] | None]]:
-        """The text and the image of each part."""
+        """Return the text and the image of each part."""
         content = self.content
         return (
             [] if content is None or isinstance(content, str) else [(part.text or "", part.image) for part in content]

@@ -156,7 +156,7 @@ class _SizedForm(VisionForm):
 
 
 def _reader(model: Any) -> Any:
-    """The model's own code that makes features of pixels."""
+    """Return the model's own code that computes features of pixels."""
     return getattr(model, "get_image_features", None) or model.model.get_image_features
 
 
