@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from gralora_fx.base.progress.console import with_progress
 from gralora_fx.base.progress.report import Invocation, Report, Summary, written, written_lines
 from gralora_fx.base.progress.stages import timed
-from gralora_fx.base.sources.base_quantization import BaseQuantization, check_not_packed
+from gralora_fx.base.sources.base_quantization import DTYPES, BaseQuantization, check_not_packed
 from gralora_fx.base.sources.model_directories import check_model_files, resolve_directory
 from gralora_fx.base.sources.model_files import MODEL_FILE, read_json_object
+from gralora_fx.base.sources.packed_tensors import packed_tensors
 from gralora_fx.base.sources.rewriting import write_files
 from gralora_fx.base.sources.safetensors_files import NewShard
 from gralora_fx.base.sources.same_base import BaseComparison, BaseSource, compare_bases
@@ -166,7 +167,7 @@ def merge_checkpoint(
             require_space(output_dir, sum(shard.file.nbytes for shard in shards))
             with staged(output_dir, check) as stage:
                 write_files([shard.file for shard in shards], stage, workers=_WORKERS)
-                left_out = write_other_files(base, changes, shards, config if notes else None, stage)
+                left_out = write_other_files(base, shards, config if notes else None, stage)
     return MergeReport(
         output_dir=Path(output_dir),
         files=file_sizes(output_dir),
@@ -210,7 +211,8 @@ def edited_config(
     if base.quantization is not None:
         fields.pop("quantization_config")
         fields.pop("torch_dtype", None)
-        fields["dtype"] = base.quantization.compute_dtype
+        stored = next(packed_tensors(base.tensors)).dtype  # as they are written
+        fields["dtype"] = next(dtype for dtype, name in DTYPES.items() if name == stored)
         notes.append(f"quantization_config is left out, and dtype is {fields['dtype']}: all weights are floats")
     if changes.untied:
         _untie(fields)
@@ -291,7 +293,7 @@ def _is_left_out(path: Path) -> bool:
 
 
 def write_other_files(
-    base: SavedWeights, changes: TensorChanges, shards: list[NewShard], config: dict[str, Any] | None, stage: Path
+    base: SavedWeights, shards: list[NewShard], config: dict[str, Any] | None, stage: Path
 ) -> list[str]:
     """Write everything but the weights."""
     copied, left_out = files_to_copy(base)
@@ -303,11 +305,11 @@ def write_other_files(
     else:
         _write_json(stage / MODEL_FILE, config)
     if base.has_index:
-        _write_index(base, changes, shards, stage)
+        _write_index(base, shards, stage)
     return left_out
 
 
-def _write_index(base: SavedWeights, changes: TensorChanges, shards: list[NewShard], stage: Path) -> None:
+def _write_index(base: SavedWeights, shards: list[NewShard], stage: Path) -> None:
     """Write the index of tensors by file, with the new totals."""
     if all(len(shard.tensors) == len(shard.old.tensors) and not shard.more_bytes for shard in shards):
         shutil.copyfile(base.directory / INDEX_NAME, stage / INDEX_NAME)
@@ -315,7 +317,7 @@ def _write_index(base: SavedWeights, changes: TensorChanges, shards: list[NewSha
     index = read_json_object(base.directory / INDEX_NAME, CheckpointError)
     kept = {key for shard in shards for key in shard.tensors}
     index["weight_map"] = {key: name for key, name in index["weight_map"].items() if key in kept}
-    index["weight_map"] |= {key: base.tensors[near].file.name for key, (_, near) in changes.added.items()}
+    index["weight_map"] |= {key: shard.old.file.name for shard in shards for key in shard.tensors}
     totals = index.get("metadata") or {}
     if "total_size" in totals:
         totals["total_size"] += sum(shard.more_bytes for shard in shards)

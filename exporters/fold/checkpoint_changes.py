@@ -175,7 +175,7 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
 def _placed(wanted: Mapping[str, NewTensor], base: SavedWeights, names: Names) -> TensorChanges:
     """Return the changes by key; weights that are no longer tied get their own tensors."""
     changes = TensorChanges()
-    last = [key for key in base.shards[-1].tensors if key in base.tensors][-1]
+    last = [key for shard in base.shards for key in shard.tensors if key in base.tensors][-1]
     tokens = {other: _token(other, wanted.get(other), names) for name in wanted for other in names.tied_with(name)}
     owner = {key: name for name, key in names.keys.items()}
     for name, token in tokens.items():

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from gralora_fx import GraloraModel, trace
 from gralora_fx.cli import app
-from gralora_fx.errors import CheckpointError, ConfigError
-from gralora_fx.exporters import export_onnx
+from gralora_fx.errors import CheckpointError, ConfigError, TraceError
+from gralora_fx.exporters import export_onnx, merge_checkpoint
 from gralora_fx.loading import load_model, load_streamed
 from gralora_fx.serving import load
 
@@ -133,6 +133,8 @@ def test_fp8_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
         {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True},
         {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
         {"num_bits": 8, "strategy": "channel", "symmetric": False},
+        {"num_bits": 8, "strategy": "tensor", "symmetric": False},
+        {"num_bits": 4, "strategy": "tensor", "symmetric": False},
         {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
         {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True},
     ],
@@ -195,6 +197,40 @@ def test_an_adapter_is_merged_exported_and_answers_as_over_the_floats(method: st
         assert torch.allclose(merged(ids).logits, expected, atol=2e-3 * float(expected.abs().max()))  # in float16
 
 
+def test_a_merge_of_several_files_has_all_weights_in_its_index_and_their_dtype_in_its_configuration(
+    tmp_path: Path,
+) -> None:
+    """Integers and scales are in files of their own, of which the last holds no tensor of the model."""
+    base = tmp_path / "base"
+    floats = checkpoint(base, "gptq 4")
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    files = {"qweight": "model-1.safetensors", "weight": "model-2.safetensors"}
+    places = {key: files.get(key.rpartition(".")[2], "model-3.safetensors") for key in tensors}
+    for name in set(places.values()):
+        save_file({key: tensors[key] for key in tensors if places[key] == name}, base / name, {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    theirs = peft_model(floats, method="LORA", r=4, target_modules=["q_proj"])
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert merged.dtype == torch.float16
+    expected = theirs.merge_and_unload().state_dict()
+    assert index.keys() == expected.keys()
+    assert all(
+        torch.allclose(value.float(), expected[key], rtol=1e-3, atol=1e-6) for key, value in merged.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("block", [[64], [64, 0], "64"])
+def test_a_block_that_is_none_is_named(block: Any, tmp_path: Path) -> None:
+    checkpoint(tmp_path, "fp8")
+    describe(tmp_path, {"quant_method": "fp8", "weight_block_size": block})
+    with pytest.raises(TraceError, match=r"weight_block_size of FP8 is .*, not the rows and columns of a block"):
+        load_model(tmp_path)
+
+
 def test_what_is_not_done_with_it_is_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path, "awq")
     with pytest.raises(
@@ -217,6 +253,9 @@ def test_what_is_not_done_with_it_is_refused(tmp_path: Path) -> None:
         (lambda parts: parts.update(qweight=parts["qweight"].float()), "qweight is F32 of shape"),
         (lambda parts: parts.update(g_idx=parts["g_idx"][:5]), r"g_idx is I32 of shape \[5\], and has to be I32 of sh"),
         (lambda parts: parts.update(g_idx=parts["g_idx"] + 1), "g_idx names groups 1 to"),
+        (lambda parts: parts.update(scales=parts["scales"][0, 0]), r"scales has shape \[\], not that of a matrix"),
+        (lambda parts: parts.update(qweight=parts["qweight"][:0], g_idx=parts["g_idx"][:0]), "qweight has shape"),
+        (lambda parts: [parts.pop("g_idx"), parts.update(scales=parts["scales"][:0])], "scales has shape"),
     ],
 )
 def test_damaged_checkpoints_are_named(change: Callable[[Parts], Any], message: str, tmp_path: Path) -> None:

@@ -69,7 +69,11 @@ class GroupQuantized(BaseQuantization):
             read = listed([str(number) for number in _BITS[method]])
             raise ConfigError(f"bits of {METHODS[method]} is {shown(bits)}, and {read} are read")
         block = fields.get("block", fields.get("weight_block_size")) if method == "fp8" else None
-        return cls(method, layout, bits, None if block is None else (int(block[0]), int(block[1])))
+        if block is not None and not (
+            isinstance(block, (list, tuple)) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+        ):
+            raise ConfigError(f"weight_block_size of FP8 is {shown(block)}, not the rows and columns of a block")
+        return cls(method, layout, bits, None if block is None else (block[0], block[1]))
 
     def has_weights_of(self, other: BaseQuantization | None) -> bool:
         """Return whether the same base has the same weights in both."""

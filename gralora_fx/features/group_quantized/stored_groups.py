@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,16 +30,19 @@ from gralora_fx.base.sources.packed_tensors import PackedTensor
 from gralora_fx.base.sources.rewriting import bytes_of
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
 from gralora_fx.errors import CheckpointError, bulleted
+from gralora_fx.features.group_quantized.layer_parts import (
+    CODES,
+    DamagedError,
+    Parts,
+    array_of,
+    check,
+    check_matrix,
+    check_order,
+    check_scales,
+    part_of,
+)
 from gralora_fx.features.group_quantized.quantizers import METHODS, GroupQuantized
 
-Parts = Mapping[str, StoredTensor]  # a layer's tensors, by the last part of their keys
-
-_CODES = {
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I8": np.dtype(np.int8),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-}
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of the outputs 0 to 7 in a word
 _BESIDE = {  # tensors that a quantizer stores beside a layer's weight and bias
     "gptq": {"qweight", "qzeros", "scales", "g_idx"},
@@ -51,10 +53,6 @@ _BESIDE = {  # tensors that a quantizer stores beside a layer's weight and bias
     },
     "fp8": {"weight_scale_inv", "activation_scale", "input_scale"},
 }
-
-
-class _DamagedError(Exception):
-    """The problem with a stored weight, in words."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def unpacked(
             continue  # a float layer with scales of its activations, or scales of a cache
         try:
             shape, scales, values = _layouts(told, parts)
-        except _DamagedError as error:
+        except DamagedError as error:
             problems.append(f"{next(iter(parts.values())).file.name}, {name}: {error}")
             continue
         size = FLOATS[scales.dtype].itemsize * int(np.prod(shape))
@@ -129,25 +127,28 @@ def _layouts(
 ) -> tuple[tuple[int, int], StoredTensor, Callable[[Parts], NDArray[np.float32]]]:
     """Return a weight's shape, its scales and its reader, after checking that its tensors fit each other."""
     if told.method in ("gptq", "awq"):
-        codes, scales, zeros = (_part(parts, name) for name in ("qweight", "scales", "qzeros"))
+        codes, scales, zeros = (part_of(parts, name) for name in ("qweight", "scales", "qzeros"))
         bits = told.bits or 4
+        for tensor in (codes, scales, zeros):
+            check_matrix(tensor)
         outputs = scales.shape[-1]
         inputs = codes.shape[0] * 32 // bits if told.method == "gptq" else codes.shape[0]
         width = outputs if told.method == "gptq" else outputs * bits // 32
-        _check(codes, "I32", (codes.shape[0], width))
-        _check(zeros, "I32", (scales.shape[0], -(-outputs * bits // 32)))
-        _check_scales(scales, (scales.shape[0], outputs))
+        check(codes, "I32", (codes.shape[0], width))
+        check(zeros, "I32", (scales.shape[0], -(-outputs * bits // 32)))
+        check_scales(scales, (scales.shape[0], outputs))
         if (order := parts.get("g_idx")) is not None:
-            _check(order, "I32", (inputs,))
-            _check_order(order, scales.shape[0])
+            check(order, "I32", (inputs,))
+            check_order(order, scales.shape[0])
         elif inputs % scales.shape[0]:
-            raise _DamagedError(f"its {inputs} inputs are no {scales.shape[0]} groups of one size")
+            raise DamagedError(f"its {inputs} inputs are no {scales.shape[0]} groups of one size")
         if told.method == "awq":
             return (outputs, inputs), scales, _of_awq
         return (outputs, inputs), scales, _GPTQ_READERS[told.layout == "gptq_v2", bits]
     if told.method == "fp8":
-        weight, scales = _part(parts, "weight"), _part(parts, "weight_scale_inv")
-        _check(weight, "F8_E4M3", weight.shape)
+        weight, scales = part_of(parts, "weight"), part_of(parts, "weight_scale_inv")
+        check(weight, "F8_E4M3", weight.shape)
+        check_matrix(weight)
         return (weight.shape[0], weight.shape[1]), scales, _OfFp8(_blocks(weight, scales, told.block))
     return _of_compressed_layer(parts)
 
@@ -155,59 +156,37 @@ def _layouts(
 def _of_compressed_layer(
     parts: Parts,
 ) -> tuple[tuple[int, int], StoredTensor, Callable[[Parts], NDArray[np.float32]]]:
-    scales = _part(parts, "weight_scale")
-    if "weight_packed" in parts:
-        told, packed = _array(_part(parts, "weight_shape")).reshape(-1), parts["weight_packed"]
-        if told.size != 2 or packed.dtype != "I32" or len(packed.shape) != 2:
-            raise _DamagedError(f"its integers are {packed.dtype} of shape {list(packed.shape)} for {told.tolist()}")
-        shape = int(told[0]), int(told[1])
+    scales, packed = part_of(parts, "weight_scale"), parts.get("weight_packed")
+    if packed is not None:
+        sizes = part_of(parts, "weight_shape")
+        check(sizes, "I32" if sizes.dtype == "I32" else "I64", (2,))
+        check(packed, "I32", packed.shape)
+        check_matrix(packed)
+        shape = tuple(array_of(sizes).tolist())
         if packed.shape[0] != shape[0] or packed.shape[1] * 32 // max(shape[1], 1) not in (2, 4, 8):
-            raise _DamagedError(f"its integers have shape {list(packed.shape)} for {list(shape)} values")
+            raise DamagedError(f"its integers have shape {list(packed.shape)} for {list(shape)} values")
     else:
-        weight = _part(parts, "weight")
-        if weight.dtype not in ("I8", "F8_E4M3") or len(weight.shape) != 2:
-            raise _DamagedError(f"it is {weight.dtype} of shape {list(weight.shape)}, not a matrix of int8 or FP8")
+        weight = part_of(parts, "weight")
+        if weight.dtype not in ("I8", "F8_E4M3"):
+            raise DamagedError(f"it is {weight.dtype}, not int8 or FP8")
+        check_matrix(weight)
         shape = weight.shape[0], weight.shape[1]
     if scales.numel != 1:
-        rows = scales.shape[0] if scales.shape else 1
-        if len(scales.shape) != 2 or shape[0] % rows or shape[1] % scales.shape[1]:
-            raise _DamagedError(f"its scales have shape {list(scales.shape)} for {list(shape)} values")
-    _check_scales(scales, scales.shape)
+        check_matrix(scales)
+        if shape[0] % scales.shape[0] or shape[1] % scales.shape[1]:
+            raise DamagedError(f"its scales have shape {list(scales.shape)} for {list(shape)} values")
+    check_scales(scales, scales.shape)
+    if (zeros := parts.get("weight_zero_point")) is not None:
+        if zeros.dtype == "I32" and packed is not None:
+            bits = packed.shape[1] * 32 // shape[1]
+            check(zeros, "I32", (-(-shape[0] * bits // 32), scales.shape[-1] if scales.shape else 1))
+        elif zeros.dtype not in CODES or (zeros.shape != scales.shape and zeros.numel * scales.numel != 1):
+            told = f"{zeros.dtype} of shape {list(zeros.shape)}"
+            raise DamagedError(f"weight_zero_point is {told} for scales of shape {list(scales.shape)}")
     if (order := parts.get("weight_g_idx")) is not None:
-        _check(order, "I32", shape[1:])
-        _check_order(order, scales.shape[1])
+        check(order, "I32", shape[1:])
+        check_order(order, scales.shape[-1] if scales.shape else 1)
     return shape, scales, _of_compressed
-
-
-def _part(parts: Parts, name: str) -> StoredTensor:
-    if name not in parts:
-        raise _DamagedError(f"{name} is missing")
-    return parts[name]
-
-
-def _check(tensor: StoredTensor, dtype: str, shape: tuple[int, ...]) -> None:
-    part = tensor.key.rpartition(".")[2]
-    if (tensor.dtype, tensor.shape) != (dtype, shape):
-        raise _DamagedError(
-            f"{part} is {tensor.dtype} of shape {list(tensor.shape)}, and has to be {dtype} of shape {list(shape)}"
-        )
-
-
-def _check_order(order: StoredTensor, count: int) -> None:
-    groups = _array(order)
-    if groups.min() < 0 or groups.max() >= count:
-        part = order.key.rpartition(".")[2]
-        raise _DamagedError(f"{part} names groups {groups.min()} to {groups.max()}, of {count}")
-
-
-def _check_scales(scales: StoredTensor, shape: tuple[int, ...]) -> None:
-    part = scales.key.rpartition(".")[2]
-    if scales.dtype not in FLOATS or scales.shape != shape:
-        raise _DamagedError(
-            f"{part} is {scales.dtype} of shape {list(scales.shape)}, and has to be floats {list(shape)}"
-        )
-    if not np.isfinite(scales.array().astype(np.float32)).all():
-        raise _DamagedError(f"{part} is not finite")
 
 
 def _blocks(weight: StoredTensor, scales: StoredTensor, told: tuple[int, int] | None) -> tuple[int, int]:
@@ -220,9 +199,9 @@ def _blocks(weight: StoredTensor, scales: StoredTensor, told: tuple[int, int] | 
             else told or tuple(size // max(count, 1) for size, count in zip(weight.shape, counts, strict=True))
         )
         if all(-(-size // max(one, 1)) == count for size, one, count in zip(weight.shape, sizes, counts, strict=True)):
-            _check_scales(scales, scales.shape)
+            check_scales(scales, scales.shape)
             return sizes[0], sizes[1]
-    raise _DamagedError(f"its scales have shape {list(scales.shape)} for {list(weight.shape)} values")
+    raise DamagedError(f"its scales have shape {list(scales.shape)} for {list(weight.shape)} values")
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
@@ -279,12 +258,12 @@ class _OfGptq:
     bits: int
 
     def __call__(self, parts: Parts) -> NDArray[np.float32]:
-        words, scales = _array(parts["qweight"]), parts["scales"]
+        words, scales = array_of(parts["qweight"]), parts["scales"]
         count, outputs = scales.shape
         inputs = words.shape[0] * 32 // self.bits
         codes = codes_of(words.T, self.bits, inputs)
-        zeros = codes_of(_array(parts["qzeros"]), self.bits, outputs).astype(np.int16) + self.is_shifted
-        groups = _array(parts["g_idx"]) if "g_idx" in parts else _groups(inputs, count)
+        zeros = codes_of(array_of(parts["qzeros"]), self.bits, outputs).astype(np.int16) + self.is_shifted
+        groups = array_of(parts["g_idx"]) if "g_idx" in parts else _groups(inputs, count)
         return _dequantized(codes, scales, zeros.T, scales.array().T, groups)
 
 
@@ -295,33 +274,36 @@ def _of_awq(parts: Parts) -> NDArray[np.float32]:
     scales = parts["scales"]
     count, outputs = scales.shape
     places = (np.arange(outputs) // 8 * 8).reshape(-1, 8) + np.array(_AWQ_PLACES)
-    codes, zeros = (codes_of(_array(parts[name]), 4, outputs)[:, places.reshape(-1)] for name in ("qweight", "qzeros"))
+    codes, zeros = (
+        codes_of(array_of(parts[name]), 4, outputs)[:, places.reshape(-1)] for name in ("qweight", "qzeros")
+    )
     groups = _groups(codes.shape[0], count)
     return _dequantized(codes.T, scales, zeros.T.astype(np.int16), scales.array().T, groups)
 
 
 def _of_compressed(parts: Parts) -> NDArray[np.float32]:
     scales = parts["weight_scale"]
+    by_output = scales.array().reshape((1, 1) if scales.numel == 1 else scales.shape)
     zeros: NDArray[Any] | int = 0
     zero_points = parts.get("weight_zero_point")
+    are_packed = zero_points is not None and "weight_packed" in parts and zero_points.dtype == "I32"
+    if zero_points is not None and not are_packed:
+        zeros = array_of(zero_points).astype(np.int16).reshape(by_output.shape)
     if (packed := parts.get("weight_packed")) is not None:
-        outputs, inputs = (int(size) for size in _array(parts["weight_shape"]).reshape(-1))
+        outputs, inputs = (int(size) for size in array_of(parts["weight_shape"]).reshape(-1))
         bits = packed.shape[1] * 32 // inputs
-        codes: NDArray[Any] = codes_of(_array(packed), bits, inputs)
-        zeros = 1 << (bits - 1)  # codes are stored from 0 on
-        if zero_points is not None:
-            zeros = codes_of(_array(zero_points).T, bits, outputs).T.astype(np.int16)
+        codes: NDArray[Any] = codes_of(array_of(packed), bits, inputs)
+        zeros = zeros + (1 << (bits - 1))  # codes are stored from 0 on
+        if zero_points is not None and are_packed:
+            zeros = codes_of(array_of(zero_points).T, bits, outputs).T.astype(np.int16)
     else:
-        codes = _array(parts["weight"]).astype(np.float32)
+        codes = array_of(parts["weight"]).astype(np.float32)
         outputs, inputs = codes.shape
-        if zero_points is not None:
-            zeros = _array(zero_points).astype(np.int16).reshape(scales.shape)
-    by_output = scales.array().reshape(1, 1) if scales.numel == 1 else scales.array()
     rows = np.arange(outputs) // (outputs // by_output.shape[0])
     if isinstance(zeros, np.ndarray):
         zeros = zeros[rows] if zeros.shape[0] != outputs else zeros
     order = parts.get("weight_g_idx")
-    groups = _groups(inputs, by_output.shape[1]) if order is None else _array(order)
+    groups = _groups(inputs, by_output.shape[1]) if order is None else array_of(order)
     return _dequantized(codes, scales, zeros, by_output[rows], groups)
 
 
@@ -336,14 +318,7 @@ class _OfFp8:
     block: tuple[int, int]
 
     def __call__(self, parts: Parts) -> NDArray[np.float32]:
-        scales, values = parts["weight_scale_inv"], _array(parts["weight"])
+        scales, values = parts["weight_scale_inv"], array_of(parts["weight"])
         rows, columns = (np.arange(size) // one for size, one in zip(values.shape, self.block, strict=True))
         by_block = scales.array().reshape((1, 1) if scales.numel == 1 else scales.shape)
         return _dequantized(values, scales, 0, by_block[rows], columns)
-
-
-def _array(tensor: StoredTensor) -> NDArray[Any]:
-    """Return a stored tensor of integers or FP8 as an array."""
-    values = np.empty(tensor.shape, _CODES[tensor.dtype])
-    tensor.read_into(values)
-    return values
