@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from test_import_order import NAMES, imported
 
 from benchmarks.loaded_files import APART, NAMED, NAMED_OUTSIDE, naming
 from gralora_fx import features as package
+from gralora_fx.base import features as found
 from gralora_fx.base.features import POINTS, Feature, features
 
 pytestmark = pytest.mark.quick
@@ -68,3 +71,18 @@ def points_asked_for(file: Path) -> Iterator[str]:
 
 def test_every_point_is_asked_for_by_a_stage() -> None:
     assert POINTS.keys() == {point for file in NAMES.values() for point in points_asked_for(file)}
+
+
+def test_threads_that_ask_at_once_find_each_feature_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, read = [feature.name for feature in features()], found._read
+
+    def slowly(file: Path) -> Feature:
+        time.sleep(0.001)
+        return read(file)
+
+    monkeypatch.setattr(found, "_FEATURES", [])
+    monkeypatch.setattr(found, "_read", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        names = [pool.submit(lambda: [feature.name for feature in features()]) for _ in range(4)]
+        assert all(each.result() == expected for each in names)
+    assert [feature.name for feature in features()] == expected

@@ -157,7 +157,8 @@ def features() -> list[Feature]:
     if not _FEATURES:
         (folder,) = import_module(_PACKAGE).__path__
         names = sorted(module.name for module in pkgutil.iter_modules([folder]) if module.ispkg)
-        _FEATURES.extend(_read(Path(folder, name, "feature.toml")) for name in names)
+        found = [_read(Path(folder, name, "feature.toml")) for name in names]
+        _FEATURES[:] = found  # at once, and once where several threads ask first
     return _FEATURES
 
 
