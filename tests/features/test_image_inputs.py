@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gralora_fx import GraloraConfig, rewrite, trace
+from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.samples import inputs_for_task
 from gralora_fx.errors import ServingError, TraceError
@@ -153,6 +153,24 @@ def test_tokens_of_an_image_that_see_each_other(tmp_path: Path) -> None:
     )
     text = {"input_ids": torch.tensor([TEXT])}
     assert served.generate(TEXT, max_new_tokens=NEW) == answer(model, text)
+
+
+def test_an_adapter_that_would_begin_to_act_between_tokens_of_one_image_is_refused(tmp_path: Path) -> None:
+    model = tiny_image_model("Gemma3ForConditionalGeneration", num_hidden_layers=1, layer_types=["full_attention"])
+    _, inputs = image_inputs_of(model, prompt := image_prompt(model))
+    fields: dict[str, Any] = {"r": 2, "target_modules": r".*language_model.*q_proj", "init_lora_weights": False}
+    ids = prompt["input_ids"][0].tolist()
+    adapted = rewrite(
+        trace(model, task=TASK), LoraConfig(**fields, alora_invocation_tokens=ids[5:7]), adapter_name="within"
+    )
+    adapted.add_adapter("after", LoraConfig(**fields, alora_invocation_tokens=ids[6:7]))
+    adapted.set_adapter(["within", "after"])
+    export_onnx(adapted, tmp_path / "onnx", adapters="data", verify=False)
+    served = load(tmp_path / "onnx", threads=1)
+    given = {name: inputs[name][0] for name in ("inputs_embeds", "token_type_ids")}
+    served.generate(ids, inputs_embeds=given, adapter="after", max_new_tokens=1)
+    with pytest.raises(ServingError, match="begins to act at token 5, between tokens that are read at once"):
+        served.generate(ids, inputs_embeds=given, adapter="within", max_new_tokens=1)
 
 
 def test_adapters_of_the_part_that_reads_images_are_named(tmp_path: Path) -> None:

@@ -55,6 +55,11 @@ class SequentialDecoder(Decoder):
 
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
         self._given.begin(row, source)
+        if (start := self.start(row)) and self._given.joins(row, start):
+            raise ServingError(
+                f"the adapter of row {row} begins to act at token {start}, between tokens that are read at once; give "
+                "an adapter whose invocation begins before or after them"
+            )
         values, base = (self._adapters.tensors_for(name, self._session) for name in (adapter, None))
         if self._takes_buffers:
             steps = BufferedSteps(self._session, CacheBuffers(self._session, 1, self.capacity))
