@@ -125,6 +125,16 @@ def test_logits_are_those_of_the_graph_and_a_cut_changes_no_bit_of_what_others_r
     assert np.abs(beside[row] - logits).max() < 1e-5 * max(1.0, np.abs(logits).max())
 
 
+def test_logits_of_several_tokens_are_theirs_where_the_adapter_begins_between_them(export: Path) -> None:
+    decoder, prompt = load(export).decoder(rows=2, capacity=32, chunk=16), PROMPTS["in the middle"]
+    at_once, apart = (decoder.open("judge", start=6) for _ in range(2))
+    each = [decoder.step({apart: [token]})[apart] for token in prompt]
+    for count in (2, 6, len(prompt)):
+        logits = decoder.step({at_once: prompt}, {at_once: count})[at_once]
+        decoder.rewind(at_once, 0)
+        assert np.allclose(logits, each[-count:], atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [3, 4, 5])
 def test_a_prompt_in_pieces_begins_where_it_does_at_once(export: Path, chunk: int) -> None:
     decoder, prompt = load(export).decoder(rows=2, capacity=32, chunk=chunk), PROMPTS["twice"]

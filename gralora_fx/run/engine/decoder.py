@@ -253,12 +253,13 @@ class Decoder(StartedRows, BoundedRows):
             logits: dict[int, NDArray[Any]] = {}
             while read:
                 first = self._cut(read)
-                for number, given in self._read(first, last).items():
-                    is_rest = self.gives_all and number in logits
+                wanted = {row: min(count, len(first[row])) for row, count in last.items() if row in first}
+                for number, given in self._read(first, wanted).items():
+                    is_rest = (self.gives_all or number in last) and number in logits
                     logits[number] = np.concatenate([logits[number], given]) if is_rest else given
                 read = {n: array[len(first.get(n, ())) :] for n, array in read.items()}
                 read = {n: array for n, array in read.items() if len(array)}
-        return logits
+        return {row: array[-last[row] :] if row in last else array for row, array in logits.items()}
 
     def _cut(self, read: Mapping[int, NDArray[np.int64]]) -> Mapping[int, NDArray[np.int64]]:
         """Return the tokens to read first: all, or some rows' up to where other rows or an adapter may continue."""
