@@ -161,10 +161,10 @@ class SharedRows:
         if len(tokens) <= _LEFT or self._sharable(shared) < length:
             return 0
         tokens = shared.named(length, tokens)
-        text = shared.text + tokens[:-_LEFT]
+        text = known = shared.text + tokens[:-_LEFT]
         if shared.adapter and self.cache.known(shared.root, text) == shared.start - 1:
-            text = text[: shared.start - _LEFT]  # the base would read one token alone
-        count = self.cache.fill(shared.root, text, length, self._tensors(row), self._states(row)) - length
+            known = text[: shared.start - _LEFT]  # the base would read one token alone
+        count = self.cache.fill(shared.root, known, length, self._tensors(row), self._states(row)) - length
         shared.text += tokens[:count]
         shared.kept = max(shared.kept, length + count) if count else shared.kept
         if self.cache.keeps_states and len(shared.planned) != length + len(tokens):
