@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.architectures.image_prompts import IMAGE
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -24,6 +24,8 @@ def tiny_processor(model: PreTrainedModel) -> Any:
     kind, vision = model.config.model_type, model.config.vision_config
     if kind.startswith("qwen"):
         return _qwen(kind, vision)
+    if (made := _OTHERS.get(kind)) is not None:
+        return made(model)
     tokenizer = tiny_tokenizer({IMAGE: "<image>", 89: "<fake_token_around_image>", 88: "<global-img>"})
     size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
     chat = _CHAT.replace("IMAGE", "<image>")
@@ -58,6 +60,126 @@ def _qwen(kind: str, vision: Any) -> Any:
     )
     chat = _CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     return Qwen2_5_VLProcessor(images, tiny_tokenizer(names), Qwen2VLVideoProcessor(), chat_template=chat)
+
+
+def _mistral(model: PreTrainedModel) -> Any:
+    from transformers import PixtralProcessor
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    vision, merge = model.config.vision_config, model.config.spatial_merge_size
+    step = vision.patch_size * merge
+    images = PixtralImageProcessorPil(patch_size=step, size={"longest_edge": 4 * step})
+    tokenizer = tiny_tokenizer({IMAGE: "[IMG]", 89: "[IMG_BREAK]", 88: "[IMG_END]"})
+    options = {"patch_size": vision.patch_size, "spatial_merge_size": merge}
+    return PixtralProcessor(images, tokenizer, chat_template=_CHAT.replace("IMAGE", "[IMG]"), **options)
+
+
+def _llava_next(model: PreTrainedModel) -> Any:
+    from transformers import LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    vision = model.config.vision_config
+    side = vision.image_size
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=model.config.image_grid_pinpoints,
+    )
+    options = {"patch_size": vision.patch_size, "vision_feature_select_strategy": "default"}
+    tokenizer, chat = tiny_tokenizer({IMAGE: "<image>"}), _CHAT.replace("IMAGE", "<image>")
+    return LlavaNextProcessor(images, tokenizer, chat_template=chat, num_additional_image_tokens=1, **options)
+
+
+def _llava_onevision(model: PreTrainedModel) -> Any:
+    from transformers import LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    vision = model.config.vision_config
+    side = vision.image_size
+    images = LlavaOnevisionImageProcessorPil(
+        size={"height": side, "width": side}, image_grid_pinpoints=model.config.image_grid_pinpoints
+    )
+    tokenizer, chat = tiny_tokenizer({IMAGE: "<image>", 89: "<video>"}), _CHAT.replace("IMAGE", "<image>")
+    return LlavaOnevisionProcessor(
+        images,
+        tokenizer,
+        LlavaOnevisionVideoProcessor(size={"height": side, "width": side}),
+        num_image_tokens=(side // vision.patch_size) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=chat,
+        vision_aspect_ratio=model.config.vision_aspect_ratio,
+    )
+
+
+def _gemma_tokenizer() -> Any:
+    """The tokenizer of Gemma's processors, which names its special tokens."""
+    names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    names |= {"audio_token": "<audio_soft_token>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>"}
+    plain = tiny_tokenizer(dict(zip(range(IMAGE, IMAGE - len(names), -1), names.values(), strict=True)))
+    special = {name: getattr(plain, name) for name in ("pad_token", "bos_token", "eos_token")}
+    return PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer, **special, extra_special_tokens=names)
+
+
+def _gemma3(model: PreTrainedModel) -> Any:
+    from transformers import Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    side = model.config.vision_config.image_size
+    images = Gemma3ImageProcessorPil(size={"height": side, "width": side})
+    chat = "{{ bos_token }}" + _CHAT.replace("IMAGE", "<start_of_image>")
+    return Gemma3Processor(images, _gemma_tokenizer(), chat, image_seq_length=model.config.mm_tokens_per_image)
+
+
+def _gemma4(model: PreTrainedModel) -> Any:
+    from transformers import Gemma4AudioFeatureExtractor, Gemma4Processor, Gemma4VideoProcessor
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    vision = model.config.vision_config
+    images = Gemma4ImageProcessorPil(
+        patch_size=vision.patch_size, pooling_kernel_size=vision.pooling_kernel_size, max_soft_tokens=70
+    )
+    chat = "{{ bos_token }}" + _CHAT.replace("IMAGE", "<image_soft_token>")
+    audio, videos = Gemma4AudioFeatureExtractor(), Gemma4VideoProcessor()
+    return Gemma4Processor(audio, images, _gemma_tokenizer(), videos, chat, image_seq_length=70)
+
+
+def _glm4v(model: PreTrainedModel) -> Any:
+    from transformers import Glm4vProcessor, Glm4vVideoProcessor
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+    vision = model.config.vision_config
+    step = vision.patch_size * vision.spatial_merge_size
+    images = Glm4vImageProcessorPil(
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        size={"shortest_edge": step * step, "longest_edge": 24 * step * step},
+    )
+    names = {IMAGE: "<|image|>", 89: "<|video|>", 88: "<|begin_of_image|>", 87: "<|end_of_image|>"}
+    names |= {86: "<|begin_of_video|>", 85: "<|end_of_video|>"}
+    chat = _CHAT.replace("IMAGE", "<|begin_of_image|><|image|><|end_of_image|>")
+    return Glm4vProcessor(images, tiny_tokenizer(names), Glm4vVideoProcessor(), chat_template=chat)
+
+
+def _idefics2(model: PreTrainedModel) -> Any:
+    from transformers import Idefics2Processor
+    from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+
+    images = Idefics2ImageProcessorPil(size={"shortest_edge": 20, "longest_edge": 60}, do_image_splitting=False)
+    tokenizer = tiny_tokenizer({IMAGE: "<image>", 89: "<fake_token_around_image>", 88: "<end_of_utterance>"})
+    count = model.config.perceiver_config.resampler_n_latents
+    return Idefics2Processor(images, tokenizer, image_seq_len=count, chat_template=_CHAT.replace("IMAGE", "<image>"))
+
+
+_OTHERS = {
+    "mistral3": _mistral,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "gemma3": _gemma3,
+    "gemma4": _gemma4,
+    "glm4v": _glm4v,
+    "idefics2": _idefics2,
+}
 
 
 def drawn_image(width: int, height: int, seed: int = 0) -> Image.Image:

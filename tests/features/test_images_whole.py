@@ -36,7 +36,7 @@ class Whole(NamedTuple):
     def expected(self, chat: Any, images: list[Image.Image]) -> str:
         """The answer of transformers to a chat with images."""
         text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        inputs = self.processor(text=[text], images=images, return_tensors="pt")
+        inputs = self.processor(text=[text], images=[images], return_tensors="pt")
         with torch.no_grad():
             tokens = self.source.generate(**inputs, max_new_tokens=_NEW, do_sample=False)
         return str(self.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

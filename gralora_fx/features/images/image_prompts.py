@@ -172,8 +172,9 @@ class ImagePrompts:
         bos = self._processor.tokenizer.bos_token
         # as transformers' own processors do with what their template has written
         more = {"add_special_tokens": False} if bos and text.startswith(bos) and not isinstance(prompt, str) else {}
+        own = [list(images)] if images else None  # of one prompt, by which some processors cut none of several
         try:
-            made = dict(self._processor(text=[text], images=list(images) or None, return_tensors="np", **more))
+            made = dict(self._processor(text=[text], images=own, return_tensors="np", **more))
         except Exception as error:  # processors raise what they like
             raise ServingError(
                 f"the processor does not take the prompt with {len(images)} images ({first_line(error)}); a text needs "

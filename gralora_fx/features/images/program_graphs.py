@@ -15,7 +15,7 @@ import onnx_ir as ir
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.rules.builder import Builder, add_input
 from gralora_fx.exporters.rules.clean_up import remove_unused_nodes
-from gralora_fx.features.images.tasks_and_inputs import GRID, IMAGE_FEATURES
+from gralora_fx.features.images.tasks_and_inputs import GRID, GRID_THW, IMAGE_FEATURES, IMAGES, NEWLINE, VISION_ENCODER
 from gralora_fx.format.adapter_inputs import is_adapter_tensor
 from gralora_fx.format.export_directory import MODEL
 from gralora_fx.format.input_names import EMBEDS, IDS, beside_ids
@@ -27,7 +27,8 @@ _POSITIONS = "position_ids"
 def program_graphs(config: Any, models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
     """Return the graphs by the names of their files.
 
-    There are none of a model whose text has more of images than embeddings, and where adapters have to be given.
+    There are none of a model whose text has more of images than embeddings, where adapters have to be given, and where
+    the programs would give other pixels than what reads them takes, or could not lay out its features.
 
     Args:
         config: The model's configuration.
@@ -38,8 +39,18 @@ def program_graphs(config: Any, models: Mapping[str, ir.Model]) -> dict[str, ir.
     takes_adapters = any(is_adapter_tensor(name) and name not in model.graph.initializers for name in names)
     if token is None or takes_adapters or not beside_ids(names).keys() <= {EMBEDS, GRID}:
         return {}
+    if not _is_known(models[VISION_ENCODER].graph):
+        return {}
     table = _of_ids(model)
     return {DECODER: _of_embeddings(model), EMBED_TOKENS: table, EMBEDDING: _with_features(table, token)}
+
+
+def _is_known(reader: ir.Graph) -> bool:
+    """Return whether the programs know how to call what reads pixels: tiles, or patches with their grid."""
+    pixels = next(value for value in reader.inputs if value.name == IMAGES)
+    names = {value.name for value in (*reader.inputs, *reader.outputs)}
+    assert pixels.shape is not None
+    return GRID_THW in names or (len(pixels.shape) == 4 and NEWLINE not in names)
 
 
 def image_token(config: Any) -> int | None:

@@ -37,14 +37,9 @@ _GRIDS = ((2, 3), (4, 5), (9, 6), (1, 1))  # sizes of images in tokens: an examp
 
 
 class VisionForm(ABC):
-    """How a model's part that reads pixels is called, for one image.
+    """How a model's part that reads pixels is called, for one image."""
 
-    Attributes:
-        model: The model.
-        features: Computes the outputs of the part from its inputs, by name.
-    """
-
-    features: Features
+    features: Features  # computes the outputs of the part from its inputs, by name
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Take a model that reads images."""

@@ -71,16 +71,7 @@ def _takes_segments(part: nn.Module) -> bool:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attend within segments; `cu_seq_lens_q [segments + 1]` says where each begins.
-
-    Args:
-        module: The layer.
-        query: `[1, heads, positions, size]`; `key` and `value` alike, of a divisor of the heads.
-        key: The keys.
-        value: The values.
-        attention_mask: Added to the scores, or None.
-        **options: What transformers passes to flash attention.
-    """
+    """Attend within segments; `cu_seq_lens_q [segments + 1]` says where each begins."""
     ends, most = options["cu_seq_lens_q"], options["max_length_q"]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,86 @@
+"""Chats with images by transformers' processors of each form: its sizes, paddings, tiles and places."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, PreTrainedModel
+
+from gralora_fx import trace
+from gralora_fx.exporters import export_onnx
+from gralora_fx.features.images.program_graphs import DECODER
+from gralora_fx.serving import load
+from tests.architectures.image_prompts import tiny_image_model
+from tests.tiny_image_processors import drawn_image, tiny_processor
+
+_NEW = 4
+_FORMS = {  # whether other programs know how to call what reads pixels
+    "Gemma3ForConditionalGeneration": False,  # begins with a token that the template has written
+    "Gemma4ForConditionalGeneration": False,
+    "Glm4vForConditionalGeneration": True,
+    "LlavaNextForConditionalGeneration": False,  # cuts each of several images
+    "LlavaOnevisionForConditionalGeneration": False,  # cuts none of several images
+    "Mistral3ForConditionalGeneration": False,
+}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of ids in a tensor, of GLM-4V's
+@pytest.mark.parametrize("name", _FORMS)
+def test_chats_with_images_are_answered_as_by_transformers_processors(name: str, tmp_path: Path) -> None:
+    source = _source(name)
+    export_onnx(
+        trace(source, task="image-text-to-text-with-past"),
+        tmp_path / "onnx",
+        tokenizer=tiny_processor(source),
+        verify=False,
+    )
+    model, processor = load(tmp_path / "onnx", threads=1), AutoProcessor.from_pretrained(tmp_path / "onnx")
+    prompts, answers = model.generation.given_prompts, []
+    assert prompts is not None
+    decoder = model.decoder(rows=1, chunk=256)
+    several = [[drawn_image(70, 50)], [drawn_image(30, 30, 1), drawn_image(100, 33, 2), drawn_image(33, 101, 3)]]
+    for images in several:
+        inputs = _inputs(processor, images)
+        ids, given = prompts.read_one(_chat(len(images)), images, None)
+        assert ids == inputs["input_ids"][0].tolist()
+        row = decoder.open(None, given)
+        with torch.no_grad():
+            expected = source(**inputs).logits[0, -1]
+            tokens = source.generate(**inputs, max_new_tokens=_NEW, do_sample=False)[0, len(ids) :]
+        answers.append(processor.decode(tokens, skip_special_tokens=True))
+        torch.testing.assert_close(torch.from_numpy(decoder.step({row: ids})[row]), expected, rtol=1e-4, atol=1e-4)
+        decoder.close(row)
+    text = model.generate("A text.", max_new_tokens=_NEW)
+    chats = [_chat(1), "A text.", _chat(3)]
+    found = model.generate(chats, images=[several[0], None, several[1]], max_new_tokens=_NEW)
+    assert found == [answers[0], text, answers[1]]
+    assert (tmp_path / "onnx" / f"{DECODER}.onnx").exists() == _FORMS[name]
+
+
+def _source(name: str) -> PreTrainedModel:
+    """Return a model whose weights are so wide that answers depend on the images."""
+    source = tiny_image_model(name, vocab_size=128, max_position_embeddings=512).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    return source
+
+
+def _chat(images: int) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": "What is it?"}]}]
+
+
+def _inputs(processor: Any, images: list[Image.Image]) -> Any:
+    """Return what transformers' own call makes of a chat with its images."""
+    chat = _chat(len(images))
+    parts = [{"type": "image", "image": image} for image in images]
+    chat[0]["content"] = [*parts, chat[0]["content"][-1]]
+    return processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
