@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from gralora_fx import trace
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, TraceError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.features.images import image_inputs, vision_forms
 from gralora_fx.features.images.tile_packing import TilePacking
@@ -41,6 +41,15 @@ def test_answers_to_images_are_those_of_transformers_for_each_form(name: str, tm
 def test_positions_that_are_counted_in_another_way_leave_the_decoder_alone(tmp_path: Path) -> None:
     checked = check_images(tiny_image_model("HunYuanVLForConditionalGeneration"), tmp_path / "export")
     assert "has other features or positions in HunYuanVLForConditionalGeneration" in checked.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("AriaForConditionalGeneration", "pixel_mask"), ("Ovis2ForConditionalGeneration", "indicator")]
+)
+def test_what_a_processor_gives_beside_pixels_and_places_is_refused(name: str, why: str) -> None:
+    """A mask of padding, and tokens around images whose embeddings the model takes from its table of images."""
+    with pytest.raises(TraceError, match=why):
+        vision_forms.form_of(tiny_image_model(name))
 
 
 def test_a_model_that_was_found_whole_is_exported_without_a_warning() -> None:

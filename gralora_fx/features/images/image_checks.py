@@ -143,10 +143,7 @@ def _reader(
     prompt: Sequence[int],
     given: Mapping[str, NDArray[Any]],
 ) -> Callable[[Sequence[int]], Tensor]:
-    """Return what reads the ids of a text that goes on, and gives the last logits `[1, vocabulary]`.
-
-    Rows read what is new, as they are served. `model.onnx` reads all of a text, where there is no graph of rows.
-    """
+    """Return what reads a text that goes on, as rows are served if there are any: its last logits `[1, vocabulary]`."""
     if run.open_rows is None:
         return lambda ids: _last_of_session(run.session, description, inputs_of(ids))
     decoder = run.open_rows(1, len(prompt) + _STEPS)

@@ -64,15 +64,18 @@ def form_of(model: PreTrainedModel) -> VisionForm:
     Raises:
         TraceError: It is not known.
     """
+    base: Any = getattr(model, "model", model)
+    if hasattr(base, "visual_indicator_token_ids"):
+        raise TraceError("tokens around its images have embeddings of their own (visual_indicator_token_ids)")
+    if "pixel_mask" in _taken(model):
+        raise TraceError("a mask hides what pads its images (pixel_mask)")
     if (tower := _tower(model, "grid_thw")) is not None:
         return _GridForm(model, tower)
     if PATCH_PLACES in _taken(model):
         return _PlacedForm(model)
-    if hasattr(getattr(model, "model", model), "pack_image_features"):
+    if hasattr(base, "pack_image_features"):
         return _PackedForm(model)
-    is_sized = _tower(model, "image_sizes") is not None or _masks(
-        getattr(getattr(model, "model", None), "connector", nn.Identity())
-    )
+    is_sized = _tower(model, "image_sizes") is not None or _masks(getattr(base, "connector", nn.Identity()))
     return _SizedForm(model) if is_sized else _TileForm(model)
 
 
