@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from gralora_fx import GraloraModel, trace
+from gralora_fx import GraloraModel, LoraConfig, rewrite, trace
 from gralora_fx.cli import app
 from gralora_fx.errors import CheckpointError, ConfigError, TraceError
 from gralora_fx.exporters import export_onnx, merge_checkpoint
@@ -221,6 +221,15 @@ def test_a_merge_of_several_files_has_all_weights_in_its_index_and_their_dtype_i
     assert all(
         torch.allclose(value.float(), expected[key], rtol=1e-3, atol=1e-6) for key, value in merged.state_dict().items()
     )
+
+
+def test_an_adapter_over_the_float_base_is_told_to_take_the_checkpoint_alone(tmp_path: Path) -> None:
+    floats = checkpoint(tmp_path / "base", "gptq 4")
+    floats.save_pretrained(tmp_path / "floats")
+    adapted = rewrite(trace(load_model(tmp_path / "base")), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match=r"GPTQ of 4 bits, and the weights here are float: .*; take its checkpoint in"):
+        GraloraModel.from_pretrained(trace(load_model(tmp_path / "floats")), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("block", [[64], [64, 0], "64"])

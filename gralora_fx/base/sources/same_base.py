@@ -180,9 +180,10 @@ def _differently_quantized(made: BaseSource, used: BaseSource) -> tuple[str, flo
         change = None if found is None else found.change
     if change is not None:
         measured = f"they differ by {100 * change:.2g} % of their norm"
-    remedy = (
-        f"take {option(base_quantization=str(made.quantization))} with the float base, or its checkpoint in few bits"
-    )
+    remedy = "take its checkpoint in few bits"
+    if made.quantization is not None and made.quantization.texts:  # floats can be rounded so
+        remedy = f"take {option(base_quantization=str(made.quantization))} with the float base, or its checkpoint"
+        remedy += " in few bits"
     reason = f"its base was in {made.quantization}, and the weights here are {other}: {measured}; {remedy}"
     return Message(reason), change
 
