@@ -151,7 +151,7 @@ def _check_is_known(model: PreTrainedModel) -> None:
 
 
 def has_grid_positions(model: PreTrainedModel) -> bool:
-    """Whether a token of an image has a position in time, height and width."""
+    """Return whether a token of an image has a position in time, height and width."""
     return any(hasattr(part, "mrope_section") for part in model.modules())
 
 

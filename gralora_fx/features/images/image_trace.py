@@ -196,7 +196,7 @@ def _at_image_size(
 
 
 def _may_interpolate(model: nn.Module) -> bool:
-    """Whether a model has a table of positions that it may interpolate."""
+    """Return whether a model has a table of positions that it may interpolate."""
     return _INTERPOLATE in inspect.signature(type(model).forward).parameters
 
 
