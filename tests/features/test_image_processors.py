@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel
 
-from gralora_fx import trace
+from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.features.images.program_graphs import DECODER
 from gralora_fx.serving import load
@@ -59,6 +59,29 @@ def test_chats_with_images_are_answered_as_by_transformers_processors(name: str,
     found = model.generate(chats, images=[several[0], None, several[1]], max_new_tokens=_NEW)
     assert found == [answers[0], text, answers[1]]
     assert (tmp_path / "onnx" / f"{DECODER}.onnx").exists() == _FORMS[name]
+
+
+def test_an_adapter_of_tower_and_decoder_is_given_to_each_where_rows_run_one_after_the_other(tmp_path: Path) -> None:
+    source = _source("Gemma3ForConditionalGeneration")
+    layers = ["model.vision_tower.encoder.layers.0.mlp.fc1", "model.language_model.layers.0.self_attn.q_proj"]
+    config = GraloraConfig(r=4, gralora_k=2, target_modules=layers)
+    model = rewrite(trace(source, task="image-text-to-text-with-past"), config, adapter_name="own")
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data, std=0.3)
+    found = {}
+    for kind, adapter in (("data", "own"), ("merged", None), ("data", None)):
+        directory = tmp_path / kind
+        if not directory.exists():
+            export_onnx(model, directory, adapters=kind, tokenizer=tiny_processor(source), verify=False)
+        served = load(directory, threads=1)
+        assert served.generation.given_prompts is not None
+        ids, given = served.generation.given_prompts.read_one(_chat(1), [drawn_image(70, 50)], adapter)
+        decoder = served.decoder(rows=1, chunk=256)
+        found[kind, adapter] = torch.from_numpy(decoder.step({decoder.open(adapter, given): ids})[0])
+    torch.testing.assert_close(found["data", "own"], found["merged", None], rtol=1e-4, atol=1e-4)
+    assert (found["data", None] - found["merged", None]).abs().max() > 0.1
 
 
 def _source(name: str) -> PreTrainedModel:

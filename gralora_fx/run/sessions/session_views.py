@@ -121,10 +121,11 @@ def with_adapter(session: Any, values: Values) -> Any:
 
 
 def adapter_values(values: Values, inputs: AdapterInputs, session: Any) -> dict[str, Any]:
-    """Return an adapter's tensors for a session; empty ones for layers that it does not adapt, if required."""
-    taken = [value for part in parts_of(session) for value in part.get_inputs()]
-    is_required = any(is_adapter_tensor(value.name) for value in taken)
-    return {**(empty_adapter(inputs) if is_required else {}), **values}
+    """Return the tensors of an adapter that a session takes; empty ones for layers that it leaves, if required."""
+    is_required = any(is_adapter_tensor(value.name) for part in parts_of(session) for value in part.get_inputs())
+    taken = {value.name for part in parts_of(session) for value in optional_or_required(part)}
+    given = {**(empty_adapter(inputs) if is_required else {}), **values}
+    return {name: value for name, value in given.items() if name in taken}
 
 
 def parts_of(session: Any) -> Sequence[Any]:
