@@ -4,7 +4,9 @@ It makes of one image what its decoder reads in the place of the image's tokens:
 
     pixel_values [tiles, channels, height, width]                  -> image_features [tokens, hidden]
     pixel_values [patches, values], image_grid_thw [1, 3]          -> the same, of an image of any size
-    either                                                         -> also deepstack_features [layers, tokens, hidden]
+    pixel_values [patches, values], image_position_ids [patches, 2]   likewise
+    pixel_values [channels, height, width]                            likewise
+    some                                                           -> also deepstack_features [layers, tokens, hidden]
 """
 
 from __future__ import annotations
