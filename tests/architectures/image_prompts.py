@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ def tiny_image_model(name: str, **fields: Any) -> PreTrainedModel:
             continue
         known = parts.get(part) or {}
         parts[part] = {**known, **given, **{field: value for field, value in fields.items() if field in known}}
-    model = tiny_model(model_class, model_class.config_class(**{**parts, "image_token_id": IMAGE, **own.both}))
+    given = copy.deepcopy({**parts, "image_token_id": IMAGE, **own.both})  # into which it writes
+    model = tiny_model(model_class, model_class.config_class(**given))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1 and not parameter.any():  # Gemma's projection, with which all images are zeros

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -164,7 +165,7 @@ def own_fields(name: str) -> dict[str, Any]:
     """
     causal = f"{name.partition('For')[0]}ForCausalLM"
     fields, _ = _EXCEPTIONS.get(name, _EXCEPTIONS.get(causal, ({}, "")))
-    return fields
+    return copy.deepcopy(fields)  # a configuration writes into what it is given
 
 
 def tiny_decoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
