@@ -46,18 +46,23 @@ def tiny_processor(model: PreTrainedModel) -> Any:
     raise NotImplementedError(kind)
 
 
-def _qwen(kind: str, vision: Any) -> Any:
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    names = {IMAGE: "<|image_pad|>", 89: "<|video_pad|>", 88: "<|vision_start|>", 87: "<|vision_end|>"}
+def _of_patches(kind: Any, vision: Any) -> Any:
+    """Return an image processor of a kind that writes patches of images of any size."""
     step = vision.patch_size * vision.spatial_merge_size
-    images = Qwen2VLImageProcessorPil(
+    return kind(
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.spatial_merge_size,
         size={"shortest_edge": step * step, "longest_edge": 24 * step * step},
     )
+
+
+def _qwen(kind: str, vision: Any) -> Any:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    names = {IMAGE: "<|image_pad|>", 89: "<|video_pad|>", 88: "<|vision_start|>", 87: "<|vision_end|>"}
+    images = _of_patches(Qwen2VLImageProcessorPil, vision)
     chat = _CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     return Qwen2_5_VLProcessor(images, tiny_tokenizer(names), Qwen2VLVideoProcessor(), chat_template=chat)
 
@@ -147,14 +152,7 @@ def _glm4v(model: PreTrainedModel) -> Any:
     from transformers import Glm4vProcessor, Glm4vVideoProcessor
     from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 
-    vision = model.config.vision_config
-    step = vision.patch_size * vision.spatial_merge_size
-    images = Glm4vImageProcessorPil(
-        patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        merge_size=vision.spatial_merge_size,
-        size={"shortest_edge": step * step, "longest_edge": 24 * step * step},
-    )
+    images = _of_patches(Glm4vImageProcessorPil, model.config.vision_config)
     names = {IMAGE: "<|image|>", 89: "<|video|>", 88: "<|begin_of_image|>", 87: "<|end_of_image|>"}
     names |= {86: "<|begin_of_video|>", 85: "<|end_of_video|>"}
     chat = _CHAT.replace("IMAGE", "<|begin_of_image|><|image|><|end_of_image|>")

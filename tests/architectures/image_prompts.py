@@ -50,6 +50,17 @@ def tiny_image_model(name: str, **fields: Any) -> PreTrainedModel:
     return model
 
 
+def wide_image_model(name: str) -> PreTrainedModel:
+    """Return a tiny model whose weights are so wide that answers depend on the images."""
+    model = tiny_image_model(name, vocab_size=128, max_position_embeddings=512).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    return model
+
+
 def image_prompt(model: PreTrainedModel) -> dict[str, Tensor]:
     """Inputs of a model: a prompt of two tokens, an image and three tokens, and the image's pixels."""
     torch.manual_seed(2)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor
 
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.features.images.program_graphs import DECODER
 from gralora_fx.serving import load
-from tests.architectures.image_prompts import tiny_image_model
+from tests.architectures.image_prompts import wide_image_model
 from tests.tiny_image_processors import drawn_image, tiny_processor
 
 _NEW = 4
@@ -31,7 +31,7 @@ _FORMS = {  # whether other programs know how to call what reads pixels
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of ids in a tensor, of GLM-4V's
 @pytest.mark.parametrize("name", _FORMS)
 def test_chats_with_images_are_answered_as_by_transformers_processors(name: str, tmp_path: Path) -> None:
-    source = _source(name)
+    source = wide_image_model(name)
     export_onnx(
         trace(source, task="image-text-to-text-with-past"),
         tmp_path / "onnx",
@@ -62,7 +62,7 @@ def test_chats_with_images_are_answered_as_by_transformers_processors(name: str,
 
 
 def test_an_adapter_of_tower_and_decoder_is_given_to_each_where_rows_run_one_after_the_other(tmp_path: Path) -> None:
-    source = _source("Gemma3ForConditionalGeneration")
+    source = wide_image_model("Gemma3ForConditionalGeneration")
     layers = ["model.vision_tower.encoder.layers.0.mlp.fc1", "model.language_model.layers.0.self_attn.q_proj"]
     config = GraloraConfig(r=4, gralora_k=2, target_modules=layers)
     model = rewrite(trace(source, task="image-text-to-text-with-past"), config, adapter_name="own")
@@ -82,17 +82,6 @@ def test_an_adapter_of_tower_and_decoder_is_given_to_each_where_rows_run_one_aft
         found[kind, adapter] = torch.from_numpy(decoder.step({decoder.open(adapter, given): ids})[0])
     torch.testing.assert_close(found["data", "own"], found["merged", None], rtol=1e-4, atol=1e-4)
     assert (found["data", None] - found["merged", None]).abs().max() > 0.1
-
-
-def _source(name: str) -> PreTrainedModel:
-    """Return a model whose weights are so wide that answers depend on the images."""
-    source = tiny_image_model(name, vocab_size=128, max_position_embeddings=512).eval()
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in source.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-    return source
 
 
 def _chat(images: int) -> list[dict[str, Any]]:

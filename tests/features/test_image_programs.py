@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
 from gralora_fx.features.images.program_graphs import DECODER, EMBEDDING
-from tests.architectures.image_prompts import IMAGE, tiny_image_model
+from tests.architectures.image_prompts import IMAGE, wide_image_model
 from tests.genai_client import genai_answer
 from tests.tiny_image_processors import drawn_image, tiny_processor
 
@@ -44,13 +44,7 @@ class Exported(NamedTuple):
 
 
 def _source(name: str) -> PreTrainedModel:
-    """Return a model whose weights are so wide that answers depend on the images."""
-    source = tiny_image_model(name, vocab_size=128, max_position_embeddings=512).eval()
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in source.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
+    source = wide_image_model(name)
     source.config.vision_start_token_id = 88  # of the processor's tokenizer
     return source
 
