@@ -7,12 +7,13 @@ import resource
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
+from benchmarks.harness import progress
 from gralora_fx.errors import first_line
 
 Result = TypeVar("Result")
@@ -40,6 +41,41 @@ class Outcome(Generic[Result]):
     result: Result | None = None
     stage: str = ""
     reason: str = ""
+
+
+def survey(
+    known: Iterable[str],
+    only: Sequence[str],
+    work: Work[Result],
+    verdict: Callable[[Outcome[Result]], str],
+    *,
+    kind: str,
+    module: str,
+    at_once: int,
+) -> list[Outcome[Result]]:
+    """Work on all names, or on some of them, and print what became of each.
+
+    Args:
+        known: All names.
+        only: Those to work on; none for all.
+        work: As of `each_apart`, as are `module` and `at_once`.
+        verdict: Says of an outcome what to print.
+        kind: What transformers has by these names, for an error.
+        module: The module whose imports every process shares.
+        at_once: How many processes run at a time.
+
+    Raises:
+        ValueError: A name is not known.
+    """
+    names = list(known)
+    if unknown := sorted(set(only) - set(names)):
+        raise ValueError(f"transformers has no {kind} {', '.join(unknown)}")
+    names = [name for name in names if not only or name in only]
+    found: list[Outcome[Result]] = []
+    for result in each_apart(names, work, module=module, at_once=at_once):
+        found.append(result)
+        progress(f"{len(found)} of {len(names)}, {result.name}, {result.seconds:.0f} s: {verdict(result)}")
+    return found
 
 
 def each_apart(

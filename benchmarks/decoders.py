@@ -16,8 +16,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.apart import Outcome, each_apart
-from benchmarks.harness import Claim, Report, Table, progress
+from benchmarks.apart import Outcome, survey
+from benchmarks.harness import Claim, Report, Table
 from tests.architectures.decoder_check import Checked, check_decoder
 from tests.architectures.tiny_decoders import decoder_classes, tiny_decoder
 
@@ -34,17 +34,8 @@ def run(only: Sequence[str] = (), workers: int = 2) -> Report:
     Raises:
         ValueError: A name is not a causal language model of transformers.
     """
-    names = list(decoder_classes())
-    unknown = sorted(set(only) - set(names))
-    if unknown:
-        raise ValueError(f"transformers has no causal language model {', '.join(unknown)}")
-    names = [name for name in names if not only or name in only]
-    entries: list[Found] = []
-    for result in each_apart(names, _check, module=__name__, at_once=workers):
-        entries.append(result)
-        verdict = "holds" if _holds(result) else _reason(result)
-        progress(f"{len(entries)} of {len(names)}, {result.name}, {result.seconds:.0f} s: {verdict}")
-    return _report(entries)
+    kind = "causal language model"
+    return _report(survey(decoder_classes(), only, _check, _verdict, kind=kind, module=__name__, at_once=workers))
 
 
 def known_to_genai() -> frozenset[str]:
@@ -62,6 +53,10 @@ def _check(name: str, note: Callable[[str], None]) -> Checked:
         return check_decoder(tiny_decoder(name), Path(directory) / "export")
 
 
+def _verdict(result: Found) -> str:
+    return "holds" if _holds(result) else _reason(result)
+
+
 def _holds(result: Found) -> bool:
     """Whether an architecture was exported, verified, and gives the model's tokens."""
     return result.result is not None and result.result.holds
@@ -77,7 +72,7 @@ def _report(entries: Sequence[Found]) -> Report:
     rows = [
         {
             "architecture": result.name,
-            "result": "holds" if _holds(result) else _reason(result),
+            "result": _verdict(result),
             **_how(result.result),
             "genai": "knows it" if result.name in known else "",
             "seconds": result.seconds,

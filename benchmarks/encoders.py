@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.apart import Note, Outcome, each_apart
-from benchmarks.harness import Claim, Report, Table, progress
+from benchmarks.apart import Note, Outcome, survey
+from benchmarks.harness import Claim, Report, Table
 from tests.architectures.encoder_check import STAGES, Checked, check_encoder
 from tests.architectures.tiny_encoders import Listed, encoder_classes, skipped_types, tiny_encoder
 
@@ -37,16 +37,9 @@ def run(only: Sequence[str] = (), workers: int = 2) -> Report:
         ValueError: A name is not an encoder class of transformers.
     """
     listed = {entry.name: entry for entry in encoder_classes()}
-    unknown = sorted(set(only) - set(listed))
-    if unknown:
-        raise ValueError(f"transformers has no encoder class {', '.join(unknown)}")
-    names = [name for name in listed if not only or name in only]
-    work = partial(_check, {name: listed[name].task for name in names})
-    entries: list[Found] = []
-    for result in each_apart(names, work, module=__name__, at_once=workers):
-        entries.append(result)
-        progress(f"{len(entries)} of {len(names)}, {result.name}, {result.seconds:.0f} s: {_verdict(result)}")
-    return _report(entries, listed)
+    work = partial(_check, {name: entry.task for name, entry in listed.items()})
+    found = survey(listed, only, work, _verdict, kind="encoder class", module=__name__, at_once=workers)
+    return _report(found, listed)
 
 
 def _check(tasks: dict[str, str], name: str, note: Note) -> Checked:

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.apart import Outcome, each_apart
-from benchmarks.harness import Claim, Report, Table, progress
+from benchmarks.apart import Outcome, survey
+from benchmarks.harness import Claim, Report, Table
 from tests.architectures.image_check import CheckedImages, check_images
 from tests.architectures.image_prompts import image_classes, tiny_image_model
 
@@ -30,23 +30,18 @@ def run(only: Sequence[str] = (), workers: int = 2) -> Report:
     Raises:
         ValueError: A name is not a model of transformers that reads images beside a text.
     """
-    names = list(image_classes())
-    unknown = sorted(set(only) - set(names))
-    if unknown:
-        raise ValueError(f"transformers has no model for images and text {', '.join(unknown)}")
-    names = [name for name in names if not only or name in only]
-    found: list[Found] = []
-    for result in each_apart(names, _check, module=__name__, at_once=workers):
-        found.append(result)
-        verdict, why = _verdict(result)
-        progress(f"{len(found)} of {len(names)}, {result.name}, {result.seconds:.0f} s: {verdict}. {why}")
-    return _report(found)
+    kind = "model for images and text"
+    return _report(survey(image_classes(), only, _check, _shown, kind=kind, module=__name__, at_once=workers))
 
 
 def _check(name: str, note: Callable[[str], None]) -> CheckedImages:
     note("check")
     with tempfile.TemporaryDirectory() as directory:
         return check_images(tiny_image_model(name, max_position_embeddings=_POSITIONS), Path(directory) / "export")
+
+
+def _shown(found: Found) -> str:
+    return ". ".join(_verdict(found))
 
 
 def _verdict(found: Found) -> tuple[str, str]:
