@@ -47,9 +47,10 @@ class PackedTensor(StoredTensor):
             whole = replace(self, shape=self.shape[::-1], is_turned=False).array()
             target[:] = bytes_of(np.ascontiguousarray(whole.T))[first : first + len(target)]
             return
+        most = self.numel if self.is_whole else BLOCK
         while target:
             start, ahead = divmod(first, dtype.itemsize)
-            stop = min(start + BLOCK, math.ceil((first + len(target)) / dtype.itemsize))
+            stop = min(start + most, math.ceil((first + len(target)) / dtype.itemsize))
             part = bytes_of(self.floats(start, stop).astype(dtype, copy=False))[ahead : ahead + len(target)]
             target[: len(part)] = part
             target, first = target[len(part) :], first + len(part)

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.base.sources.packed_tensors import PackedTensor
-from gralora_fx.base.sources.rewriting import bytes_of
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.features.group_quantized.layer_parts import (
@@ -75,13 +74,6 @@ class GroupTensor(PackedTensor):
     def floats(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return some values in float32, in the order of the weight `[out, in]`."""
         return self.values(self.layer).reshape(-1)[start:stop]
-
-    def read_into(self, values: NDArray[Any], first: int = 0) -> None:
-        """Fill a contiguous array with the bytes of the floats, starting at value `first`."""
-        whole = self.values(self.layer)
-        stored = np.ascontiguousarray(whole.T if self.is_turned else whole).astype(FLOATS[self.dtype], copy=False)
-        target = bytes_of(values)
-        target[:] = bytes_of(stored)[first : first + len(target)]
 
 
 def unpacked(
@@ -144,7 +136,7 @@ def _layouts(
             raise DamagedError(f"its {inputs} inputs are no {scales.shape[0]} groups of one size")
         if told.method == "awq":
             return (outputs, inputs), scales, _of_awq
-        return (outputs, inputs), scales, _GPTQ_READERS[told.layout == "gptq_v2", bits]
+        return (outputs, inputs), scales, _OfGptq(told.layout != "gptq_v2", bits)
     if told.method == "fp8":
         weight, scales = part_of(parts, "weight"), part_of(parts, "weight_scale_inv")
         check(weight, "F8_E4M3", weight.shape)
@@ -265,9 +257,6 @@ class _OfGptq:
         zeros = codes_of(array_of(parts["qzeros"]), self.bits, outputs).astype(np.int16) + self.is_shifted
         groups = array_of(parts["g_idx"]) if "g_idx" in parts else _groups(inputs, count)
         return _dequantized(codes, scales, zeros.T, scales.array().T, groups)
-
-
-_GPTQ_READERS = {(v2, bits): _OfGptq(not v2, bits) for v2 in (False, True) for bits in (2, 3, 4, 8)}
 
 
 def _of_awq(parts: Parts) -> NDArray[np.float32]:

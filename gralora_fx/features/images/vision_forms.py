@@ -204,10 +204,7 @@ class _PackedForm(VisionForm):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self._base: Any = getattr(model, "model", model)
-        self._packing, self.features = TilePacking.of(model.config.to_dict()), self._of_tiles
-
-    def _of_tiles(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        return {**self.own(pixel_values=pixel_values), NEWLINE: self._base.image_newline[None]}
+        self._packing, self.features = TilePacking.of(model.config.to_dict()), self.own
 
     def own(self, **inputs: Tensor) -> dict[str, Tensor]:
         def as_they_are(image_features: Any, *_: Any, **__: Any) -> tuple[Any, None]:

@@ -60,7 +60,8 @@ class SequentialDecoder(Decoder):
                 f"the adapter of row {row} begins to act at token {start}, between tokens that are read at once; give "
                 "an adapter whose invocation begins before or after them"
             )
-        values, base = (self._adapters.tensors_for(name, self._session) for name in (adapter, None))
+        values = self._adapters.tensors_for(adapter, self._session)
+        base = self._adapters.tensors_for(None, self._session) if start else values
         if self._takes_buffers:
             steps = BufferedSteps(self._session, CacheBuffers(self._session, 1, self.capacity))
             self._open[row] = _Row(values, base, steps, {})
