@@ -281,7 +281,7 @@ def test_tools_and_responses(service: Replicated) -> None:
     own: Any = [{"type": "function", **tool["function"]}]
     response = service.client.responses.create(model="small", input="a", tools=own, tool_choice="required")
     assert response.output[0].type == "function_call"
-    with service.client.responses.stream(model="small", input="a", max_output_tokens=3) as stream:
+    with service.client.responses.stream(model="small", input="a", max_output_tokens=3, temperature=0) as stream:
         assert [event.type for event in stream][-1] == "response.incomplete"
 
 
