@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_import_order import NAMES, imported
+from source_files import NAMES, faults, nodes
+from test_import_order import imported
 
 from benchmarks.loaded_files import APART, NAMED, NAMED_OUTSIDE, naming
 from gralora_fx import features as package
@@ -24,9 +25,9 @@ LONGER = {"images": 3_500}  # decoders and towers of vision-language models, fil
 every_feature = pytest.mark.parametrize("feature", features(), ids=lambda feature: feature.name)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("features.")])
-def test_nothing_outside_imports_a_feature(name: str) -> None:
-    assert [other for other in imported(NAMES[name]) if other.startswith("features.")] == []
+def test_nothing_outside_imports_a_feature() -> None:
+    outside = (file for name, file in NAMES.items() if not name.startswith("features."))
+    assert faults(outside, lambda file: [other for other in imported(file) if other.startswith("features.")]) == {}
 
 
 def test_features_do_not_import_each_other() -> None:
@@ -60,10 +61,11 @@ def test_few_files_outside_its_folder_name_a_feature(feature: str) -> None:
 
 def points_asked_for(file: Path) -> Iterator[str]:
     """The points of a module's calls of `parts`."""
-    nodes = list(ast.walk(ast.parse(file.read_text())))
-    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "gralora_fx.base.features"]
+    imports = [
+        node for node in nodes(file) if isinstance(node, ast.ImportFrom) and node.module == "gralora_fx.base.features"
+    ]
     names = {alias.asname or alias.name for node in imports for alias in node.names if alias.name == "parts"}
-    for node in nodes:
+    for node in nodes(file):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
             assert isinstance(node.args[0], ast.Constant)
             yield str(node.args[0].value)

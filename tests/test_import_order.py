@@ -9,13 +9,14 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from source_files import FILES, NAMES, ROOT, faults, module_name, nodes, parsed
 
 pytestmark = pytest.mark.quick
 
-ROOT = Path(__file__).parent.parent
 # folders, and single files if a folder's own files are on both sides of its subfolders; the longest match counts
 ORDER = [
     "errors",
@@ -85,17 +86,6 @@ SAME_NAMES = {
 }
 # each folder in these is a protocol or a feature, whose files are named by the stage that they are for
 NAMED_ALIKE = ("service.protocols", "features")
-FILES = sorted({file.resolve() for folder in ("gralora_fx", "exporters") for file in (ROOT / folder).rglob("*.py")})
-
-
-def module_name(file: Path) -> str:
-    """A module's name without the package's; empty for the package itself."""
-    parts = list(file.relative_to(ROOT).with_suffix("").parts)
-    parts = parts if parts[0] == "exporters" else parts[1:]
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-NAMES = {module_name(file): file for file in FILES}
 
 
 def stage(name: str) -> int:
@@ -105,9 +95,14 @@ def stage(name: str) -> int:
     return ORDER.index(max(known, key=len))
 
 
-def imported(file: Path) -> Iterator[str]:
+@cache
+def imported(file: Path) -> tuple[str, ...]:
     """Every module of the package that a file imports: inside functions, for types alone and by a text as well."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    return tuple(_imported(file))
+
+
+def _imported(file: Path) -> Iterator[str]:
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -121,11 +116,12 @@ def imported(file: Path) -> Iterator[str]:
         yield from (name for name in names if name in NAMES)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name])
-def test_no_module_imports_a_later_one(name: str) -> None:
-    own = stage(name)
-    later = [other for other in imported(NAMES[name]) if stage(other) > own]
-    assert not later, f"{name} imports {', '.join(later)}, which comes later"
+def test_no_module_imports_a_later_one() -> None:
+    def later(file: Path) -> list[str]:
+        own = stage(module_name(file))
+        return [other for other in imported(file) if stage(other) > own]
+
+    assert faults((file for name, file in NAMES.items() if name), later) == {}
 
 
 def circles(imports: dict[str, set[str]]) -> list[list[str]]:
@@ -188,7 +184,7 @@ def test_a_public_class_is_named_once() -> None:
     classes = [
         (node.name, name)
         for name, file in NAMES.items()
-        for node in ast.parse(file.read_text()).body
+        for node in parsed(file).body
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     ]
     assert recurring(classes) == {}
@@ -208,12 +204,14 @@ def test_no_file_is_long() -> None:
     assert {name: count for name, count in lines.items() if count > LONGEST} == {}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_no_module_imports_peft(file: Path) -> None:
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
-        assert not [name for name in names if name.split(".")[0] == "peft"]
+def test_no_module_imports_peft() -> None:
+    def of_peft(file: Path) -> Iterator[str]:
+        for node in nodes(file):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
+            yield from (name for name in names if name.split(".")[0] == "peft")
+
+    assert faults(FILES, of_peft) == {}
 
 
 def test_serving_needs_no_exporter() -> None:

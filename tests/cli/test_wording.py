@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_import_order import FILES, NAMES, module_name
+from source_files import FILES, NAMES, faults, module_name, nodes
 from typer.main import get_command
 
 from gralora_fx import GraloraConfig, LoraConfig, errors
@@ -72,15 +72,14 @@ SERVICE = ("cli", "demo", "errors", "service")
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:
     """The texts of a file, with a placeholder for each value; docstrings and parts of other texts left out."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
     skipped = {
         id(node.body[0].value)
-        for node in ast.walk(tree)
+        for node in nodes(file)
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and isinstance(node.body[0], ast.Expr)
     }
-    skipped |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    skipped |= {id(part) for call in remedies(tree) for argument in call.args for part in ast.walk(argument)}
-    for node in ast.walk(tree):
+    skipped |= {id(part) for node in nodes(file) if isinstance(node, ast.JoinedStr) for part in node.values}
+    skipped |= {id(part) for call in remedies(file) for argument in call.args for part in ast.walk(argument)}
+    for node in nodes(file):
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -93,9 +92,9 @@ def texts(file: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, text
 
 
-def remedies(tree: ast.AST) -> list[ast.Call]:
+def remedies(file: Path) -> list[ast.Call]:
     """The calls that name an option, a function or another remedy."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    calls = [node for node in nodes(file) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     return [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in REMEDIES]
 
 
@@ -118,22 +117,19 @@ def within(name: str, places: tuple[str, ...]) -> bool:
     return any(f"{name}.".startswith(f"{place}.") for place in places)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not within(name, PYTHON)])
-def test_every_remedy_has_a_form_on_the_command_line(name: str) -> None:
-    left = [
-        f"{line}: {text}"
-        for line, text in texts(NAMES[name])
-        if any((found[1] or found[2]) not in FIELDS | {ANY} for found in REMEDY.finditer(reachable(text)))
-    ]
-    assert left == []
+def test_every_remedy_has_a_form_on_the_command_line() -> None:
+    def without(file: Path) -> Iterator[str]:
+        for line, text in texts(file):
+            if any((found[1] or found[2]) not in FIELDS | {ANY} for found in REMEDY.finditer(reachable(text))):
+                yield f"{line}: {text}"
+
+    assert faults((file for name, file in NAMES.items() if not within(name, PYTHON)), without) == {}
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_name)
-def test_a_remedy_names_an_option_or_a_command_that_there_is(file: Path) -> None:
-    for call in (
-        [] if within(module_name(file), ("cli.commands",)) else remedies(ast.parse(file.read_text(encoding="utf-8")))
-    ):
-        place, kind = f"line {call.lineno}", ast.unparse(call.func)
+def test_a_remedy_names_an_option_or_a_command_that_there_is() -> None:
+    files = [file for name, file in NAMES.items() if not within(name, ("cli.commands",))]
+    for place, call in ((f"{file}, line {call.lineno}", call) for file in files for call in remedies(file)):
+        kind = ast.unparse(call.func)
         words = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
         if kind == "command":
             assert in_command(command(words[0])).removeprefix("gralora-fx ") in COMMANDS, place
@@ -142,11 +138,14 @@ def test_a_remedy_names_an_option_or_a_command_that_there_is(file: Path) -> None
             assert all(in_command(option(name)) in OPTIONS.get(name, ()) for name in names), place
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_name)
-def test_an_error_within_another_is_marked(file: Path) -> None:
-    for handler in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(handler, ast.ExceptHandler) and handler.name and ast.unparse(handler.type or handler) in ERRORS:
-            assert f"{{{handler.name}}}" not in ast.unparse(handler), handler.lineno
+def test_an_error_within_another_is_marked() -> None:
+    def unmarked(file: Path) -> Iterator[int]:
+        for handler in (node for node in nodes(file) if isinstance(node, ast.ExceptHandler)):
+            is_ours = handler.name and ast.unparse(handler.type or handler) in ERRORS
+            if is_ours and f"{{{handler.name}}}" in ast.unparse(handler):
+                yield handler.lineno
+
+    assert faults(FILES, unmarked) == {}
 
 
 def test_an_error_keeps_its_remedies_in_another() -> None:
@@ -158,11 +157,11 @@ def test_an_error_keeps_its_remedies_in_another() -> None:
     assert repr(ConfigError(option(full=False))) == "ConfigError('full=False')"
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_name)
-def test_the_library_names_no_option(file: Path) -> None:
-    if within(module_name(file), SERVICE):
-        return
-    assert [f"{line}: {text}" for line, text in texts(file) if OPTION.search(text)] == []
+def test_the_library_names_no_option() -> None:
+    def named(file: Path) -> list[str]:
+        return [f"{line}: {text}" for line, text in texts(file) if OPTION.search(text)]
+
+    assert faults((file for file in FILES if not within(module_name(file), SERVICE)), named) == {}
 
 
 class _Compared(Report):
