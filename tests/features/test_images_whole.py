@@ -156,6 +156,27 @@ def test_adapters_of_tower_projector_and_decoder_are_chosen_by_row(method: str, 
     assert load(tmp_path / "merged").generate(chat, images=image, max_new_tokens=_NEW) == with_adapter
 
 
+def test_a_dora_adapter_and_a_projector_of_its_own_are_merged(tmp_path: Path) -> None:
+    """As `modules_to_save` of PEFT has the projector."""
+    name = "LlavaForConditionalGeneration"
+    targets = r".*(language_model.*q_proj|layers\.0\.mlp\.fc1)"  # the tower's last layer makes no feature
+    config = peft.LoraConfig(r=4, use_dora=True, modules_to_save=["multi_modal_projector"], target_modules=targets)
+    source = tiny_image_model(name, **_SIZES).eval()
+    adapted = peft.get_peft_model(tiny_image_model(name, **_SIZES).eval(), config).eval()
+    torch.manual_seed(3)
+    for key, value in adapted.named_parameters():
+        if "lora_A" in key or "lora_B" in key or "modules_to_save" in key:
+            torch.nn.init.normal_(value.data, std=0.3)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    model = GraloraModel.from_pretrained(trace(source, task="image-text-to-text-with-past"), tmp_path / "adapter")
+    processor, image, chat = tiny_processor(source), [drawn_image(70, 50)], _chat(1)
+    export_onnx(model, tmp_path / "export", tokenizer=processor)
+    whole = Whole(load(tmp_path / "export"), adapted, AutoProcessor.from_pretrained(tmp_path / "export"))
+    answer = whole.expected(chat, image)
+    assert answer != whole._replace(source=source).expected(chat, image)
+    assert whole.model.generate(chat, images=image, max_new_tokens=_NEW) == answer
+
+
 def _config(method: str, targets: list[str]) -> Any:
     if method == "lora":
         return peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets)
