@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 quick: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m quick $$(grep -rl 'mark\.quick' tests --include='test_*.py')
 
-test: $(VENV)/.dev  # of the grids that take longest a sample
+test: $(VENV)/.dev  # without much of what takes long: tests/sampled.toml
 	$(BIN)/python -m pytest -q --sample
 
 test-all: $(VENV)/.dev

@@ -48,7 +48,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupSchedul
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The option of `make test`."""
-    parser.addoption("--sample", action="store_true", help="run a sample of the grids that take long (SAMPLED)")
+    parser.addoption("--sample", action="store_true", help="leave out much of what takes long (sampled.toml)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
