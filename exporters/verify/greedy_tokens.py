@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,11 +145,11 @@ class RowSteps(EngineSteps):
 
     def _step(self, tokens: Mapping[int, list[int]]) -> dict[int, Any]:
         idle = [row for row in (*self._rows, self._idle) if row not in tokens]
-        before = [{name: value.clone() for name, value in self._decoder.cached(row).items()} for row in idle]
+        before = [{name: value.copy() for name, value in self._decoder.cached(row).items()} for row in idle]
         logits = super()._step(tokens)
         for row, own in zip(idle, before, strict=True):
             now = self._decoder.cached(row)
-            if changed := [name for name, value in own.items() if not torch.equal(now[name], value)]:
+            if changed := [name for name, value in own.items() if not np.array_equal(now[name], value)]:
                 raise ExportError(f"a step changes {changed[0]} of a row that reads nothing; export the model again")
         return logits
 

@@ -9,14 +9,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from gralora_fx.core.tracing.inputs.cache import cache_of
-from gralora_fx.core.tracing.inputs.signature import default_input
 from gralora_fx.errors import ServingError
 from gralora_fx.format.cache_slots import past_slots
-from gralora_fx.format.input_names import GIVEN, IDS, PAST, StepInput, beside_ids
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST, StepInput, beside_ids
 from gralora_fx.run.engine.limits import context_length
 from gralora_fx.run.sessions.ort_values import DTYPES, as_array, plain_array
 from gralora_fx.run.sessions.session_views import empty_past
@@ -57,18 +54,17 @@ class CallInputs:
             axes = {name: each.axis for name, each in self._beside.items()}
             batch = next((array.shape[axes.get(name, 0)] for name, array in arrays.items() if array.ndim), 1)
             arrays |= empty_past(tuple(self.inputs.values()), batch)
-        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        cached = None
         if not self.is_encoder_decoder and pasts:
-            growing = [slot.past for slot in past_slots(self.inputs.values()) if slot.kind.grows is not None][:2]
-            if all(name in arrays for name in growing):
-                tensors[PAST] = cache_of([[tensors[name] for name in growing]] if growing else [])
+            growing = [slot for slot in past_slots(self.inputs.values()) if slot.kind.grows is not None][:2]
+            if all(slot.past in arrays for slot in growing):
+                cached = next((arrays[slot.past].shape[slot.kind.grows] for slot in growing), 0)
         for name in self.inputs:
             if name not in arrays and name not in self._beside:
-                default = default_input(name, tensors)
+                default = default_array(name, arrays, cached)
                 if default is None:
                     raise ServingError(f"input {name!r} is missing; {takes}")
-                tensors[name] = default
-                arrays[name] = default.contiguous().numpy()
+                arrays[name] = default
         self._check_equal_axes(arrays)
         self._check_length(arrays)
         return arrays
@@ -158,6 +154,30 @@ class CallInputs:
                     f"input {name!r} has {length - cached} positions{after}, more than the context of {limit}; shorten "
                     "it, as a tokenizer does with truncation=True and max_length"
                 )
+
+
+def default_array(name: str, arrays: Mapping[str, NDArray[Any]], cached: int | None = None) -> NDArray[Any] | None:
+    """Return an input's default, as of a traced model (see `default_input`); None if it is required.
+
+    Args:
+        name: Its name.
+        arrays: The other inputs so far.
+        cached: Positions in a decoder's cache; None without a cache.
+    """
+    if name == IDS and EMBEDS in arrays:  # all of them are given
+        return np.full(arrays[EMBEDS].shape[:2], GIVEN, np.int64)
+    ids = arrays.get("decoder_input_ids" if name.startswith("decoder_") else IDS)
+    if ids is None:
+        return None
+    if cached is not None:
+        mask = arrays.get("attention_mask", np.ones((ids.shape[0], cached + ids.shape[1]), ids.dtype))
+        positions = (mask.astype(np.int64).cumsum(-1) - 1).clip(0)
+        new = positions[:, positions.shape[1] - ids.shape[1] :]
+        return mask if name == "attention_mask" else new if name == "position_ids" else None
+    if name == "position_ids":
+        return np.broadcast_to(np.arange(ids.shape[-1]), ids.shape).copy()
+    fills = {"attention_mask": 1, "decoder_attention_mask": 1, "token_type_ids": 0}
+    return np.full(ids.shape, fills[name], ids.dtype) if name in fills else None
 
 
 def _check_cached(name: str, value: Any, dtype: np.dtype[Any] | None) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnxruntime
-import torch
 
+from gralora_fx.base.tensors import is_tensor
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.run.engine.decoder import Decoder
@@ -154,7 +154,7 @@ class OrtModel(OpenExport):
         if args:
             raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")
         parts = self.call_inputs.parts({name: value for name, value in inputs.items() if value is not None})
-        gives_tensors = any(isinstance(value, torch.Tensor) for value in parts.values())
+        gives_tensors = any(map(is_tensor, parts.values()))
         feed = self.call_inputs.arrays(parts)
         session, values = self._with_adapter(adapter, feed)
         try:
@@ -165,7 +165,11 @@ class OrtModel(OpenExport):
         from gralora_fx.run.call_arrays import Outputs
 
         pairs = zip(self.output_names, results, strict=True)
-        return Outputs({name: torch.from_numpy(array) if gives_tensors else array for name, array in pairs})
+        if gives_tensors:
+            import torch
+
+            return Outputs({name: torch.from_numpy(array) for name, array in pairs})
+        return Outputs(pairs)
 
     def _with_adapter(self, adapter: Any, feed: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         """Return the session for a call with an adapter, or one for each row, and its additional inputs."""

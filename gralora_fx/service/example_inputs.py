@@ -7,11 +7,10 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from gralora_fx.core.tracing.inputs.signature import default_input
 from gralora_fx.errors import ServingError
+from gralora_fx.run.call_arrays import default_array
 from gralora_fx.service.adapter_store.store import AdapterTrial
 from gralora_fx.service.encoder import Encoder
 from gralora_fx.service.protocols.inference.requests import datatype_of
@@ -75,12 +74,11 @@ def _filled(encoder: Encoder, known: Mapping[str, Any], size: int, fill: float |
     # ids first, since defaults derive from them
     for name, value in sorted(encoder.inputs.items(), key=lambda pair: not pair[0].endswith("input_ids")):
         dtype = datatype_of(value).dtype
-        tensors = {other: torch.from_numpy(array) for other, array in arrays.items() if other.endswith("input_ids")}
-        default = default_input(name, tensors)
+        default = default_array(name, {other: array for other, array in arrays.items() if other.endswith("input_ids")})
         if name in known:
             array = known[name]
         elif default is not None:
-            array = default.contiguous().numpy()
+            array = default
         else:
             array = _values(name, _shape(value, axes, size), dtype, fill)
         arrays[name] = array.astype(dtype)

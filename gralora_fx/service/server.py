@@ -15,7 +15,6 @@ from http import HTTPStatus
 from types import FrameType
 from typing import TextIO
 
-import torch
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -185,13 +184,20 @@ def run(
     """
     # otherwise the thread that runs batches waits for the one that reads requests, and cores idle
     sys.setswitchinterval(_SWITCH)
-    torch.set_num_threads(1)  # token choice needs one thread; more would wait for each other on busy cores
+    run_torch_alone()
     log: Callable[[ASGIApp], ASGIApp] | None = None
     if access_log is not None:
         log = partial(AccessLogMiddleware, file=access_log)
         app = log(app)
     config = uvicorn.Config(app, http=limited(limits, log), ws="none", log_level="info", access_log=False)
     _Server(config, sockets).run(sockets=list(sockets))
+
+
+def run_torch_alone() -> None:
+    """Let torch, if a model's processor has imported it, use one thread; more would wait for each other."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
 
 
 class _Server(uvicorn.Server):

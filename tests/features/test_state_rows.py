@@ -77,7 +77,7 @@ def test_rows_side_by_side_are_each_as_alone(
     text, at = texts(np.random.default_rng(2)), [0] * 4
     given: list[list[Any]] = [[] for _ in rows]
     for counts in COUNTS:
-        before = [{name: tensor.clone() for name, tensor in decoder.cached(row).items()} for row in rows]
+        before = [{name: array.copy() for name, array in decoder.cached(row).items()} for row in rows]
         read = {row: text[n][at[n] : at[n] + counts[n]] for n, row in enumerate(rows) if counts[n]}
         logits = decoder.step(read)
         for n, row in enumerate(rows):
@@ -85,7 +85,7 @@ def test_rows_side_by_side_are_each_as_alone(
                 given[n].append(logits[row].copy())
             else:
                 now = decoder.cached(row)
-                assert all(torch.equal(now[name], tensor) for name, tensor in before[n].items())
+                assert all(np.array_equal(now[name], array) for name, array in before[n].items())
             at[n] += counts[n]
     for n, adapter in enumerate(adapters):
         parts = [step[n] for step in COUNTS if step[n]]

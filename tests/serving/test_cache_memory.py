@@ -16,7 +16,6 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-import torch
 from running_service import post, running
 from served_exports import chat_tokenizer
 from wide_heads import TOKEN, export_wide_heads
@@ -92,11 +91,11 @@ def test_rows_grow_only_as_far_as_all_can_end() -> None:
 
 
 def test_what_rows_share_gives_way_to_them() -> None:
-    shared = PrefixCache(80_000, [torch.zeros(1, 1, 256)])
+    shared = PrefixCache(80_000, [np.zeros((1, 1, 256), np.float32)])
     memory = CacheMemory(100_000)
     memory.shared = shared
     for number in range(5):
-        shared.store((None, None), [number] * 20, [torch.zeros(1, 20, 256)])
+        shared.store((None, None), [number] * 20, [np.zeros((1, 20, 256), np.float32)])
     assert shared.size > 60_000
     memory.open(0, RowMemory(10_000, 90_000), 0)
     assert memory.reserve(0, 80_000)

@@ -11,7 +11,7 @@ from urllib.request import urlopen
 import numpy as np
 import openai
 import pytest
-import torch
+from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from prefix_interleavings import CONTEXT, SIZES, Interleavings, made
 from prometheus_client.parser import text_string_to_metric_families
@@ -43,12 +43,12 @@ class Text:
     """A text as a row would have it: keys and values that say all tokens up to each position."""
 
     def __init__(self, tokens: list[int]) -> None:
-        sums = torch.tensor([hash(tuple(tokens[: end + 1])) % 2**20 for end in range(len(tokens))])
-        key = sums.float()[None, :, None].expand(2, -1, 3)
-        self.tokens, self.row = tokens, [key, (key[:1, :, :1] / 2**20).half()]
+        sums = np.array([hash(tuple(tokens[: end + 1])) % 2**20 for end in range(len(tokens))], np.float32)
+        key = np.broadcast_to(sums[None, :, None], (2, len(tokens), 3))
+        self.tokens, self.row = tokens, [key, (key[:1, :, :1] / 2**20).astype(np.float16)]
 
     @property
-    def states(self) -> list[torch.Tensor]:
+    def states(self) -> list[NDArray[Any]]:
         """States that say all tokens."""
         return [self.row[0][0, -1].repeat(400), self.row[1][:, -1:]]
 
@@ -76,17 +76,17 @@ def test_what_is_found_is_what_was_stored_within_the_bound(*, has_states: bool) 
             versions[versions.index(root[0])] = Version()
             continue
         start = numbers.randrange(0, len(text))
-        row = [torch.full((t.shape[0], 256, t.shape[2]), -1, dtype=t.dtype) for t in like]
-        states = [torch.full_like(tensor, -1) for tensor in Text(text).states]
+        row = [np.full((t.shape[0], 256, t.shape[2]), -1, t.dtype) for t in like]
+        states = [np.full_like(array, -1) for array in Text(text).states]
         count = cache.fill(root, text, start, row, states)
         if has_states:
-            expected = Text(text[:count]).states if count > start else [torch.full_like(each, -1) for each in states]
-            assert all(torch.equal(own, known) for own, known in zip(states, expected, strict=True))
+            expected = Text(text[:count]).states if count > start else [np.full_like(each, -1) for each in states]
+            assert all(np.array_equal(own, known) for own, known in zip(states, expected, strict=True))
             assert count == start or cache.known(root, text) >= count
         common = max((_common(text, other) for other in kept.get(root, [])), default=0)
         assert start <= count <= max(common, start)
         for own, known in zip(row, Text(text).row, strict=True):
-            assert torch.equal(own[:, start:count], known[:, start:count])
+            assert np.array_equal(own[:, start:count], known[:, start:count])
             assert bool((own[:, count:] == -1).all())
             assert bool((own[:, :start] == -1).all())
         found += count > start
@@ -205,14 +205,14 @@ def test_the_pieces_of_a_prompt_do_not_change_a_bit(merged: dict[str, OrtModel],
     def logits(most: int, length: int) -> Any:
         row = decoder.open()
         found, _ = read(decoder, row, prompt[:length], most)
-        cached = [array[:, :length].clone() for array in decoder.cached(row).values()]  # type: ignore[attr-defined]
+        cached = [array[:, :length].copy() for array in decoder.cached(row).values()]  # type: ignore[attr-defined]
         decoder.close(row)
-        return [torch.from_numpy(found), *cached]
+        return [found, *cached]
 
     for length in (17, 33, 50, 65, decoder.alone - 2):
         once = logits(decoder.alone, length)
         for most in (16, 40):
-            assert all(torch.equal(one, other) for one, other in zip(logits(most, length), once, strict=True))
+            assert all(np.array_equal(one, other) for one, other in zip(logits(most, length), once, strict=True))
 
 
 def test_in_float32_answers_are_taken_over_too(merged: dict[str, OrtModel]) -> None:

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gralora_fx.base.features import parts
 from gralora_fx.format.cache_slots import past_slots
-from gralora_fx.run.sessions.ort_values import PAGE, TORCH_DTYPES, PagedBytes, as_tensor, as_value, whole_pages
+from gralora_fx.run.sessions.ort_values import PAGE, STORED_DTYPES, PagedBytes, array_of, as_value, whole_pages
 from gralora_fx.run.sessions.session import CPU, QUIET_RUN
 from gralora_fx.run.sessions.session_views import PAST, PRESENT
 
@@ -53,7 +51,7 @@ class RowLayout:
                 continue
             shape, grows = slot.kind.shape(value.shape, 1, 1), slot.kind.grows
             count = 1 if grows is None else math.prod(shape[1:grows])
-            size = math.prod(shape) * TORCH_DTYPES[value.type].itemsize
+            size = math.prod(shape) * STORED_DTYPES[value.type].itemsize
             counts[size // count, grows is not None] += count
         self._parts = [_Parts(count, *kind) for kind, count in counts.items()]
         # so many positions, and multiples of it, fill whole pages in every part
@@ -90,7 +88,9 @@ class CacheBuffers:
 
     Attributes:
         rows: The number of rows.
-        values: The buffers by the names of the inputs: keys and values `[rows, heads, length, size]`, and states.
+        arrays: The buffers by the names of the inputs: keys and values `[rows, heads, length, size]`, and states;
+            bfloat16 as its bits.
+        values: The same, as a session takes them.
         layout: The parts of a row.
     """
 
@@ -102,15 +102,16 @@ class CacheBuffers:
         self.rows = rows
         self._length, self._taken, self._known = self.layout.length, [0] * rows, [0] * rows
         self._memory: list[tuple[PagedBytes, int]] = []  # and how many parts with positions a row has in it
-        values: dict[str, Any] = {}
+        arrays, values = dict[str, NDArray[Any]](), dict[str, Any]()
         for slot, value in past_slots(inputs).items():
-            shape, dtype = slot.kind.shape(value.shape, rows, self._length), TORCH_DTYPES[value.type]
+            shape, dtype = slot.kind.shape(value.shape, rows, self._length), STORED_DTYPES[value.type]
             count = math.prod(shape)
             memory = PagedBytes(count * dtype.itemsize)
-            tensor = torch.from_numpy(memory.array).view(dtype).reshape(shape)
-            values[value.name] = as_value(tensor, value.type)
+            arrays[value.name] = memory.array.view(dtype).reshape(shape)
+            values[value.name] = as_value(arrays[value.name], value.type)
             grows = slot.kind.grows
             self._memory.append((memory, 0 if grows is None else math.prod(shape[1:grows])))
+        self.arrays: Mapping[str, NDArray[Any]] = arrays
         self.values: Mapping[str, Any] = values
 
     def expect(self, row: int, positions: int) -> None:
@@ -147,22 +148,22 @@ class BufferedSteps:
 
     def __init__(self, session: Any, buffers: CacheBuffers) -> None:
         """Start with buffers, without bindings."""
-        self._session, self._rows, self._caches = session, buffers.rows, buffers.values
+        self._session, self._rows, self._buffers = session, buffers.rows, buffers
         self._kinds = {value.name: value.type for value in session.get_inputs()}
         self._copies = session.get_providers() != [CPU]  # a binding copies an input to the device when it is bound
         self._windows: list[tuple[Mapping[str, Any], dict[range, _Window]]] = []  # by adapters, most recent first
 
     def __call__(
         self, arrays: Mapping[str, NDArray[Any]], adapters: Mapping[str, Any], rows: range | None = None
-    ) -> Tensor:
-        """Run a step of some rows."""
+    ) -> NDArray[Any]:
+        """Run a step of some rows; return the logits."""
         rows = range(self._rows) if rows is None else rows
         window = self._window(rows, adapters)
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
         _bind(window.binding, {**values, **window.caches} if self._copies else values)
         self._session.run_with_iobinding(window.binding, QUIET_RUN)
         outputs = window.binding.get_outputs_as_ortvaluevector()  # `get_outputs` would wrap every cache
-        logits = as_tensor(outputs[len(outputs) - 1])  # the last that was bound
+        logits = array_of(outputs[len(outputs) - 1])  # the last that was bound
         window.binding.bind_output("logits")  # it would keep these
         return logits
 
@@ -180,10 +181,10 @@ class BufferedSteps:
         return windows[rows]
 
     def _bound(self, rows: range, adapters: Mapping[str, Any]) -> _Window:
-        caches = dict(self._caches)
+        caches = dict(self._buffers.values)
         if len(rows) < self._rows:
-            for name, value in self._caches.items():
-                caches[name] = as_value(as_tensor(value)[rows.start : rows.stop], self._kinds[name])
+            for name, array in self._buffers.arrays.items():
+                caches[name] = as_value(array[rows.start : rows.stop], self._kinds[name])
         binding = self._session.io_binding()
         for name, value in caches.items():
             binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), value)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
@@ -23,7 +22,7 @@ from gralora_fx.run.engine.cache_buffers import RowLayout
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.sessions.ort_values import as_array, as_tensor, empty_values, run_values
+from gralora_fx.run.sessions.ort_values import array_of, as_array, empty_values, run_values
 from gralora_fx.run.sessions.session_pair import EncoderDecoderSession
 from gralora_fx.run.sessions.session_views import as_past, with_adapter
 
@@ -142,15 +141,15 @@ def _checked(source: Source, session: EncoderDecoderSession) -> Source:
 
 def _encoded(encoder: Any, source: Source) -> Any:
     names = [value.name for value in encoder.get_inputs() if value.name in source]  # the source may have others
-    feed = {name: torch.from_numpy(np.ascontiguousarray(source[name])) for name in names}
+    feed = {name: source[name] for name in names}
     return run_values(encoder, feed, "the encoder", ["last_hidden_state"], ServingError)["last_hidden_state"]
 
 
 def _step(row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[_Row, NDArray[Any]]:
     """Return the row after it has read tokens, and the logits `[vocabulary]` after the last."""
-    feed = {**row.fixed, **row.cache, "input_ids": torch.from_numpy(tokens[None])}
+    feed = {**row.fixed, **row.cache, "input_ids": tokens[None]}
     if row.takes_flag:
-        feed[FLAG] = torch.tensor([past > 0])
+        feed[FLAG] = np.array([past > 0])
     description = f"the decoder, for {len(tokens)} tokens"
     results = run_values(row.decoder, feed, description, row.outputs, ServingError)
     cache = as_past(results)
@@ -161,7 +160,7 @@ def _step(row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[_Row, NDArra
         cache={name: value for name, value in cache.items() if name not in of_source},
         outputs=[name for name in row.outputs if _OF_SOURCE not in name],
     )
-    logits: NDArray[Any] = as_tensor(results["logits"])[0, -1].float().numpy().copy()
+    logits = array_of(results["logits"])[0, -1].astype(np.float32)
     return after, logits
 
 

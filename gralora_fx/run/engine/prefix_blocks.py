@@ -1,4 +1,4 @@
-"""Blocks of tokens in the tree of a prefix cache, and tensors packed in consecutive bytes."""
+"""Blocks of tokens in the tree of a prefix cache, and arrays packed in consecutive bytes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 BLOCK = 64  # most tokens of a block
 OVERHEAD, OF_TOKEN = 2048, 40  # bytes of a block, and of each of its tokens, beside keys, values and states
 _ALIGNMENT = 16  # bytes
 _NUMBER = 256  # bits of a token or its key; the higher bits are the number of the adapter that reads it
-Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]  # of a tensor: its shape and its numbers
+Kind: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]  # of an array: its shape and its numbers
 Root: TypeAlias = tuple[Any, str | None]  # the version of an adapter, None for the base; and the salt
 
 
@@ -22,7 +22,7 @@ class TokenBlock:
 
     Attributes:
         tokens: The tokens; none of a root.
-        values: Their keys and values, the tensors of the model's cache packed in order.
+        values: Their keys and values, the arrays of the model's cache packed in order.
         states: The states after them, packed likewise; None without a snapshot.
         above: The block that they follow; None of a root.
         below: The blocks that follow, by their first token.
@@ -32,12 +32,12 @@ class TokenBlock:
     __slots__ = ("above", "below", "root", "states", "tokens", "values")
 
     def __init__(
-        self, tokens: tuple[int, ...], values: Tensor, above: TokenBlock | None, root: Root = (None, None)
+        self, tokens: tuple[int, ...], values: NDArray[np.uint8], above: TokenBlock | None, root: Root = (None, None)
     ) -> None:
         """Start without blocks below."""
         self.tokens, self.values, self.above, self.root = tokens, values, above, root
         self.below: dict[int, TokenBlock] = {}
-        self.states: Tensor | None = None
+        self.states: NDArray[np.uint8] | None = None
 
     @property
     def size(self) -> int:
@@ -47,16 +47,16 @@ class TokenBlock:
 
 
 def length_of(kinds: Iterable[Kind]) -> int:
-    """Return the bytes of packed tensors."""
+    """Return the bytes of packed arrays."""
     return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in kinds)
 
 
-def unpacked(values: Tensor, kinds: Iterable[Kind]) -> Iterator[Tensor]:
-    """Yield the tensors packed in bytes, in order."""
+def unpacked(values: NDArray[np.uint8], kinds: Iterable[Kind]) -> Iterator[NDArray[Any]]:
+    """Yield the arrays packed in bytes, in order."""
     at = 0
     for shape, dtype in kinds:
         length = math.prod(shape) * dtype.itemsize
-        yield values[at : at + length].view(dtype).view(shape)
+        yield values[at : at + length].view(dtype).reshape(shape)
         at += _aligned(length)
 
 

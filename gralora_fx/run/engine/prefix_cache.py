@@ -18,8 +18,8 @@ from itertools import chain
 from typing import Any
 from weakref import WeakSet
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, option
 from gralora_fx.run.engine.prefix_blocks import (
@@ -55,16 +55,16 @@ class PrefixCache:
         evictions: The number of blocks, or snapshots, evicted.
     """
 
-    def __init__(self, limit: int, like: Sequence[Tensor], states: Sequence[Tensor] = ()) -> None:
+    def __init__(self, limit: int, like: Sequence[NDArray[Any]], states: Sequence[NDArray[Any]] = ()) -> None:
         """Start without blocks.
 
         Args:
             limit: The most bytes.
-            like: A row's keys and values, tensors `[heads, positions, size]` on the CPU, for shapes and dtypes.
+            like: A row's keys and values, arrays `[heads, positions, size]`, for shapes and dtypes.
             states: Its states, likewise; empty for a model without any.
         """
-        self._like = [(tensor.shape[0], tensor.shape[2], tensor.dtype) for tensor in like]
-        self._states: list[Kind] = [(tuple(tensor.shape), tensor.dtype) for tensor in states]
+        self._like = [(array.shape[0], array.shape[2], array.dtype) for array in like]
+        self._states: list[Kind] = [(array.shape, array.dtype) for array in states]
         block = OVERHEAD + BLOCK * OF_TOKEN + length_of(self._kinds(BLOCK)) + length_of(self._states)
         if limit < block:
             what = f"{BLOCK} tokens and the states after it" if states else f"{BLOCK} tokens"
@@ -106,7 +106,12 @@ class PrefixCache:
             return sum(count for _, count in self._path(root, tokens))
 
     def fill(
-        self, root: Root, tokens: Sequence[int], start: int, row: Sequence[Tensor], states: Sequence[Tensor] = ()
+        self,
+        root: Root,
+        tokens: Sequence[int],
+        start: int,
+        row: Sequence[NDArray[Any]],
+        states: Sequence[NDArray[Any]] = (),
     ) -> int:
         """Copy the known part of a text into the cache of a row, from a position on.
 
@@ -128,11 +133,11 @@ class PrefixCache:
                 if at + count > start:
                     skip = max(start - at, 0)
                     for own, known in zip(row, self._tensors(block), strict=True):
-                        own[:, at + skip : at + count].copy_(known[:, skip:count])
+                        own[:, at + skip : at + count] = known[:, skip:count]
                 at += count
             if at > start and last is not None and last.states is not None:
                 for own, known in zip(states, unpacked(last.states, self._states), strict=True):
-                    own.copy_(known)
+                    own[...] = known
                 self._keep(last)
             self._use(last)
             return max(at, start)
@@ -141,8 +146,8 @@ class PrefixCache:
         self,
         root: Root,
         tokens: Sequence[int],
-        row: Sequence[Tensor],
-        states: Sequence[Tensor] = (),
+        row: Sequence[NDArray[Any]],
+        states: Sequence[NDArray[Any]] = (),
         *,
         is_chance: bool = False,
     ) -> None:
@@ -162,7 +167,7 @@ class PrefixCache:
                 return
             if self._states and length_of(self._kinds(len(tokens))) + length_of(self._states) > self.room:
                 return
-            top = self._roots.get(root) or TokenBlock((), torch.empty(0), None, root)
+            top = self._roots.get(root) or TokenBlock((), np.empty(0, np.uint8), None, root)
             block, at = top, 0
             while at < len(tokens):
                 below = block.below.get(tokens[at])
@@ -231,7 +236,7 @@ class PrefixCache:
                 at += count
 
     def _add(
-        self, above: TokenBlock, tokens: tuple[int, ...], at: int, row: Sequence[Tensor], *, is_chance: bool
+        self, above: TokenBlock, tokens: tuple[int, ...], at: int, row: Sequence[NDArray[Any]], *, is_chance: bool
     ) -> TokenBlock | None:
         """Add a block below another; return it, or None if there is no room beside those above it."""
         kinds = self._kinds(len(tokens))
@@ -240,7 +245,7 @@ class PrefixCache:
         if values is None:
             return None
         for known, own in zip(unpacked(values, kinds), row, strict=True):
-            known.copy_(own[:, at : at + len(tokens)])
+            known[...] = own[:, at : at + len(tokens)]
         block = above.below[tokens[0]] = TokenBlock(tokens, values, above)
         self._count += 1
         self._bytes_used += block.size
@@ -249,7 +254,7 @@ class PrefixCache:
         self._use(above)
         return block
 
-    def _take(self, block: TokenBlock, states: Sequence[Tensor], *, is_chance: bool) -> None:
+    def _take(self, block: TokenBlock, states: Sequence[NDArray[Any]], *, is_chance: bool) -> None:
         """Give a block a snapshot, if there is room."""
         if block.states is None:
             block.states = self._memory(self._states, block, 0, is_chance=is_chance)
@@ -258,7 +263,7 @@ class PrefixCache:
             self._bytes_used += block.states.nbytes
             self._chances[block] = None
             for known, own in zip(unpacked(block.states, self._states), states, strict=True):
-                known.copy_(own)
+                known[...] = own
         if not is_chance:
             self._keep(block)
 
@@ -268,25 +273,27 @@ class PrefixCache:
         self._recent[block] = None
         self._recent.move_to_end(block)
 
-    def _memory(self, kinds: Sequence[Kind], last: TokenBlock, more: int, *, is_chance: bool) -> Tensor | None:
-        """Allocate room for tensors and some more bytes, beside the path to a block; return None if there is none."""
+    def _memory(
+        self, kinds: Sequence[Kind], last: TokenBlock, more: int, *, is_chance: bool
+    ) -> NDArray[np.uint8] | None:
+        """Allocate room for arrays and some more bytes, beside the path to a block; return None if there is none."""
         length = length_of(kinds)
         if not self._make_room(length + more, last, is_chance=is_chance):
             return None
         try:
-            return torch.empty(length, dtype=torch.uint8)
-        except (MemoryError, RuntimeError):  # torch's own error for the same
+            return np.empty(length, np.uint8)
+        except MemoryError:
             return None
 
     def _split(self, block: TokenBlock, count: int) -> TokenBlock:
         """Split a block before its last tokens; return the new block above it, with the first ones."""
         assert block.above is not None
-        parts: list[tuple[tuple[int, ...], Tensor]] = []
+        parts: list[tuple[tuple[int, ...], NDArray[np.uint8]]] = []
         for tokens in (block.tokens[:count], block.tokens[count:]):
             kinds, start = self._kinds(len(tokens)), len(parts) * count
-            values = torch.empty(length_of(kinds), dtype=torch.uint8)
+            values = np.empty(length_of(kinds), np.uint8)
             for part, known in zip(unpacked(values, kinds), self._tensors(block), strict=True):
-                part.copy_(known[:, start : start + len(tokens)])
+                part[...] = known[:, start : start + len(tokens)]
             parts.append((tokens, values))
         self._bytes_used -= block.size
         first = block.above.below[block.tokens[0]] = TokenBlock(*parts[0], block.above)
@@ -345,6 +352,6 @@ class PrefixCache:
         """Return shapes and dtypes of the keys and values of some tokens."""
         return [((heads, count, size), dtype) for heads, size, dtype in self._like]
 
-    def _tensors(self, block: TokenBlock) -> Iterator[Tensor]:
+    def _tensors(self, block: TokenBlock) -> Iterator[NDArray[Any]]:
         """Yield the keys and values of a block, `[heads, tokens, size]`."""
         return unpacked(block.values, self._kinds(len(block.tokens)))

@@ -17,7 +17,7 @@ from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.run.engine.session_decoders import given_rows
-from gralora_fx.run.sessions.ort_values import as_tensor, empty_values
+from gralora_fx.run.sessions.ort_values import array_of, empty_values
 from gralora_fx.run.sessions.session import QUIET_RUN
 from gralora_fx.run.sessions.session_views import as_past, gives_all, reads_tokens_apart
 
@@ -112,6 +112,6 @@ class SequentialDecoder(Decoder):
             values = {**own, **row.cache, **adapter}
             outputs = self._session.run_with_ort_values(self._outputs, values, QUIET_RUN)
             results = dict(zip(self._outputs, outputs, strict=True))
-            cache, logits = as_past(results), as_tensor(results["logits"])
-        array: NDArray[Any] = logits[0].float().numpy()
+            cache, logits = as_past(results), array_of(results["logits"])
+        array = np.asarray(logits[0], np.float32)
         return cache, array if self.gives_all else array[-1]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gralora_fx.errors import ServingError, option
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE
@@ -19,7 +18,7 @@ from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.sessions.ort_values import as_tensor, kept_reason, optional_arguments
+from gralora_fx.run.sessions.ort_values import kept_reason, optional_arguments
 from gralora_fx.run.sessions.session_views import adapter_dtype, gives_all, reads_tokens_apart
 
 if TYPE_CHECKING:  # loaded where rows have adapters
@@ -155,7 +154,7 @@ class RowsDecoder(Decoder):
                 raise PrefixCacheError(
                     f"prefix_cache has no effect, since steps read {self.chunk} tokens; give a larger chunk"
                 )
-            caches = {name: as_tensor(value) for name, value in self._buffers.values.items()}
+            caches = dict(self._buffers.arrays)
             states = [caches.pop(name) for name in self._states]
             cache = PrefixCache(size.prefix_cache, [each[0] for each in caches.values()], [each[0] for each in states])
             adapters.tell(cache)
@@ -167,14 +166,14 @@ class RowsDecoder(Decoder):
                 is_float32=is_float32 and not apart,  # apart, an answer's values differ from a prompt's
             )
 
-    def cached(self, row: int) -> dict[str, Tensor]:
+    def cached(self, row: int) -> dict[str, NDArray[Any]]:
         """Return a row's caches by the names of the inputs, in the row's own memory: keys and values, or states.
 
         Returns:
-            Keys and values are `[heads, positions, size]`; contents are undefined at positions that the row has not
-            read.
+            Keys and values are `[heads, positions, size]`, bfloat16 as its bits; contents are undefined at positions
+            that the row has not read.
         """
-        return {name: as_tensor(value)[row] for name, value in self._buffers.values.items()}
+        return {name: array[row] for name, array in self._buffers.arrays.items()}
 
     def _expect(self, row: int, tokens: int) -> None:
         self._buffers.expect(row, tokens)
@@ -192,7 +191,7 @@ class RowsDecoder(Decoder):
         self._given.begin(row, source)
         self._row_adapters[row] = None if adapter is None else self._adapters[adapter]
         for name in self._states:  # states of the row's earlier text
-            as_tensor(self._buffers.values[name])[row].zero_()
+            self._buffers.arrays[name][row] = 0
         self._stacks = ()
         return self._row_adapters[row]
 
@@ -286,7 +285,7 @@ class RowsDecoder(Decoder):
         if self._chooses_logits:
             ends = dict(zip(read, np.cumsum([*map(len, read.values())]), strict=True))
             feed[LOGITS_INDICES] = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in read])
-        logits: NDArray[Any] = self._steps(feed, stack.values, rows).float().numpy()
+        logits = np.asarray(self._steps(feed, stack.values, rows), np.float32)
         if self.gives_all:
             return {row: logits[row - rows.start, len(read[row]) - counts[row] : len(read[row])] for row in read}
         if not self._chooses_logits:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from numpy.typing import NDArray
 
 from gralora_fx.run.engine.limits import QUERIES
 from gralora_fx.run.engine.prefix_blocks import BLOCK, common, owned
@@ -61,8 +61,8 @@ class SharedRows:
     def __init__(
         self,
         cache: PrefixCache,
-        tensors: Callable[[int], Sequence[Tensor]],
-        states: Callable[[int], Sequence[Tensor]],
+        tensors: Callable[[int], Sequence[NDArray[Any]]],
+        states: Callable[[int], Sequence[NDArray[Any]]],
         *,
         is_float32: bool,
     ) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from gralora_fx.format.adapter_inputs import BASE, AdapterInputs, AdapterSite
+from gralora_fx.run.sessions.ort_values import array_of
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": _BFLOAT16}
@@ -39,21 +40,8 @@ def cast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def as_arrays(values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    """Return `OrtValue`s by name as arrays; bfloat16 works too."""
-    return {name: _array(value) for name, value in values.items()}
-
-
-def _array(value: Any) -> NDArray[Any]:
-    if value.element_type() == TensorProto.BFLOAT16:  # which numpy lacks
-        import torch
-
-        from gralora_fx.run.sessions.ort_values import as_tensor
-
-        raw: NDArray[Any] = as_tensor(value).view(torch.uint16).numpy()
-        half: NDArray[Any] = raw.view(_BFLOAT16).copy()
-        return half
-    found: NDArray[Any] = np.array(value.numpy())
-    return found
+    """Copy `OrtValue`s by name to arrays; bfloat16 works too."""
+    return {name: array_of(value).copy() for name, value in values.items()}
 
 
 def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> dict[str, Any]:

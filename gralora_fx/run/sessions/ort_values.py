@@ -1,4 +1,4 @@
-"""ONNX Runtime values as tensors without a copy, and memory that is committed as it fills."""
+"""ONNX Runtime values as arrays without a copy, and memory that is committed as it fills."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ import math
 import mmap
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 from onnxruntime import OrtValue
-from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
+from gralora_fx.base.tensors import is_tensor
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.format.input_names import IDS, beside_ids
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _ALIKE = ("float16", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NAMES = {"float": "float32", "double": "float64", **{name: name for name in _ALIKE}}  # numpy's and torch's of a type
 DTYPES = {f"tensor({name})": np.dtype(other) for name, other in _NAMES.items()}
-TORCH_DTYPES = {
-    "tensor(bfloat16)": torch.bfloat16,
-    **{kind: getattr(torch, dtype.name) for kind, dtype in DTYPES.items()},
-}
+_BFLOAT16 = "tensor(bfloat16)"
+# dtypes of arrays that hold a cache: bfloat16 as its bits, which numpy copies much faster than ml_dtypes' numbers
+STORED_DTYPES = {_BFLOAT16: np.dtype(np.uint16), **DTYPES}
 _KINDS = {"i": "iu", "u": "iu", "f": "iuf", "b": "biu"}  # array kinds that are cast to an input kind
 
 
@@ -39,12 +40,13 @@ def run_values(
     names: Sequence[str] | None = None,
     error: type[GraloraError] = ExportError,
 ) -> dict[str, Any]:
-    """Run a session on tensors, cast to its input dtypes, or on its own output values."""
+    """Run a session on arrays or tensors, cast to its input dtypes, or on its own output values."""
     kinds = {value.name: value.type for value in (*session.get_inputs(), *optional_arguments(session))}
     if unknown := [name for name in feed if name not in kinds]:
         raise error(f"{description}: the session takes no {', '.join(unknown)}")
     values = {
-        name: as_value(value, kinds[name]) if isinstance(value, Tensor) else value for name, value in feed.items()
+        name: as_value(value, kinds[name]) if isinstance(value, np.ndarray) or is_tensor(value) else value
+        for name, value in feed.items()
     }
     names = [value.name for value in session.get_outputs()] if names is None else names
     try:
@@ -72,36 +74,69 @@ def optional_arguments(session: Any) -> list[Any]:
     return [value for value in optional if value.name in known]
 
 
-def as_value(tensor: Tensor, kind: str) -> Any:
-    """Return a tensor as an `OrtValue` for a session."""
-    array = tensor.detach().to(TORCH_DTYPES[kind]).contiguous()
-    if array.dtype == torch.bfloat16:
-        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(torch.uint16).numpy(), TensorProto.BFLOAT16)
-    return OrtValue.ortvalue_from_numpy(array.numpy())
+def as_value(given: NDArray[Any] | Tensor, kind: str) -> Any:
+    """Return an array or a tensor as an `OrtValue` for a session, without a copy if it has the session's dtype."""
+    array = _stored(given, kind)
+    if kind == _BFLOAT16:
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array, TensorProto.BFLOAT16)
+    return OrtValue.ortvalue_from_numpy(array)
 
 
-def own_value(tensor: Tensor, kind: str) -> Any:
-    """Copy a tensor into a new `OrtValue`, like a session's output; not for bfloat16."""
-    array = tensor.detach().to(TORCH_DTYPES[kind]).contiguous().numpy()
+def own_value(given: NDArray[Any] | Tensor, kind: str) -> Any:
+    """Copy an array or a tensor into a new `OrtValue`, like a session's output; not for bfloat16."""
+    array = _stored(given, kind)
     value = OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype)
     value.update_inplace(array)
     return value
 
 
+def _stored(given: NDArray[Any] | Tensor, kind: str) -> NDArray[Any]:
+    """Convert an array or a tensor to one of `STORED_DTYPES`, whose elements are contiguous."""
+    if is_tensor(given):
+        import torch
+
+        tensor = given.detach().to(torch.bfloat16 if kind == _BFLOAT16 else getattr(torch, DTYPES[kind].name))
+        tensor = tensor.contiguous()
+        found: NDArray[Any] = (tensor.view(torch.uint16) if kind == _BFLOAT16 else tensor).numpy()
+        return found
+    if kind == _BFLOAT16 and given.dtype != np.uint16:
+        given = given.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return np.ascontiguousarray(given, STORED_DTYPES[kind]).reshape(given.shape)
+
+
 def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
     """Return an empty cache for a session: every `past_key_values.N...` input, states zeros."""
-    values: dict[str, Any] = {}
-    for slot, value in past_slots(session.get_inputs()).items():
-        shape, dtype = slot.kind.shape(value.shape, batch, length), TORCH_DTYPES[value.type]
-        # untouched pages of numpy's zeros take no memory; torch writes its zeros
-        count = math.prod(shape)
-        zeros = np.zeros(max(count, 1) * dtype.itemsize, np.uint8)
-        values[value.name] = as_value(torch.from_numpy(zeros).view(dtype)[:count].reshape(shape), value.type)
-    return values
+    return {
+        # untouched pages of numpy's zeros take no memory
+        value.name: as_value(
+            np.zeros(slot.kind.shape(value.shape, batch, length), STORED_DTYPES[value.type]), value.type
+        )
+        for slot, value in past_slots(session.get_inputs()).items()
+    }
+
+
+class _Memory:
+    """The bytes of an `OrtValue`, which numpy reads in place; an array of them keeps the value alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        size = 2 * math.prod(value.shape())
+        self.__array_interface__ = {"data": (value.data_ptr(), False), "shape": (size,), "typestr": "|u1", "version": 3}
+
+
+def array_of(value: Any) -> NDArray[Any]:
+    """Return an `OrtValue` as an array sharing its memory; bfloat16 as ml_dtypes' numbers."""
+    if value.element_type() != TensorProto.BFLOAT16:  # which numpy lacks
+        found: NDArray[Any] = value.numpy()
+        return found
+    shape, dtype = value.shape(), np.dtype(ml_dtypes.bfloat16)
+    return np.asarray(_Memory(value)).view(dtype).reshape(shape) if math.prod(shape) else np.empty(shape, dtype)
 
 
 def as_tensor(value: Any) -> Tensor:
     """Return an `OrtValue` as a tensor sharing its memory (an array's memory if `as_value` made it)."""
+    from torch.utils.dlpack import from_dlpack
+
     tensor: Tensor = from_dlpack(value)
     return tensor
 
@@ -132,10 +167,11 @@ def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
 def plain_array(name: str, value: Any) -> NDArray[Any]:
     """Convert a value to an array of any type and shape."""
     try:
-        if not isinstance(value, Tensor):
+        if not is_tensor(value):
             return np.asarray(value)
         tensor = value.detach().cpu()
-        return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn) else tensor).numpy()
+        lacks = str(tensor.dtype) in ("torch.bfloat16", "torch.float8_e4m3fn")  # which numpy does
+        return np.asarray((tensor.float() if lacks else tensor).numpy())
     except Exception as error:  # array-likes and tensors without values raise what they like
         hint = "pad its rows to one length" if isinstance(value, Sequence) else "give an array, a tensor or a list"
         raise ServingError(f"input {name!r} is not an array ({first_line(error)}); {hint}") from error

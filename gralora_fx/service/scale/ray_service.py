@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
-import torch
 from prometheus_client import Metric
 from ray import serve
 from ray.serve.config import HTTPOptions
@@ -30,6 +29,7 @@ from gralora_fx.service.engines import EncoderEngine, open_engine
 from gralora_fx.service.metrics import Metrics
 from gralora_fx.service.scale.frontend import APPLICATION, MODEL, Frontend
 from gralora_fx.service.scale.spread_adapters import AsgiRequest, ReplicaAdapters, answer
+from gralora_fx.service.server import run_torch_alone
 
 _FRONTEND = "gralora-fx"
 _OBJECT_STORE = 128 * 2**20  # bytes; requests and answers of some size pass through it
@@ -42,8 +42,8 @@ class ModelReplica:
 
     async def __init__(self, settings: ServiceSettings, folder: Path) -> None:  # type: ignore[misc]  # Ray awaits it
         """Open the model; Ray routes requests here once it is warm."""
-        torch.set_num_threads(1)  # see `server.run`
         self._app = create_app(settings)
+        run_torch_alone()
         self._models = self._app.state.engine.models
         self._adapters = None if settings.adapter_root is None else ReplicaAdapters(self._models, folder)
         if self._adapters is not None:
