@@ -136,7 +136,7 @@ def generate(
                 from gralora_fx.serving import load
             with timed("opening"):
                 model = load(path, threads=threads)
-                has_template = getattr(model.tokenizer, "chat_template", None) is not None
+                has_template = getattr(model.required_tokenizer, "chat_template", None) is not None
                 if chat and not has_template:
                     raise ConfigError(
                         f"the tokenizer of {path} has no chat template: write one to chat_template.jinja in the "

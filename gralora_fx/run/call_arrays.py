@@ -56,9 +56,10 @@ class CallInputs:
             arrays |= empty_past(tuple(self.inputs.values()), batch)
         cached = None
         if not self.is_encoder_decoder and pasts:
-            growing = [slot for slot in past_slots(self.inputs.values()) if slot.kind.grows is not None][:2]
-            if all(slot.past in arrays for slot in growing):
-                cached = next((arrays[slot.past].shape[slot.kind.grows] for slot in growing), 0)
+            slots = past_slots(self.inputs.values())
+            growing = [(slot.past, axis) for slot in slots if (axis := slot.kind.grows) is not None][:2]
+            if all(name in arrays for name, _ in growing):
+                cached = next((arrays[name].shape[axis] for name, axis in growing), 0)
         for name in self.inputs:
             if name not in arrays and name not in self._beside:
                 default = default_array(name, arrays, cached)

@@ -268,7 +268,7 @@ class OrtModel(OpenExport):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
         if prompt_lookup_num_tokens is not None:
             generation.proposer.most(prompt_lookup_num_tokens)
-        tokenizer = self.tokenizer_or_none
+        tokenizer = self.text_tokenizer
         options = AnswerOptions(chosen, stop_strings(stop, tokenizer), proposed=prompt_lookup_num_tokens)
         if not (language is None and task is None and forced_bos_token_id is None):
             options = replace(options, start=AnswerStart(language, task, forced_bos_token_id))

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gralora_fx.base.sources.model_files import read_json_object, usable_path
-from gralora_fx.core.loading.tokenizers import load_tokenizer
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
+from gralora_fx.core.loading.tokenizers import load_tokenizer, read_tokenizer
 from gralora_fx.errors import ServingError, listed, option, warn_caller
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.format.adapter_paths import own_adapters
@@ -170,18 +170,18 @@ class OpenExport:
         return self.manifest.task
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer saved beside the model.
+    def tokenizer(self) -> Any:
+        """The tokenizer saved beside the model, as transformers loads it; without transformers, a `TextTokenizer`.
 
         Raises:
             ServingError: There is none.
         """
-        tokenizer = self.tokenizer_or_none
-        if tokenizer is None:
-            raise ServingError(
-                f"{self.directory} holds no tokenizer; export with {option(tokenizer=...)}, or tokenize yourself"
-            )
-        return tokenizer
+        self._check_unchanged()
+        if find_spec("transformers") is not None:
+            tokenizer: Any = load_tokenizer(self.directory, ServingError)
+        elif (tokenizer := read_tokenizer(self.directory, ServingError)) is not None:
+            tokenizer.model_input_names = [value.name for value in self.first_session.get_inputs()]
+        return tokenizer if tokenizer is not None else self._lacks_tokenizer()
 
     @cached_property
     def generation(self) -> Generation:
@@ -194,10 +194,24 @@ class OpenExport:
         return self.reading.generation(self)
 
     @cached_property
-    def tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer saved beside the model, or None."""
+    def text_tokenizer(self) -> TextTokenizer | None:
+        """The tokenizer of prompts and answers, or None."""
         self._check_unchanged()
-        return load_tokenizer(self.directory, ServingError)
+        return read_tokenizer(self.directory, ServingError)
+
+    @cached_property
+    def required_tokenizer(self) -> TextTokenizer:
+        """The tokenizer of prompts and answers.
+
+        Raises:
+            ServingError: There is none.
+        """
+        return self.text_tokenizer if self.text_tokenizer is not None else self._lacks_tokenizer()
+
+    def _lacks_tokenizer(self) -> NoReturn:
+        raise ServingError(
+            f"{self.directory} holds no tokenizer; export with {option(tokenizer=...)}, or tokenize yourself"
+        )
 
     @cached_property
     def constraints(self) -> Constraints:
@@ -209,7 +223,7 @@ class OpenExport:
         """
         from gralora_fx.run.generate.constraints import compiler_for
 
-        compiler = compiler_for(self.tokenizer_or_none, self.generation.limits)
+        compiler = compiler_for(self.text_tokenizer, self.generation.limits)
         if compiler is None:
             raise ServingError(
                 "no feature that is installed can say what answers have to be; install gralora-fx with all of its "

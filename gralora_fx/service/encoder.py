@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.core.loading.tokenizers import is_ids
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.run.engine.limits import PromptLimit, context_length
@@ -36,7 +36,7 @@ class TextReader:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: TextTokenizer,
         config: Mapping[str, Any],
         position_offset: int,
         inputs: Collection[str],
@@ -142,7 +142,7 @@ class Encoder:
     def __init__(
         self,
         model: OrtModel,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: TextTokenizer | None,
         observer: Observer,
         *,
         max_batch: int,

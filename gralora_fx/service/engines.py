@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
-
 from gralora_fx.base.amounts import shown_size
 from gralora_fx.base.features import parts
 from gralora_fx.core.config.option import declared_options
 from gralora_fx.core.config.service_settings import OF_DECODERS, ServiceSettings
-from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
+from gralora_fx.core.loading.tokenizers import prompt_ids
 from gralora_fx.errors import ServingError, option
 from gralora_fx.format.export_directory import PLAIN_KIND
 from gralora_fx.format.manifest import Manifest, read_manifest
@@ -105,7 +104,7 @@ class TextEngine(Engine):
     """A decoder that continues prompts, or an encoder-decoder that answers what its encoder reads."""
 
     queue: ContinuousScheduler
-    tokenizer: PreTrainedTokenizerBase  # the tokenizer beside the model
+    tokenizer: TextTokenizer  # the tokenizer beside the model
     constraints: Constraints | None  # compiles constraints on answers; None without a feature that does
     templates: Mapping[type, Any]  # what features found in the tokenizer's chat template, by class
     reasons: bool  # whether the template makes the model reason before it answers
@@ -170,8 +169,9 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
             option = f"--{name.replace('_', '-')}"
             raise ServingError(f"{name} has no effect for the task {manifest.task}; leave {option} out")
     models = _open_adapters(settings, model)
-    tokenizer = load_tokenizer(model.directory, ServingError)
-    encoder = Encoder(model, tokenizer, observer, max_batch=settings.rows, max_queue=settings.max_queue, models=models)
+    encoder = Encoder(
+        model, model.text_tokenizer, observer, max_batch=settings.rows, max_queue=settings.max_queue, models=models
+    )
     encoder.warm_up()
     models.trial = try_encoder(encoder)
     return EncoderEngine(models, manifest, encoder.batches, encoder)
@@ -194,7 +194,7 @@ def _text_engine(
     if settings.max_context is not None:
         model.limits.within(settings.max_context, "max_context")
     decoder = _decoder(settings, model)
-    models, tokenizer = _open_adapters(settings, model), model.tokenizer
+    models, tokenizer = _open_adapters(settings, model), model.required_tokenizer
     if model.encoder_inputs is not None and settings.chunk is not None:
         raise ServingError(f"chunk has no effect for the task {model.task}; leave --chunk out")
     token, source = example_prompt(model)

@@ -8,7 +8,8 @@ from typing import Any
 import openai
 import pytest
 from starlette.testclient import TestClient
-from transformers import PreTrainedTokenizerFast
+
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def client(service: tuple[str, Any]) -> Iterator[openai.OpenAI]:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many characters tokenizers are given."""
     sizes: list[int] = []
-    own = PreTrainedTokenizerFast.__call__
+    own = TextTokenizer.__call__
 
     def counted(self: Any, text: Any = None, pair: Any = None, **options: Any) -> Any:
         sizes.extend(
@@ -36,5 +37,5 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         )
         return own(self, text, pair, **options)
 
-    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+    monkeypatch.setattr(TextTokenizer, "__call__", counted)
     return sizes

@@ -32,7 +32,7 @@ from gralora_fx.features.structured_outputs.grammars import Grammars
 from gralora_fx.run.engine.limits import DecoderLimits
 from gralora_fx.run.generate.answer_options import Sampling
 from gralora_fx.run.generate.request_errors import DeadEndError, WrongFieldError
-from gralora_fx.run.generate.token_choice import TokenChooser
+from gralora_fx.run.generate.token_choice import TokenChooser, distribution
 from gralora_fx.serving import Decoder, load
 
 SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 1024}
@@ -286,21 +286,24 @@ def test_neighbours_in_a_step_have_the_tokens_that_they_have_alone(model: Any) -
         ({"top_k": 0, "min_p": 0.2, "temperature": 1.7}, [TemperatureLogitsWarper(1.7), MinPLogitsWarper(0.2)]),
     ],
 )
-def test_a_draw_is_that_of_transformers_warpers_over_all_tokens(
+def test_a_draw_has_the_distribution_of_transformers_warpers_over_all_tokens(
     model: Any, options: dict[str, Any], warpers: list[Any]
 ) -> None:
     decoder = model.decoder(rows=1, capacity=8)
     width = len(decoder.step({decoder.open(): [5]})[0])
     compiled = model.constraints.compiled(AnswerForm.of("regex", "[a-m]{30}"))
     ours, theirs = (compiled.begin(frozenset([2]), 40) for _ in range(2))
-    chooser = TokenChooser(Sampling(do_sample=True, seed=11, **options), [5], frozenset([2]), (), ours)
-    generator, numbers = torch.Generator().manual_seed(11), np.random.default_rng(0)
+    sampling = Sampling(do_sample=True, seed=11, **options)
+    chooser, numbers = TokenChooser(sampling, [5], frozenset([2]), (), ours), np.random.default_rng(0)
     for _ in range(20):
         logits = numbers.standard_normal(width).astype(np.float32) * 3
         scores = torch.from_numpy(np.where(theirs.allowed(width), logits, np.float32(-np.inf)))[None]
-        scores = LogitsProcessorList(warpers)(torch.tensor([[5]]), scores)
-        token = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
-        assert chooser(logits).token == token
+        expected = LogitsProcessorList(warpers)(torch.tensor([[5]]), scores).softmax(-1)[0].numpy()
+        tokens, shares = distribution(scores[0].numpy(), sampling)
+        assert np.array_equal(tokens, expected.nonzero()[0])
+        assert np.allclose(shares, expected[tokens], rtol=1e-5)
+        token = chooser(logits).token
+        assert expected[token] > 0
         theirs.take(token)
 
 

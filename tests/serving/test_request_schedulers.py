@@ -247,17 +247,19 @@ def test_stopping_answers_what_was_taken(exported: Exported) -> None:
         {"temperature": 1.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
     ],
 )
-def test_draws_are_those_of_transformers_processors(fields: dict[str, Any]) -> None:
+def test_draws_have_the_distribution_of_transformers_processors(fields: dict[str, Any]) -> None:
     logits = np.random.default_rng(1).normal(size=50).astype(np.float32) * 3
     defaults = {"top_k": 0, **fields}
     choose = TokenChooser(Sampling(do_sample=True, seed=4, **defaults), [1], frozenset())
-    drawn = [choose(logits).token for _ in range(300)]
+    drawn = [choose(logits).token for _ in range(3000)]
     kinds = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
     kinds["min_p"] = MinPLogitsWarper
     processors = LogitsProcessorList([kind(fields[name]) for name, kind in kinds.items() if name in fields])
-    scores = processors(torch.tensor([[1]]), torch.from_numpy(logits)[None]).softmax(-1)
-    generator = torch.Generator().manual_seed(4)
-    assert drawn == [int(torch.multinomial(scores, 1, generator=generator)) for _ in range(300)]
+    shares = processors(torch.tensor([[1]]), torch.from_numpy(logits)[None]).softmax(-1)[0].numpy()
+    counts = np.bincount(drawn, minlength=50)
+    assert (np.abs(counts - 3000 * shares) <= 5 * np.sqrt(3000 * shares * (1 - shares)) + 1e-3).all()
+    again = TokenChooser(Sampling(do_sample=True, seed=4, **defaults), [1], frozenset())
+    assert drawn[:300] == [again(logits).token for _ in range(300)]
     assert TokenChooser(Sampling(), [1], frozenset())(logits).token == int(logits.argmax())
 
 

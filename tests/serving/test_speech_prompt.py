@@ -37,7 +37,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rules_of(**fields: Any) -> GenerationRules:
-    return GenerationRules(Path("onnx"), transformers.GenerationConfig(**{**RULES, **fields}), frozenset({END}))
+    return GenerationRules(Path("onnx"), {**RULES, **fields}, frozenset({END}))
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def test_tokens_are_those_of_whispers_generate(export: Path, fields: dict[str, A
         assert list(earlier) == given["prompt_ids"].tolist()
     read = features(sound(3))
     expected = source.generate(read, max_new_tokens=8, **given)[0].tolist()
-    rules = GenerationRules(export, source.generation_config, frozenset({END}))
+    rules = GenerationRules(export, source.generation_config.to_dict(), frozenset({END}))
     given.pop("prompt_ids", None)
     prompt = SpeechPrompt(rules, **given, earlier=earlier)
     engine = load(export).decoder()

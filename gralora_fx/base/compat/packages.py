@@ -44,6 +44,17 @@ def fenced(package: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def needs_transformers(what: str, error: type[GraloraError]) -> Iterator[None]:
+    """Run a block that imports torch or transformers, which the runtime alone lacks."""
+    try:
+        yield
+    except ModuleNotFoundError as failure:
+        if failure.name not in ("torch", "transformers"):
+            raise
+        raise error(f"{what} is read by {failure.name}, which is not installed: pip install gralora-fx") from failure
+
+
 @functools.cache  # once in a process
 def warn_of_untested() -> None:
     """Warn of each installed package whose version is outside the tested range; missing packages are ignored."""

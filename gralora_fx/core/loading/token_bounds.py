@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from gralora_fx.core.loading.byte_letters import BYTE_LETTERS
 
 _PART = 2**16  # characters counted at once
 _SLACK = 8  # tokens by which two parts may count more than the text of both, since normalizers look beyond one
@@ -33,7 +33,6 @@ _SPACES = " {2,}"  # the expression in normalizers that were SentencePiece's
 _WORD = re.compile(
     r"[^\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
 )  # splits at Unicode white space
-_BYTES = bytes_to_unicode()  # the letters that byte-level tokenizers write for bytes
 _Parts = Mapping[str, Any]
 
 
@@ -47,7 +46,7 @@ class TokenBound:
     longest: int  # characters, or bytes for a byte-level tokenizer, of the longest token
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenBound | None:
+    def of(cls, tokenizer: Any) -> TokenBound | None:
         """Return the bound of a tokenizer; None if its tokens are unknown, as for one not made by `tokenizers`."""
         size, bound = _known.get(tokenizer, (None, None))
         if size != len(tokenizer):  # else tokens were added since
@@ -66,10 +65,10 @@ class TokenBound:
         return False
 
 
-_known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, TokenBound | None]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, tuple[int, TokenBound | None]] = WeakKeyDictionary()
 
 
-def surely_exceeds(text: str, most: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+def surely_exceeds(text: str, most: int, tokenizer: Any) -> bool:
     """Return whether a text is so long that it certainly has more than `most` tokens."""
     if len(text) <= most:  # it is tokenized soon enough
         return False
@@ -100,7 +99,7 @@ def _bound_of(backend: Tokenizer) -> TokenBound | None:
     )
     is_bytes = "ByteLevel" in kinds
     if is_bytes:
-        contents = ["".join(_BYTES[byte] for byte in content.encode()) for content in contents]
+        contents = ["".join(BYTE_LETTERS[byte] for byte in content.encode()) for content in contents]
     shares = _Shares(parts["model"], contents)
     table = shares.of_bytes() if is_bytes else shares.of_letters()
     for split in splits:
@@ -137,7 +136,7 @@ class _Shares:
 
     def of_bytes(self) -> NDArray[np.float32]:
         """Return the share of each byte, `[256]`, for a vocabulary whose characters stand for bytes."""
-        return np.array([self._share(_BYTES[byte]) for byte in range(256)], np.float32)
+        return np.array([self._share(BYTE_LETTERS[byte]) for byte in range(256)], np.float32)
 
     def of_letters(self) -> NDArray[np.float32]:
         """Return the share of each character, by its code point."""

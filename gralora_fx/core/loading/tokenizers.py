@@ -6,22 +6,24 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from gralora_fx.base.compat.packages import needs_transformers
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.model_files import MODEL_FILE, check_json_objects, local_directory
+from gralora_fx.base.tensors import is_tensor
+from gralora_fx.core.loading.text_tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, TextTokenizer, is_read_here
 from gralora_fx.errors import CheckpointError, GraloraError, first_line, option
 
-PREPROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "tokenizer_config.json"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PREPROCESSOR = "preprocessor_config.json"
 _EXTRACTOR_FILES = (PREPROCESSOR, "processor_config.json")
 _JSON = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
@@ -43,8 +45,25 @@ _MESSAGE_CONTENTS = {"content", "tool_calls"}  # an assistant may call tools and
 
 def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a local directory or a hub id; None if it has no tokenizer files."""
+    return _load_tokenizer(_auto_tokenizer, name, error)
+
+
+def read_tokenizer(directory: Path, error: type[GraloraError]) -> TextTokenizer | None:
+    """Read the tokenizer of an export; None if it has no tokenizer files.
+
+    transformers loads those that `TextTokenizer` does not read, and its tokenizers have all that is used of one.
+    """
+    found: TextTokenizer | None = _load_tokenizer(_read, directory, error)
+    return found
+
+
+def _read(name: str | Path, **options: Any) -> Any:
+    return TextTokenizer(Path(name)) if is_read_here(Path(name)) else _auto_tokenizer(name, **options)
+
+
+def _load_tokenizer(load: Callable[..., Any], name: str | Path, error: type[GraloraError]) -> Any | None:
     return _load_pretrained(
-        _auto_tokenizer,
+        load,
         name,
         error,
         what="tokenizer",
@@ -56,12 +75,16 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
 
 def load_feature_extractor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
     """Load the feature extractor of a local directory or a hub id; None if it has none."""
+    with needs_transformers("a feature extractor", error):
+        from transformers import AutoFeatureExtractor
+
     return _load_extractor(AutoFeatureExtractor.from_pretrained, name, error, what="feature extractor")
 
 
 def load_processor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
     """Load the processor of a local directory or a hub id, which reads more than texts; None if it has none."""
-    from transformers import AutoProcessor
+    with needs_transformers("a processor", error):
+        from transformers import AutoProcessor
 
     return _load_extractor(AutoProcessor.from_pretrained, name, error, what="processor")
 
@@ -76,6 +99,8 @@ def _auto_tokenizer(name: str | Path, **options: Any) -> Any:
 
     transformers would import that class, and with it the code that loads models: a second, and 60 MB.
     """
+    from transformers import AutoTokenizer, PreTrainedConfig
+
     directory = Path(name)
     if all((directory / file).is_file() for file in (MODEL_FILE, TOKENIZER_CONFIG)):
         own, model = (json.loads((directory / file).read_bytes()) for file in (TOKENIZER_CONFIG, MODEL_FILE))
@@ -108,8 +133,10 @@ def _load_pretrained(
         if empty := [file for file in present if not (directory / file).stat().st_size]:
             raise error(f"{directory / empty[0]} is empty; copy it again")
     try:
-        with quiet():
+        with quiet(), needs_transformers(f"the {what} of {name}", error):
             return load(name, trust_remote_code=False)
+    except GraloraError:
+        raise
     except Exception as failure:  # transformers and tokenizers raise types of their own
         if directory is None:
             present = _downloaded(str(name), files)
@@ -122,6 +149,9 @@ def _load_pretrained(
 
 def _downloaded(name: str, files: Sequence[str]) -> list[str]:
     """Return those of a hub repository's files that are in the cache, after an attempt to load them."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     try:
         return [file for file in files if isinstance(try_to_load_from_cache(name, file), str)]
     except HFValidationError:  # neither a directory nor a hub id
@@ -130,10 +160,10 @@ def _downloaded(name: str, files: Sequence[str]) -> list[str]:
 
 def prompt_ids(
     prompt: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: TextTokenizer | PreTrainedTokenizerBase | None,
     error: type[GraloraError],
     tools: Sequence[Any] = (),
-    check: Callable[[str, PreTrainedTokenizerBase], None] | None = None,
+    check: Callable[[str, Any], None] | None = None,
 ) -> list[int]:
     """Return the token ids of a prompt: a text, a chat as a list of messages, or ids, which are returned unchanged."""
     if is_ids(prompt):
@@ -170,7 +200,7 @@ def _refusals_as(error: type[GraloraError], prompt: Any) -> Iterator[None]:
         raise error(f"the tokenizer does not take the prompt {prompt!r:.80} ({first_line(failure)})") from failure
 
 
-def _written_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any]) -> str:
+def _written_chat(messages: Any, tokenizer: TextTokenizer | PreTrainedTokenizerBase, tools: Sequence[Any]) -> str:
     """Return a chat as its template renders it, up to where the assistant continues."""
     described = list(tools) or None
     return str(tokenizer.apply_chat_template(list(messages), described, add_generation_prompt=True, tokenize=False))
@@ -183,7 +213,9 @@ def is_chat(prompt: Any) -> bool:
 
 def is_ids(prompt: Any) -> bool:
     """Return whether a prompt is token ids: a list of integers, or a one-dimensional array or tensor of them."""
-    if isinstance(prompt, torch.Tensor):
+    if is_tensor(prompt):
+        import torch
+
         kinds = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
         return prompt.ndim == 1 and prompt.dtype in kinds and not prompt.is_meta
     if isinstance(prompt, np.ndarray):

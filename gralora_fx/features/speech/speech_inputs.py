@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from gralora_fx.base.sources.model_files import GENERATION_CONFIG
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.core.loading.token_bounds import TokenBound
 from gralora_fx.errors import ServingError, first_line, listed, option, shown
 from gralora_fx.features.speech.recordings import Audio, SpeechReader, recording
@@ -98,7 +98,7 @@ class SpeechPrompt:
         return found
 
     def _field(self, name: str) -> Any:
-        return getattr(self.rules.config, name, None)
+        return self.rules.config.get(name)
 
     def _ids(self, name: str) -> Mapping[str, int]:
         """Return a field's token ids by name; empty without the field."""
@@ -132,7 +132,7 @@ class SpeechPrompt:
         raise ServingError(f"no language {shown(language)}; there is {codes or 'none'}")
 
 
-def earlier_text(tokenizer: PreTrainedTokenizerBase, text: str, positions: int) -> tuple[int, ...]:
+def earlier_text(tokenizer: TextTokenizer, text: str, positions: int) -> tuple[int, ...]:
     """Tokenize text before a recording for Whisper's decoder, keeping its last tokens if there are many."""
     read, most = getattr(tokenizer, "get_prompt_ids", None), max(positions // 2 - 1, 1)
     if read is None:
@@ -144,7 +144,7 @@ def earlier_text(tokenizer: PreTrainedTokenizerBase, text: str, positions: int) 
     return (first, *others[-most:])
 
 
-def _end(text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def _end(text: str, tokens: int, tokenizer: TextTokenizer) -> str:
     """Return the end of a text, of at least some tokens, cut between words where no token spans the cut."""
     bound = TokenBound.of(tokenizer)
     least = sys.maxsize if bound is None else tokens * bound.longest
@@ -214,7 +214,7 @@ class SpeechInputs(EncoderInputs):
         inputs: GenerateInputs,
         start: AnswerStart,
         adapter: AdapterNames,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: TextTokenizer | None,
         open_decoder: Callable[[DecoderSize], Decoder],
     ) -> Prompts:
         """Read the arguments of `generate` (see `Generation.read`)."""

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ConfigDict, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
-from transformers import PrefixConstrainedLogitsProcessor
 
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.features.speech.recordings import Audio, read_audio
 from gralora_fx.features.speech.speech_inputs import TRANSCRIBE, TRANSLATE, SpeechInputs, SpeechPrompt, earlier_text
 from gralora_fx.run.generate.answer_options import AnswerOptions, Sampling
 from gralora_fx.run.generate.completion import TextRequest
+from gralora_fx.run.generate.logit_rules import Scores
 from gralora_fx.run.generate.prompts import EncoderInput
 from gralora_fx.run.generate.request_errors import RunError
 from gralora_fx.run.generate.token_choice import TokenScore
@@ -170,8 +171,14 @@ class _LanguageOf(EncoderInput):
     languages: Sequence[int] = ()  # ids of the tokens
 
     def processors(self, sampling: Sampling, prompt: Sequence[int], new_tokens: int) -> list[Any]:
-        """Return a logits processor that allows only these tokens."""
-        return [PrefixConstrainedLogitsProcessor(lambda batch, ids: list(self.languages), 1)]
+        """Return a rule that allows only these tokens."""
+
+        def only(ids: Sequence[int], scores: Scores) -> None:
+            known = scores[list(self.languages)]
+            scores[:] = -np.inf
+            scores[list(self.languages)] = known
+
+        return [only]
 
 
 async def _answer(
@@ -183,7 +190,7 @@ async def _answer(
     async with engine.models.use(asked.model, seconds) as adapter:
         note_model(request.scope, asked.model, adapter)
         earlier = earlier_text(engine.tokenizer, asked.prompt, context) if asked.prompt else ()
-        chosen = task if getattr(rules.config, "task_to_id", None) or task == TRANSLATE else None
+        chosen = task if rules.config.get("task_to_id") or task == TRANSLATE else None
         speech = SpeechPrompt(rules, asked.spoken, chosen, earlier)
         audio, source = await run_in_threadpool(_source, inputs, content)
         heard = await _heard(engine, speech, source, adapter, seconds) if speech.languages else None

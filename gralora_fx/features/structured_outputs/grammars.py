@@ -7,14 +7,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from itertools import takewhile
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.base.compat.packages import installation
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.errors import ServingError, first_line, marked, option
 from gralora_fx.features.structured_outputs.answer_form import JSON_STYLE, AnswerForm, is_gbnf, one_form
 from gralora_fx.run.engine.limits import DecoderLimits
@@ -170,7 +171,7 @@ _Result = TypeVar("_Result")
 class Grammars:
     """Compiles forms for a tokenizer, each call anew, since a row may exhaust a compiled form's limits; thread-safe."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, limits: DecoderLimits | None = None) -> None:
+    def __init__(self, tokenizer: TextTokenizer | None, limits: DecoderLimits | None = None) -> None:
         """Start without a tokenizer loaded into llguidance."""
         self.tokenizer, self._limits = tokenizer, limits
         self._tokens: Any = None  # llguidance's form of the tokenizer
@@ -257,25 +258,28 @@ def _with_stack(work: Callable[[], _Result]) -> _Result:
         return result.result()
 
 
-def _read(tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int]) -> Any:
+def _read(tokenizer: TextTokenizer | None, ends: frozenset[int]) -> Any:
     """Convert a tokenizer for llguidance; large ones take about a second."""
     if tokenizer is None:
         raise ServingError(
             f"a grammar needs a tokenizer, and the export holds none; export with {option(tokenizer=...)}"
         )
     try:
-        from llguidance.hf import from_tokenizer
+        from llguidance import LLTokenizer
     except ImportError as error:
         raise ServingError(f"an answer in a form needs llguidance ({error}): {installation('serve')}") from error
-    own = None  # None for the tokenizer's
-    if tokenizer.eos_token_id is None:  # llguidance would use token 0
+    own: int | list[int] | None = tokenizer.eos_token_id
+    if own is None:  # llguidance would use token 0
         own = sorted(end for end in ends if end < len(tokenizer))
         if not own:
             raise ServingError(
                 "a grammar needs an end token, and neither the model nor its tokenizer has one; set eos_token"
             )
     try:
-        return from_tokenizer(tokenizer, eos_token=own)
+        backend = copy(tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        return LLTokenizer(backend.to_str(), eos_token=own)
     except Exception as error:  # errors of several types, by what the tokenizer has
         raise ServingError(
             f"no answer in a form can be written with this model's tokenizer, whose tokens are not bytes of text "

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.service.protocols.openai.answer_plan import AnswerPart, new_id
 
 _NINE = string.ascii_letters + string.digits
@@ -56,7 +55,7 @@ class CallFormat:
         texts = [f"{self.head}{call['name']}{self.middle}{json.dumps(call['arguments'])}{self.tail}" for call in calls]
         return self.start + (self.between or "\n").join(texts) + self.end
 
-    def special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    def special_tokens(self, tokenizer: TextTokenizer) -> dict[str, int]:
         """Return the tokenizer's added tokens that occur in the format, with their ids."""
         added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
         texts = (self.start, self.head, self.middle, self.tail, self.between or "", self.end, self.tag)

@@ -78,6 +78,7 @@ class _Lark:
     def __init__(self, constraints: Constraints, form: CallFormat, use: ToolUse) -> None:
         self._form, self._use = form, use
         special = constraints.special_tokens(use.tools[0].form.field)
+        assert constraints.tokenizer is not None
         own = form.special_tokens(constraints.tokenizer)
         self._tokens = {token: index for token, index in own.items() if index in special}
         self._other = special - set(self._tokens.values())

@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.features.tools.call_formats import FORMATS, GENERAL, CallFormat
 from gralora_fx.service.protocols.openai.messages import with_text
 
@@ -30,7 +29,7 @@ class ToolTemplate:
     shown: frozenset[int]  # tokens of the format, kept when texts are decoded without special tokens
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ToolTemplate:
+    def of(cls, tokenizer: TextTokenizer) -> ToolTemplate:
         """Find the call format of a tokenizer's template."""
         templates = getattr(tokenizer, "chat_template", None) or ""
         if isinstance(templates, dict):  # by their names

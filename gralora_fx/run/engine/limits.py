@@ -11,7 +11,7 @@ from gralora_fx.base.sources.model_files import GENERATION_CONFIG, read_json_obj
 from gralora_fx.errors import ServingError, option, shown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 
 _ENDS = "eos_token_id"
 UNLIMITED = 2048  # positions of a decoder whose configuration names no limit, for a cache of some size
@@ -137,7 +137,7 @@ class PromptLimit:
         """Return the limit of an encoder-decoder whose encoder has so many positions; None for any."""
         return cls(positions, "the source", f"more than the encoder's {positions} positions")
 
-    def check_text(self, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def check_text(self, text: str, tokenizer: TextTokenizer) -> None:
         """Check that a text may fit."""
         from gralora_fx.core.loading.token_bounds import surely_exceeds
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.errors import ServingError, option
 from gralora_fx.run.engine.limits import DecoderLimits
 
@@ -200,7 +200,7 @@ class AnswerOptions:
         return limits.ends if self.sampling.ends is None else self.sampling.ends
 
 
-def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
+def stop_strings(stop: Any, tokenizer: TextTokenizer | None) -> tuple[str, ...]:
     """Return the strings that end an answer, checked."""
     if not isinstance(stop, (str, list, tuple)) or not all(isinstance(string, str) for string in stop):
         raise ServingError(f"stop must be a string or a list of strings, but got {stop!r:.80}")

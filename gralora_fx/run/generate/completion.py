@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.limits import DecoderLimits, TooLargeError
@@ -88,7 +88,7 @@ class Completion:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: TextTokenizer | None,
         ends: frozenset[int],
         stop: Sequence[str],
         shown: frozenset[int] = frozenset(),

@@ -8,9 +8,9 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.base.features import parts
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.run.engine.limits import DecoderLimits
 
 Wanted: TypeAlias = Mapping[str, tuple[Any, Any]]  # by option or field: kind and value, or None
@@ -63,7 +63,7 @@ class Form(Protocol):
 class Constraints(Protocol):
     """Compiles constraints for a tokenizer, if there is one."""
 
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: TextTokenizer | None
 
     def of(self, wanted: Wanted) -> Constraint | None:
         """Compile the only form given; None if there is none."""
@@ -78,7 +78,7 @@ class Constraints(Protocol):
         """Compile Lark rules in which `@name` refers to a part."""
 
 
-def compiler_for(tokenizer: PreTrainedTokenizerBase | None, limits: DecoderLimits) -> Constraints | None:
+def compiler_for(tokenizer: TextTokenizer | None, limits: DecoderLimits) -> Constraints | None:
     """Return the constraint compiler for a tokenizer; None if no feature has one."""
     compilers = parts("constraints")
     return compilers[0](tokenizer, limits) if compilers else None

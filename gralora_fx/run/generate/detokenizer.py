@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from functools import cached_property
 
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from gralora_fx.core.loading.byte_letters import BYTE_LETTERS
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>\Z")
 _UNFINISHED = "\ufffd"
@@ -23,7 +23,7 @@ class TextStream:
     together or not at all), and the last word if spaces are cleaned up.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, shown: frozenset[int] = frozenset()) -> None:
+    def __init__(self, tokenizer: TextTokenizer, shown: frozenset[int] = frozenset()) -> None:
         """Start with no text."""
         self._tokenizer = tokenizer
         special = _special_tokens(tokenizer)
@@ -77,7 +77,7 @@ class TextStream:
 class TokenBytes:
     """Each token's bytes in a text; a token may be part of a character, not text by itself."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         """Determine how the tokenizer represents bytes."""
         self._tokenizer = tokenizer
         self._known: dict[int, bytes] = {}
@@ -102,7 +102,7 @@ class TokenBytes:
         decoder = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None)
         if decoder is None or b'"ByteLevel"' not in decoder.__getstate__():
             return {}
-        return {letter: byte for byte, letter in bytes_to_unicode().items()}
+        return {letter: byte for byte, letter in BYTE_LETTERS.items()}
 
     def _read(self, token: int) -> bytes:
         name = _name_of(self._tokenizer, token)
@@ -123,7 +123,7 @@ class TokenBytes:
 class _Cleaner:
     """Cleans up spaces before punctuation in a growing text, as word tokenizers do."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._held = ""
 
@@ -146,7 +146,7 @@ class _Cleaner:
         return str(self._tokenizer.clean_up_tokenization(text))
 
 
-def _cleans_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _cleans_spaces(tokenizer: TextTokenizer) -> bool:
     """Return whether `decode` cleans up spaces; for BPE only if a second option is set, as in transformers."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
@@ -155,7 +155,7 @@ def _cleans_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
     return backend is None or type(backend.model).__name__ != "BPE" or bool(is_told)
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _special_tokens(tokenizer: TextTokenizer) -> frozenset[int]:
     """Return ids of the tokens that `skip_special_tokens` skips."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -163,7 +163,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(index for index, token in backend.get_added_tokens_decoder().items() if token.special)
 
 
-def _name_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str | None:
+def _name_of(tokenizer: TextTokenizer, token: int) -> str | None:
     """Return a token of the vocabulary; None for an id outside of it, which decodes to nothing."""
     try:
         name = tokenizer.convert_ids_to_tokens(token)

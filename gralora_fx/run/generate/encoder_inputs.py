@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.format.input_names import IDS
 from gralora_fx.format.manifest import Manifest
@@ -64,7 +64,7 @@ class EncoderInputs:
         inputs: GenerateInputs,
         start: AnswerStart,
         adapter: AdapterNames,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: TextTokenizer | None,
         open_decoder: Callable[[DecoderSize], Decoder],
     ) -> Prompts:
         """Read the arguments of `generate` (see `Generation.read`)."""
@@ -157,7 +157,7 @@ class TextSources(EncoderInputs):
         inputs: GenerateInputs,
         start: AnswerStart,
         adapter: AdapterNames,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: TextTokenizer | None,
         open_decoder: Callable[[DecoderSize], Decoder],
     ) -> Prompts:
         """Read the arguments of `generate` (see `Generation.read`)."""

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    GenerationConfig,
-    InfNanRemoveLogitsProcessor,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-)
-
-from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.model_files import GENERATION_CONFIG, read_json_object
 from gralora_fx.errors import ServingError, first_line, option, warn_caller
 from gralora_fx.run.generate.answer_options import Sampling
+from gralora_fx.run.generate.logit_rules import (
+    Forced,
+    Longing,
+    NoRepeats,
+    Repetition,
+    Rule,
+    SequenceBias,
+    Suppressed,
+    finite,
+    token_ids,
+)
 
 # fields that choose a search, with the only supported values; sampling is set by a request's options
 _SEARCH: Mapping[str, tuple[Any, ...]] = {
@@ -51,7 +42,7 @@ class GenerationRules:
     """A model's rules for its answers."""
 
     directory: Path  # the export directory, for messages
-    config: GenerationConfig  # its `generation_config.json`, or its `config.json` if there is none
+    config: Mapping[str, Any]  # its `generation_config.json`, with what `config.json` names beside it
     ends: frozenset[int]  # ids of the tokens that end an answer
     uncounted: int = 0  # number of tokens before an answer that `max_length` does not count
 
@@ -72,13 +63,11 @@ class GenerationRules:
         names = ("decoder_start_token_id", "bos_token_id", "forced_decoder_ids")
         named = {name: model_config[name] for name in names if model_config.get(name) is not None}
         try:
-            with quiet():
-                config = GenerationConfig.from_dict({**named, **fields})
-            rules = cls(directory, config, ends, uncounted)
+            rules = cls(directory, {**named, **fields}, ends, uncounted)
             rules.processors(Sampling(), [rules.start], 1, [rules.start] if reads_ids else None)
         except ServingError:
             raise
-        except Exception as error:  # values of wrong types make transformers raise anything
+        except Exception as error:  # values of wrong types raise anything
             raise ServingError(
                 f"{path if path.is_file() else directory / 'config.json'} cannot be followed ({first_line(error)}); "
                 "repair it, or export the model again"
@@ -90,7 +79,7 @@ class GenerationRules:
     def start(self) -> int:
         """The decoder's start token."""
         for name in ("decoder_start_token_id", "bos_token_id"):
-            found = getattr(self.config, name, None)
+            found = self.config.get(name)
             if type(found) is int and found >= 0:
                 return found
         raise ServingError(
@@ -99,9 +88,9 @@ class GenerationRules:
 
     def new_tokens(self, prompt_length: int) -> int | None:
         """Return the model's maximum tokens of an answer; None if it sets none."""
-        if self.config.max_new_tokens is not None:
-            return int(self.config.max_new_tokens)
-        most = self.config.max_length
+        if (most := self.config.get("max_new_tokens")) is not None:
+            return int(most)
+        most = self.config.get("max_length")
         return None if most is None else max(int(most) - max(prompt_length - self.uncounted, 0), 1)
 
     def processors(
@@ -111,8 +100,8 @@ class GenerationRules:
         new_tokens: int,
         source: Sequence[int] | None = None,
         forced_first: int | None = None,
-    ) -> list[Any]:
-        """Return the model's logits processors, in transformers' order; they run before sampling."""
+    ) -> list[Rule]:
+        """Return the model's rules for logits, in the order of transformers' processors; they run before sampling."""
         ends = sorted(self.ends if sampling.ends is None else sampling.ends)
         return [
             *self._of_repetition(sampling, source, ends),
@@ -120,57 +109,55 @@ class GenerationRules:
             *self._of_places(len(prompt), new_tokens, ends, forced_first),
         ]
 
-    def _of_repetition(self, sampling: Sampling, source: Sequence[int] | None, ends: list[int]) -> Iterator[Any]:
-        """Yield processors against repetition and bad words."""
-        config = self.config
-        if config.sequence_bias is not None:
-            yield SequenceBiasLogitsProcessor(config.sequence_bias)
-        read = None if source is None else torch.tensor([list(source)])
-        if read is not None and _is_set(config.encoder_repetition_penalty, 1):
-            yield EncoderRepetitionPenaltyLogitsProcessor(float(config.encoder_repetition_penalty), read)
-        if _is_set(config.repetition_penalty, 1) and sampling.repetition_penalty == 1:
-            yield RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty))
-        if _is_set(config.no_repeat_ngram_size, 0):
-            yield NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
-        if read is not None and _is_set(config.encoder_no_repeat_ngram_size, 0):
-            yield EncoderNoRepeatNGramLogitsProcessor(config.encoder_no_repeat_ngram_size, read)
-        if config.bad_words_ids is not None:
-            yield NoBadWordsLogitsProcessor(config.bad_words_ids, ends or None)
+    def _of_repetition(self, sampling: Sampling, source: Sequence[int] | None, ends: list[int]) -> Iterator[Rule]:
+        """Yield rules against repetition and bad words."""
+        field: Callable[[str], Any] = self.config.get
+        if field("sequence_bias") is not None:
+            yield SequenceBias.of(field("sequence_bias"))
+        if source is not None and _is_set(field("encoder_repetition_penalty"), 1):
+            yield Repetition(1 / float(field("encoder_repetition_penalty")), source)
+        if _is_set(field("repetition_penalty"), 1) and sampling.repetition_penalty == 1:
+            yield Repetition(float(field("repetition_penalty")))
+        if _is_set(field("no_repeat_ngram_size"), 0):
+            yield NoRepeats(field("no_repeat_ngram_size"))
+        if source is not None and _is_set(field("encoder_no_repeat_ngram_size"), 0):
+            yield NoRepeats(field("encoder_no_repeat_ngram_size"), source)
+        if field("bad_words_ids") is not None:
+            yield SequenceBias.against(field("bad_words_ids"), ends)
 
-    def _of_length(self, sampling: Sampling, length: int, ends: list[int]) -> Iterator[Any]:
-        """Yield processors that delay the end of an answer."""
-        config = self.config
+    def _of_length(self, sampling: Sampling, length: int, ends: list[int]) -> Iterator[Rule]:
+        """Yield rules that delay the end of an answer."""
+        field: Callable[[str], Any] = self.config.get
         if not ends or sampling.min_new_tokens:
             return
-        if _is_set(config.min_new_tokens, 0):
-            yield MinNewTokensLengthLogitsProcessor(length, config.min_new_tokens, ends)
-        elif _is_set(config.min_length, 0):
-            yield MinLengthLogitsProcessor(config.min_length, ends)
+        if _is_set(field("min_new_tokens"), 0):
+            yield Suppressed(ends, below=length + int(field("min_new_tokens")))
+        elif _is_set(field("min_length"), 0):
+            yield Suppressed(ends, below=int(field("min_length")))
 
-    def _of_places(self, length: int, new_tokens: int, ends: list[int], forced_first: int | None) -> Iterator[Any]:
-        """Yield processors for the beginning and the end of an answer."""
-        config = self.config
-        first = config.forced_bos_token_id if forced_first is None else forced_first
+    def _of_places(self, length: int, new_tokens: int, ends: list[int], forced_first: int | None) -> Iterator[Rule]:
+        """Yield rules for the beginning and the end of an answer."""
+        field: Callable[[str], Any] = self.config.get
+        first = field("forced_bos_token_id") if forced_first is None else forced_first
         if first is not None:
-            yield ForcedBOSTokenLogitsProcessor(first)
-        if config.forced_eos_token_id is not None:
-            yield ForcedEOSTokenLogitsProcessor(length + new_tokens, config.forced_eos_token_id)
-        if config.remove_invalid_values:
-            yield InfNanRemoveLogitsProcessor()
-        if config.exponential_decay_length_penalty is not None and ends:
-            yield ExponentialDecayLengthPenalty(tuple(config.exponential_decay_length_penalty), ends, length)
-        if config.suppress_tokens:
-            yield SuppressTokensLogitsProcessor(config.suppress_tokens)
-        if config.begin_suppress_tokens:
+            yield Forced(token_ids(first), at=1)
+        if field("forced_eos_token_id") is not None:
+            yield Forced(token_ids(field("forced_eos_token_id")), at=length + new_tokens - 1)
+        if field("remove_invalid_values"):
+            yield finite
+        if field("exponential_decay_length_penalty") is not None and ends:
+            start, factor = field("exponential_decay_length_penalty")
+            yield Longing(length + int(start), float(factor), ends)
+        if field("suppress_tokens"):
+            yield Suppressed(token_ids(field("suppress_tokens")))
+        if field("begin_suppress_tokens"):
             begin = length if length > 1 or first is None else length + 1
-            yield SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin)
+            yield Suppressed(token_ids(field("begin_suppress_tokens")), at=begin)
 
     def warn_of_search(self, fields: Mapping[str, tuple[Any, ...]]) -> None:
         """Warn of fields that choose a search other than those supported."""
         others = [
-            f"{name}={value}"
-            for name, followed in fields.items()
-            if (value := getattr(self.config, name, None)) not in followed
+            f"{name}={value}" for name, followed in fields.items() if (value := self.config.get(name)) not in followed
         ]
         if others:
             warn_caller(

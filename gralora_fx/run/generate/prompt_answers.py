@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
@@ -74,7 +74,7 @@ class Generation:
         inputs: GenerateInputs,
         options: AnswerOptions,
         adapter: AdapterNames,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: TextTokenizer | None,
     ) -> Prompts:
         """Convert the arguments of `generate` to inputs of encoder and decoder."""
         reader = self.encoder_inputs
@@ -128,7 +128,7 @@ class Completions(Iterator[Any]):
         self,
         generation: Generation,
         prompts: Prompts,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: TextTokenizer | None,
         options: AnswerOptions,
         adapter: AdapterNames = None,
     ) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.base.tensors import is_tensor
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.core.loading.tokenizers import is_chat, is_ids, prompt_ids
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.run.engine.cache_memory import Source
@@ -32,7 +32,7 @@ class EncoderInput:
     forced_first: int | None = None  # the answer's first token; None for the model's, if it has one
 
     def processors(self, sampling: Sampling, prompt: Sequence[int], new_tokens: int) -> list[Any]:
-        """Return the logits processors of the answer (see `GenerationRules.processors`)."""
+        """Return the rules for the answer's logits (see `GenerationRules.processors`)."""
         return self.rules.processors(sampling, prompt, new_tokens, self.ids, self.forced_first)
 
 
@@ -69,7 +69,7 @@ class GenerateInputs:
         if getattr(self, name) is not None:
             raise ServingError(f"{name} has no effect: {reason}; leave it out")
 
-    def read(self, tokenizer: PreTrainedTokenizerBase | None, limit: PromptLimit | None = None) -> Prompts:
+    def read(self, tokenizer: TextTokenizer | None, limit: PromptLimit | None = None) -> Prompts:
         """Convert prompts, or a tokenizer's result, to token ids."""
         if self.input_ids is None:
             if self.prompts is None or self.attention_mask is not None:
@@ -80,7 +80,7 @@ class GenerateInputs:
         return read_tokenized(self.input_ids, self.attention_mask)
 
 
-def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None, limit: PromptLimit | None = None) -> Prompts:
+def read_prompts(prompts: Any, tokenizer: TextTokenizer | None, limit: PromptLimit | None = None) -> Prompts:
     """Convert the prompts of `generate` to token ids."""
     if isinstance(prompts, Mapping):
         raise ServingError("pass a tokenizer's result by name: generate(**tokenizer(...))")
@@ -139,9 +139,13 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, (float, np.floating))
 
 
+def _is_array(value: object) -> TypeGuard[Any]:
+    return isinstance(value, np.ndarray) or is_tensor(value)
+
+
 def _rows(prompts: Iterable[Any]) -> Iterable[Any]:
     """Return the prompts of a batch."""
-    if not isinstance(prompts, (torch.Tensor, np.ndarray)):
+    if not _is_array(prompts):
         return prompts
     if prompts.ndim not in (1, 2) or getattr(prompts, "is_meta", False):
         raise ServingError(f"token ids have one or two axes and values, but got {prompts!r:.80}")
@@ -151,10 +155,10 @@ def _rows(prompts: Iterable[Any]) -> Iterable[Any]:
 def _as_lists(name: str, value: Any) -> list[Any]:
     """Convert a tensor, an array or a list of them to nested lists."""
     try:
-        if isinstance(value, (torch.Tensor, np.ndarray)):
+        if _is_array(value):
             value = value.tolist()
         if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-            return [row.tolist() if isinstance(row, (torch.Tensor, np.ndarray, np.generic)) else row for row in value]
+            return [row.tolist() if _is_array(row) or isinstance(row, np.generic) else row for row in value]
     except Exception as error:  # tensors without values raise what they like
         raise ServingError(f"{name} cannot be read ({first_line(error)}); give a tensor, an array or lists") from error
     raise ServingError(f"{name} must be a tensor, an array or lists, but got {value!r:.80}")

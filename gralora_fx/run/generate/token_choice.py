@@ -1,27 +1,17 @@
-"""Choice of a row's next token by transformers' logits processors, and log-probabilities of tokens."""
+"""Choice of a row's next token, from the distributions of transformers' processors, and log-probabilities of tokens."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import (
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
+from gralora_fx.errors import ServingError
 from gralora_fx.run.generate.answer_options import Sampling
+from gralora_fx.run.generate.logit_rules import Occurrence, Repetition, Rule, Scores, SequenceBias, Suppressed
 
 if TYPE_CHECKING:
     from gralora_fx.run.generate.constraints import RowConstraint
@@ -62,24 +52,16 @@ class TokenChooser:
         sampling: Sampling,
         prompt: Sequence[int],
         ends: frozenset[int],
-        rules: Sequence[Any] = (),
+        rules: Sequence[Rule] = (),
         constraint: RowConstraint | None = None,
     ) -> None:
-        """Build the processors, in the order of transformers' `generate`."""
+        """Take the rules in the order of transformers' `generate`."""
         self._ids = list(prompt)
-        self._top = sampling.logprobs
-        self._rules = LogitsProcessorList([*_penalties(sampling, len(prompt), ends), *rules])
-        self._warpers = LogitsProcessorList()
+        self._top, self._sampling = sampling.logprobs, sampling
+        self._rules = [*_penalties(sampling, len(prompt), ends), *rules]
         self._constraint = constraint
         self._needs_mask = sampling.do_sample or bool(self._rules)  # whether to mask all tokens, rather than test one
-        self._generator: torch.Generator | None = None
-        if sampling.do_sample:
-            self._generator = torch.Generator()
-            if sampling.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(int(sampling.seed))
-            self._warpers.extend(_warpers(sampling))
+        self._numbers = np.random.default_rng(sampling.seed) if sampling.do_sample else None
 
     def __call__(self, logits: NDArray[Any]) -> Choice:
         """Choose the next token, and remember it; `logits` are the model's output for it, `[vocabulary]`."""
@@ -108,33 +90,28 @@ class TokenChooser:
         return proposed if constraint is None or constraint.forced else proposed[: constraint.prefix(proposed)]
 
     def _choose(self, logits: NDArray[Any]) -> int:
-        if self._generator is None and not self._rules:
+        constraint = self._constraint
+        if self._numbers is None and not self._rules:
             likeliest = int(logits.argmax())
-            if self._constraint is None:
+            if constraint is None:
                 return likeliest
-            self._needs_mask = not self._constraint.permits(likeliest)  # assume the same for the next token
-            return int(_masked(logits, self._constraint).argmax()) if self._needs_mask else likeliest
-        ids = torch.tensor([self._ids if self._rules else self._ids[-1:]])
-        if self._constraint is not None and not self._rules:
-            logits = _masked(logits, self._constraint)
-        scores = self._rules(ids, torch.from_numpy(logits).float()[None])
-        if self._constraint is not None and self._rules:
-            scores = self._within(self._constraint, scores, logits)
-        if self._generator is None:
+            self._needs_mask = not constraint.permits(likeliest)  # assume the same for the next token
+            return int(_masked(logits, constraint).argmax()) if self._needs_mask else likeliest
+        scores = logits.astype(np.float32)
+        for rule in self._rules:
+            rule(self._ids, scores)
+        if constraint is not None:
+            scores[~constraint.allowed(len(scores))] = -np.inf
+            if scores.max() == -np.inf:  # the rules leave none
+                scores = _masked(logits, constraint).astype(np.float32)
+        if self._numbers is None:
             return int(scores.argmax())
-        scores = self._warpers(ids, scores) if self._constraint is None else self._warped_apart(ids, scores)
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
-
-    def _warped_apart(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Warp the scores of allowed tokens only, often few, since warping sorts them."""
-        allowed = (scores[0] > -math.inf).nonzero()[:, 0]
-        warped = self._warpers(ids, scores[:, allowed])
-        return torch.full_like(scores, -math.inf).index_copy_(1, allowed, warped)
-
-    def _within(self, constraint: RowConstraint, scores: torch.Tensor, logits: NDArray[Any]) -> torch.Tensor:
-        """Return the scores of tokens that a constraint allows; their unprocessed logits if the rules leave none."""
-        scores = scores.masked_fill(torch.from_numpy(~constraint.allowed(scores.shape[1])), -math.inf)
-        return torch.from_numpy(_masked(logits, constraint)).float()[None] if scores.max() == -math.inf else scores
+        tokens, shares = distribution(scores, self._sampling)
+        sums = shares.cumsum(dtype=np.float64)
+        if not sums[-1] > 0:
+            raise ServingError("the model gives logits that are not finite, of which no token can be drawn")
+        drawn = int(sums.searchsorted(self._numbers.random() * sums[-1], "right"))
+        return int(tokens[min(drawn, len(tokens) - 1)])
 
 
 def _masked(logits: NDArray[Any], constraint: RowConstraint) -> NDArray[Any]:
@@ -143,76 +120,58 @@ def _masked(logits: NDArray[Any], constraint: RowConstraint) -> NDArray[Any]:
     return masked
 
 
-class OccurrencePenalty:
-    """OpenAI's penalties for tokens that occur in the answer: once (presence), and per occurrence (frequency)."""
+def distribution(scores: Scores, sampling: Sampling) -> tuple[NDArray[np.int64], Scores]:
+    """Return the tokens to draw from, and the probability of each; `scores` are `[vocabulary]`.
 
-    def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
-        """Set the penalties."""
-        self._presence, self._frequency, self._start = presence, frequency, prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores `[rows, vocabulary]` after the penalties; `input_ids` are prompts and answers."""
-        new = input_ids[:, self._start :]
-        counts = torch.zeros_like(scores).scatter_add_(1, new, torch.ones(new.shape, dtype=scores.dtype))
-        return scores - self._frequency * counts - self._presence * (counts > 0)
-
-
-class _SortedTopP:
-    """transformers' `top_p` warper on presorted scores, in half of the time.
-
-    numpy sorts them with vector instructions, and torch then finds them sorted. Which of equal scores is dropped at the
-    threshold is undefined there, too.
+    Each step leaves what transformers' processor of the option leaves, and sees the remaining tokens only, often few.
     """
+    tokens = np.flatnonzero(scores != -np.inf)
+    scores = scores[tokens] / np.float32(sampling.temperature)
+    if 0 < sampling.top_k < len(scores):
+        least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        tokens, scores = tokens[scores >= least], scores[scores >= least]
+    if sampling.top_p < 1:
+        order = scores.argsort()
+        sums = _shares(scores[order]).cumsum(dtype=np.float64).astype(np.float32)
+        kept = np.sort(order[min(int((sums <= np.float32(1 - sampling.top_p)).sum()), len(order) - 1) :])
+        tokens, scores = tokens[kept], scores[kept]
+    if sampling.min_p:
+        shares = _shares(scores)
+        is_kept = shares >= np.float32(sampling.min_p) * shares.max()
+        tokens, scores = tokens[is_kept], scores[is_kept]
+    return tokens, _shares(scores)
 
-    def __init__(self, top_p: float) -> None:
-        self._warp = TopPLogitsWarper(top_p)
 
-    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores `[1, vocabulary]`, minus infinity for those dropped."""
-        row = scores[0].numpy()
-        if np.isneginf(row).sum() > len(row) // 2:  # top_k drops most, and equal scores sort quickly
-            warped: torch.Tensor = self._warp(input_ids, scores)
-            return warped
-        order = torch.from_numpy(np.argsort(row))
-        warped = torch.empty_like(scores)
-        warped[0, order] = self._warp(input_ids, scores[:, order])[0]
-        return warped
+def _shares(scores: Scores) -> Scores:
+    """Return the probabilities of scores."""
+    with np.errstate(invalid="ignore"):  # of an infinite one
+        parts = np.exp(scores - scores.max())
+    shares: Scores = parts / parts.sum()
+    return shares
 
 
 def token_scores(logits: NDArray[Any], tokens: Sequence[int], top: int) -> list[TokenScore]:
     """Return scores of tokens and of the `top` likeliest beside each, from their logits `[tokens, vocabulary]`."""
-    scores = torch.from_numpy(logits).float().log_softmax(-1)
-    own = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-    values, ids = scores.topk(min(top, scores.shape[1]))
-    pairs = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    scores = logits.astype(np.float32)
+    scores -= scores.max(-1, keepdims=True)
+    scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
+    own = scores[np.arange(len(tokens)), list(tokens)].tolist()
+    count = min(top, scores.shape[1])
+    likeliest = np.argpartition(-scores, count - 1)[:, :count] if count else np.zeros((len(tokens), 0), np.int64)
+    order = np.argsort(-np.take_along_axis(scores, likeliest, 1), kind="stable")
+    likeliest = np.take_along_axis(likeliest, order, 1)
+    values = np.take_along_axis(scores, likeliest, 1)
+    pairs = [tuple(zip(*row, strict=True)) for row in zip(likeliest.tolist(), values.tolist(), strict=True)]
     return [TokenScore(*fields) for fields in zip(tokens, own, pairs, strict=True)]
 
 
-def _penalties(sampling: Sampling, length: int, ends: frozenset[int]) -> list[Any]:
-    """Return the processors that change logits of single tokens, by option or by occurrence."""
-    processors: list[Any] = []
+def _penalties(sampling: Sampling, length: int, ends: frozenset[int]) -> Iterator[Rule]:
+    """Yield the rules that change logits of single tokens, by option or by occurrence."""
     if sampling.logit_bias:
-        bias = {(int(token),): float(value) for token, value in sampling.logit_bias.items()}
-        processors.append(SequenceBiasLogitsProcessor(bias))
+        yield SequenceBias([([int(token)], float(value)) for token, value in sampling.logit_bias.items()])
     if sampling.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        yield Repetition(float(sampling.repetition_penalty))
     if sampling.presence_penalty or sampling.frequency_penalty:
-        penalties = float(sampling.presence_penalty), float(sampling.frequency_penalty)
-        processors.append(OccurrencePenalty(*penalties, length))
+        yield Occurrence(float(sampling.presence_penalty), float(sampling.frequency_penalty), length)
     if sampling.min_new_tokens and ends:
-        processors.append(MinNewTokensLengthLogitsProcessor(length, int(sampling.min_new_tokens), sorted(ends)))
-    return processors
-
-
-def _warpers(sampling: Sampling) -> list[Any]:
-    """Return the processors that shape the distribution to draw from."""
-    processors: list[Any] = []
-    if sampling.temperature != 1:
-        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.top_k:
-        processors.append(TopKLogitsWarper(int(sampling.top_k)))
-    if sampling.top_p < 1:
-        processors.append(_SortedTopP(float(sampling.top_p)))
-    if sampling.min_p:
-        processors.append(MinPLogitsWarper(float(sampling.min_p)))
-    return processors
+        yield Suppressed(sorted(ends), below=length + int(sampling.min_new_tokens))

@@ -93,7 +93,7 @@ def try_decoder(model: OrtModel) -> AdapterTrial:
 
 def example_prompt(model: OrtModel) -> tuple[int, Source | None]:
     """Return a token that a decoder may read first, and an example encoder input of an encoder-decoder."""
-    ids = prompt_ids("a", model.tokenizer, ServingError)
+    ids = prompt_ids("a", model.required_tokenizer, ServingError)
     inputs = model.encoder_inputs
     if inputs is None:
         return ids[-1], None  # the padding token may have an embedding of zeros

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.base.amounts import shown_size
+from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.run.engine.adapters import NotInvokedError
 from gralora_fx.run.engine.cache_memory import NoRoomError
 from gralora_fx.run.engine.decoder import Decoder
@@ -50,7 +50,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
     def __init__(
         self,
         decoder: Decoder,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: TextTokenizer,
         observer: Observer,
         *,
         max_queue: int,
