@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS, BUILD = ROOT / "tests" / "clients", ROOT / "build" / "clients"
+DEPLOY, CONSTRAINTS = ROOT / "examples" / "deploy", ROOT / "docs" / "constraints" / "0.1.0.txt"
 
 
 def environment(client: str) -> Path:
@@ -21,16 +22,25 @@ def environment(client: str) -> Path:
     Args:
         client: The client, as its lock file is called.
     """
-    place, wanted = BUILD / client, (SCRIPTS / f"{client}.txt").read_text()
+    return _environment(client, SCRIPTS / f"{client}.txt", "--no-deps")
+
+
+def runtime() -> Path:
+    """The interpreter of an environment with what the runtime alone needs, in the versions of the release."""
+    return _environment("runtime", DEPLOY / "runtime.txt", "--constraint", str(CONSTRAINTS))
+
+
+def _environment(name: str, requirements: Path, *options: str) -> Path:
+    place, wanted = BUILD / name, requirements.read_text()
     python, installed = place / "bin" / "python", place / "installed.txt"
     BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / f"{client}.lock").open("w") as lock:
+    with (BUILD / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not installed.is_file() or installed.read_text() != wanted:
             shutil.rmtree(place, ignore_errors=True)
             _run([sys.executable, "-m", "venv", "--without-pip", str(place)])
-            pip = [sys.executable, "-m", "pip", "--python", str(place), "install", "--quiet", "--no-deps"]
-            _run([*pip, "--no-compile", "--requirement", str(SCRIPTS / f"{client}.txt")])
+            pip = [sys.executable, "-m", "pip", "--python", str(place), "install", "--quiet", *options]
+            _run([*pip, "--no-compile", "--requirement", str(requirements)])
             installed.write_text(wanted)
     return python
 

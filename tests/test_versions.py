@@ -19,7 +19,14 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from gralora_fx.base.compat.packages import TESTED, fenced, installed_version, range_of, warn_of_untested
+from gralora_fx.base.compat.packages import (
+    TESTED,
+    _warn_if_untested,
+    fenced,
+    installed_version,
+    range_of,
+    warn_of_untested,
+)
 from gralora_fx.errors import VersionError
 
 ROOT = Path(__file__).parent.parent
@@ -30,9 +37,11 @@ PACKAGES = [package for package in TESTED if package != "python"]
 
 @pytest.fixture(autouse=True)
 def _checks_anew() -> Iterator[None]:
-    warn_of_untested.cache_clear()
+    for check in (warn_of_untested, _warn_if_untested):
+        check.cache_clear()
     yield
-    warn_of_untested.cache_clear()
+    for check in (warn_of_untested, _warn_if_untested):
+        check.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warn_of_untested()  # what is installed is not these tests' matter
@@ -188,6 +197,14 @@ def test_the_lowest_python_is_the_lowest_tested() -> None:
 def test_a_dependency_of_several_extras_has_one_bound() -> None:
     every = [PROJECT["dependencies"], *EXTRAS.values()]
     assert all(bounds(texts)[name] == DIRECT[name] for texts in every for name in bounds(texts))
+
+
+def test_the_runtime_alone_has_the_projects_bounds() -> None:
+    lines = (ROOT / "examples" / "deploy" / "runtime.txt").read_text(encoding="utf-8").splitlines()
+    runtime = bounds([line for line in lines if not line.startswith("#")])
+    assert all(runtime[name] == DIRECT[name] for name in runtime)
+    assert {*bounds(EXTRAS["serve"]), *bounds(EXTRAS["otel"])} <= set(runtime)
+    assert runtime.keys().isdisjoint({"torch", "transformers"})
 
 
 @pytest.mark.parametrize("package", TESTED)

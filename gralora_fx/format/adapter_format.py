@@ -18,7 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
+
+from gralora_fx.base.compat.onnx_messages import TensorProto
 
 Buffer = NDArray[np.uint8]
 _INT, _UNSIGNED, _SHORT = struct.Struct("<i"), struct.Struct("<I"), struct.Struct("<H")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
 from packaging.version import InvalidVersion, Version
@@ -93,6 +92,8 @@ def _version(package: str) -> str | None:
 
         own: str = onnxruntime.__version__
         return own
+    from importlib.metadata import PackageNotFoundError, version  # which takes longer to import than to ask
+
     try:
         return version(package)
     except PackageNotFoundError:

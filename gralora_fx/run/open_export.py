@@ -22,6 +22,7 @@ from gralora_fx.format.export_checks import check_files, check_requirements, wei
 from gralora_fx.format.export_directory import (
     DECODER_KIND,
     ENCODER_DECODER_KIND,
+    MANIFEST_NAME,
     MODEL_NAME,
     PLAIN_KIND,
     ROWS_NAME,
@@ -94,6 +95,7 @@ class OpenExport:
         self._runtime = runtime or Runtime()
         self.directory = usable_path(export_dir, ServingError, remedy="give the directory of an export").absolute()
         self.manifest = read_manifest(self.directory, ServingError)
+        self._described = (self.directory / MANIFEST_NAME).read_bytes()
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
         check_requirements(self.directory, self.manifest)
         quantized = self.manifest.quantization
@@ -243,7 +245,9 @@ class OpenExport:
         """Check that the directory was not moved or replaced by another export since it was opened."""
         if not self.directory.is_dir():
             raise ServingError(f"{self.directory} was moved or removed after it was loaded; load it from where it is")
-        if read_manifest(self.directory, ServingError) != self.manifest:
+        path = self.directory / MANIFEST_NAME
+        is_same = path.is_file() and path.read_bytes() == self._described
+        if not is_same and read_manifest(self.directory, ServingError) != self.manifest:
             raise ServingError(f"{self.directory} holds another export than when it was loaded; load it again")
 
 

@@ -212,7 +212,12 @@ def test_added_tokens_of_families_are_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tokenizer_class": "WhisperTokenizer"}, {"backend": None}, {"auto_map": {"AutoTokenizer": ["x.Y", None]}}],
+    [
+        {"tokenizer_class": "WhisperTokenizer"},
+        {"tokenizer_class": "NewTokenizer"},
+        {"backend": None},
+        {"auto_map": {"AutoTokenizer": ["x.Y", None]}},
+    ],
 )
 def test_other_tokenizers_are_left_to_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 from starlette.testclient import TestClient
+from transformers import PreTrainedTokenizerFast
 
 from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 
@@ -29,13 +30,13 @@ def client(service: tuple[str, Any]) -> Iterator[openai.OpenAI]:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many characters tokenizers are given."""
     sizes: list[int] = []
-    own = TextTokenizer.__call__
+    for kind in (TextTokenizer, PreTrainedTokenizerFast):
 
-    def counted(self: Any, text: Any = None, pair: Any = None, **options: Any) -> Any:
-        sizes.extend(
-            len(each) for given in (text, pair) for each in ([given] if isinstance(given, str) else given or ())
-        )
-        return own(self, text, pair, **options)
+        def counted(self: Any, text: Any = None, pair: Any = None, own: Any = kind.__call__, **options: Any) -> Any:
+            sizes.extend(
+                len(each) for given in (text, pair) for each in ([given] if isinstance(given, str) else given or ())
+            )
+            return own(self, text, pair, **options)
 
-    monkeypatch.setattr(TextTokenizer, "__call__", counted)
+        monkeypatch.setattr(kind, "__call__", counted)
     return sizes

@@ -139,8 +139,9 @@ def test_the_image_is_built_from_what_is_there() -> None:
         for path in shlex.split(line)[:-1]:
             assert (ROOT / path).exists(), path
             assert any(path == name or path.startswith(f"{name}/") for name in kept), path
+    assert "--constraint 0.1.0.txt --requirement runtime.txt" in DOCKERFILE
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    (extras,) = re.findall(r"^ARG EXTRAS=(.*)$", DOCKERFILE, re.MULTILINE)
+    (extras,) = re.findall(r"--build-arg EXTRAS=([\w,]+)", DOCKERFILE)
     assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras.split(","))
 
 

@@ -221,7 +221,7 @@ def test_the_length_of_an_answer_is_that_of_whispers_generate(export: Path, leng
     expected = source.generate(features(sound(8)), language="de")[0].tolist()
     inputs = load(export).encoder_inputs
     assert inputs is not None
-    rules = dataclasses.replace(inputs.rules, config=source.generation_config, ends=frozenset({60}))
+    rules = dataclasses.replace(inputs.rules, config=source.generation_config.to_dict(), ends=frozenset({60}))
     tokens = SpeechPrompt(rules, "de").tokens()
     most = rules.new_tokens(len(tokens))
     assert min(most or 20, 32 - len(tokens)) == len(expected)  # 20 where nothing is said, by transformers alone

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from client_environments import ROOT, runtime
 from damaged_exports import forget_digests
 from sentence_encoders import save_encoder
 from served_exports import decoders
@@ -125,6 +126,18 @@ def test_encoders_are_run_and_served_without_torch(encoder: Path) -> None:
     assert [shape[0] for shape in shapes.values()] == [2] * len(shapes)
     assert json.loads(printed("served encoder", encoder, forbids=True)) == [2]
     assert json.loads(printed("served encoder", encoder, forbids=False)) == [2]
+
+
+def test_what_the_runtime_alone_needs_is_what_is_installed(decoder: Path, encoder: Path) -> None:
+    python = runtime()
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name, path in (("rows", decoder), ("command", decoder), ("served decoder", decoder), ("encoder", encoder)):
+        command = [str(python), "-c", f"import json, sys\n{_PROGRAMS[name]}{_END}", str(path)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == printed(name, path, forbids=True)
+    size = sum(file.stat().st_size for file in python.parents[1].rglob("*") if file.is_file())
+    assert size < 400e6
 
 
 def test_what_transformers_reads_is_said_to_need_it(decoder: Path, tmp_path: Path) -> None:

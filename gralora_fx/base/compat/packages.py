@@ -7,7 +7,6 @@ Untested versions cause a warning, or an error if a private name is missing. Ext
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,9 +31,15 @@ TESTED: Mapping[str, tuple[str, str]] = {
 
 
 @contextmanager
-def fenced(package: str) -> Iterator[None]:
-    """Import private names of a package; the first import of a process checks all installed versions."""
-    warn_of_untested()
+def fenced(package: str, version: str | None = None) -> Iterator[None]:
+    """Import private names of a package; the first import of a process checks all installed versions.
+
+    If the package's version is given, that alone is checked: to find out the others takes longer than a file is read.
+    """
+    if version is None:
+        warn_of_untested()
+    else:
+        _warn_if_untested(package, version)
     try:
         yield
     except (ImportError, AttributeError) as error:
@@ -44,27 +49,22 @@ def fenced(package: str) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def needs_transformers(what: str, error: type[GraloraError]) -> Iterator[None]:
-    """Run a block that imports torch or transformers, which the runtime alone lacks."""
-    try:
-        yield
-    except ModuleNotFoundError as failure:
-        if failure.name not in ("torch", "transformers"):
-            raise
-        raise error(f"{what} is read by {failure.name}, which is not installed: pip install gralora-fx") from failure
-
-
 @functools.cache  # once in a process
 def warn_of_untested() -> None:
     """Warn of each installed package whose version is outside the tested range; missing packages are ignored."""
     for package in TESTED:
         installed = installed_version(package)
-        if installed is not None and not _is_tested(package, installed):
-            warn_caller(
-                f"{package} {installed} is outside the versions that gralora-fx was tested with ({range_of(package)}), "
-                "so it may fail or give other results: install one of these, or update gralora-fx"
-            )
+        if installed is not None:
+            _warn_if_untested(package, installed)
+
+
+@functools.cache
+def _warn_if_untested(package: str, installed: str) -> None:
+    if not _is_tested(package, installed):
+        warn_caller(
+            f"{package} {installed} is outside the versions that gralora-fx was tested with ({range_of(package)}), "
+            "so it may fail or give other results: install one of these, or update gralora-fx"
+        )
 
 
 def range_of(package: str) -> str:
@@ -76,6 +76,8 @@ def installed_version(package: str) -> str | None:
     """Return a package's installed version, or that of another package with its module, such as onnxruntime-gpu."""
     if package == "python":
         return ".".join(map(str, sys.version_info[:3]))
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -19,10 +19,10 @@ from jinja2.utils import Namespace
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; templates read the first
 
 
-def rendered(template: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **values: Any) -> str:
-    """Render a template; it sees messages, tools and values as plain JSON only."""
+def rendered(template: str, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
+    """Render a template; it sees messages and values as plain JSON only."""
     chat = [_with_reasoning(_plain({k: v for k, v in message.items() if v is not None})) for message in messages]
-    return str(_compiled(template).render(messages=chat, tools=_plain(tools), documents=None, **_plain(values)))
+    return str(_compiled(template).render(messages=chat, **_plain(values)))
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

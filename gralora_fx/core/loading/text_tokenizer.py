@@ -1,7 +1,7 @@
 """A tokenizer read by the `tokenizers` library, with the part of transformers' interface that serving uses.
 
 It reads what transformers 5 saved: `tokenizer.json`, `tokenizer_config.json` and chat templates. transformers itself
-reads other tokenizers, and those whose classes do more than their files say.
+reads all others, such as those whose classes do more than their files say.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OLDER = ("special_tokens_map.json", "added_tokens.json")  # files of earlier versions, which say more about tokens
-# classes of transformers, without "Tokenizer" or "TokenizerFast", that encode or decode in a way of their own
-_APART = {
-    *("CodeLlama", "Cpm", "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader", "Lasr", "LayoutLMv2", "LayoutLMv3"),
-    *("LayoutXLM", "Luke", "MBart", "MBart50", "MLuke", "MarkupLM", "Nllb", "Nougat", "Parakeet", "ParakeetCTC"),
-    *("RoFormer", "SeamlessM4T", "Splinter", "Udop", "Whisper", "XLNet"),
+# classes of transformers, without "Tokenizer" or "Fast", that encode and decode as their files say
+_PLAIN = {
+    *("sBackend", "PreTrained", "Albert", "Barthez", "Bert", "BigBird", "Blenderbot", "CLIP", "Camembert", "Cohere"),
+    *("Deberta", "DebertaV2", "DistilBert", "Electra", "Funnel", "GPT2", "GPTNeoX", "Gemma", "Herbert", "Llama"),
+    *("MPNet", "OpenAIGPT", "Pegasus", "Qwen2", "Qwen3_5", "Reformer", "RemBert", "Roberta", "T5", "XGLM"),
+    "XLMRoberta",
 }
-_PADS_LEFT = {"Cohere", "Gemma", "Llama", "Siglip2"}  # classes that do, unless the file says otherwise
+_PADS_LEFT = {"Cohere", "Gemma", "Llama"}  # classes that do, unless the file says otherwise
 _UNLIMITED = int(1e30)  # transformers' number for a tokenizer that sets no limit
 _CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"}  # spaces of word tokenizers that no text has
 _CLEANED |= {f" {part}": part for part in ("n't", "'m", "'s", "'ve", "'re")}
@@ -41,13 +42,13 @@ def is_read_here(directory: Path) -> bool:
     return (
         config.get("backend") == "tokenizers"  # written by transformers 5
         and "auto_map" not in config
-        and _kind(config) not in _APART
+        and _kind(config) in _PLAIN
         and not any((directory / name).is_file() for name in _OLDER)
     )
 
 
 def _kind(config: Mapping[str, Any]) -> str:
-    return str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
+    return str(config.get("tokenizer_class") or "").removesuffix("Fast").replace("Tokenizer", "")
 
 
 class TextTokenizer:
@@ -195,7 +196,7 @@ class TextTokenizer:
         if template is None:
             raise ValueError("the tokenizer has no chat template by default")
         values = {**self.special_tokens_map, "add_generation_prompt": add_generation_prompt}
-        return rendered(template, messages, tools, **values)
+        return rendered(template, messages, tools=tools, documents=None, **values)
 
 
 def _content(token: Any) -> str:

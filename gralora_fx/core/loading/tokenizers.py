@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gralora_fx.base.compat.packages import needs_transformers
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.model_files import MODEL_FILE, check_json_objects, local_directory
 from gralora_fx.base.tensors import is_tensor
@@ -53,12 +52,26 @@ def read_tokenizer(directory: Path, error: type[GraloraError]) -> TextTokenizer 
 
     transformers loads those that `TextTokenizer` does not read, and its tokenizers have all that is used of one.
     """
+    with suppress(Exception):  # of what is damaged, which is found below
+        if is_read_here(directory):
+            return TextTokenizer(directory)
     found: TextTokenizer | None = _load_tokenizer(_read, directory, error)
     return found
 
 
 def _read(name: str | Path, **options: Any) -> Any:
     return TextTokenizer(Path(name)) if is_read_here(Path(name)) else _auto_tokenizer(name, **options)
+
+
+@contextmanager
+def _transformers(what: str, error: type[GraloraError]) -> Iterator[None]:
+    """Run a block that imports torch or transformers, which the runtime alone lacks."""
+    try:
+        yield
+    except ModuleNotFoundError as failure:
+        if failure.name not in ("torch", "transformers"):
+            raise
+        raise error(f"{what} is read by {failure.name}, which is not installed: pip install gralora-fx") from failure
 
 
 def _load_tokenizer(load: Callable[..., Any], name: str | Path, error: type[GraloraError]) -> Any | None:
@@ -75,7 +88,7 @@ def _load_tokenizer(load: Callable[..., Any], name: str | Path, error: type[Gral
 
 def load_feature_extractor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
     """Load the feature extractor of a local directory or a hub id; None if it has none."""
-    with needs_transformers("a feature extractor", error):
+    with _transformers("a feature extractor", error):
         from transformers import AutoFeatureExtractor
 
     return _load_extractor(AutoFeatureExtractor.from_pretrained, name, error, what="feature extractor")
@@ -83,7 +96,7 @@ def load_feature_extractor(name: str | Path, error: type[GraloraError] = Checkpo
 
 def load_processor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
     """Load the processor of a local directory or a hub id, which reads more than texts; None if it has none."""
-    with needs_transformers("a processor", error):
+    with _transformers("a processor", error):
         from transformers import AutoProcessor
 
     return _load_extractor(AutoProcessor.from_pretrained, name, error, what="processor")
@@ -133,7 +146,7 @@ def _load_pretrained(
         if empty := [file for file in present if not (directory / file).stat().st_size]:
             raise error(f"{directory / empty[0]} is empty; copy it again")
     try:
-        with quiet(), needs_transformers(f"the {what} of {name}", error):
+        with quiet(), _transformers(f"the {what} of {name}", error):
             return load(name, trust_remote_code=False)
     except GraloraError:
         raise

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from gralora_fx.base.compat.onnx_messages import ModelProto
 from gralora_fx.base.features import parts
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.run.sessions.ort_values import PAGE, STORED_DTYPES, PagedBytes, array_of, as_value, whole_pages
@@ -209,7 +209,7 @@ def _bind(binding: Any, values: Mapping[str, Any]) -> None:
 
 def takes_buffers(path: Path) -> bool:
     """Return whether a decoder's cache may be a longer buffer than its contents: only fused attention reads it."""
-    graph = onnx.load(str(path), load_external_data=False).graph
+    graph = ModelProto.FromString(path.read_bytes()).graph
     if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
         return False  # a branch may read any value
     readers = {(node.op_type, index) for node in graph.node for index, v in enumerate(node.input) if v.startswith(PAST)}

@@ -139,9 +139,11 @@ class PromptLimit:
 
     def check_text(self, text: str, tokenizer: TextTokenizer) -> None:
         """Check that a text may fit."""
+        if self.most is None or len(text) <= self.most:  # it is tokenized soon enough
+            return
         from gralora_fx.core.loading.token_bounds import surely_exceeds
 
-        if self.most is not None and surely_exceeds(text, self.most, tokenizer):
+        if surely_exceeds(text, self.most, tokenizer):
             raise TooLargeError(f"{self.what} has {len(text)} characters, which are {self.excess}; shorten it")
 
     def check_tokens(self, tokens: Sized) -> None:

@@ -13,6 +13,8 @@ BLOCK = 64  # most tokens of a block
 OVERHEAD, OF_TOKEN = 2048, 40  # bytes of a block, and of each of its tokens, beside keys, values and states
 _ALIGNMENT = 16  # bytes
 _NUMBER = 256  # bits of a token or its key; the higher bits are the number of the adapter that reads it
+Arrays: TypeAlias = Sequence[NDArray[Any]]
+Bytes: TypeAlias = NDArray[np.uint8]
 Kind: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]  # of an array: its shape and its numbers
 Root: TypeAlias = tuple[Any, str | None]  # the version of an adapter, None for the base; and the salt
 

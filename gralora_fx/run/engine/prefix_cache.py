@@ -26,6 +26,8 @@ from gralora_fx.run.engine.prefix_blocks import (
     BLOCK,
     OF_TOKEN,
     OVERHEAD,
+    Arrays,
+    Bytes,
     Kind,
     Root,
     TokenBlock,
@@ -55,7 +57,7 @@ class PrefixCache:
         evictions: The number of blocks, or snapshots, evicted.
     """
 
-    def __init__(self, limit: int, like: Sequence[NDArray[Any]], states: Sequence[NDArray[Any]] = ()) -> None:
+    def __init__(self, limit: int, like: Arrays, states: Arrays = ()) -> None:
         """Start without blocks.
 
         Args:
@@ -105,14 +107,7 @@ class PrefixCache:
         with self._lock:
             return sum(count for _, count in self._path(root, tokens))
 
-    def fill(
-        self,
-        root: Root,
-        tokens: Sequence[int],
-        start: int,
-        row: Sequence[NDArray[Any]],
-        states: Sequence[NDArray[Any]] = (),
-    ) -> int:
+    def fill(self, root: Root, tokens: Sequence[int], start: int, row: Arrays, states: Arrays = ()) -> int:
         """Copy the known part of a text into the cache of a row, from a position on.
 
         Args:
@@ -146,8 +141,8 @@ class PrefixCache:
         self,
         root: Root,
         tokens: Sequence[int],
-        row: Sequence[NDArray[Any]],
-        states: Sequence[NDArray[Any]] = (),
+        row: Arrays,
+        states: Arrays = (),
         *,
         is_chance: bool = False,
     ) -> None:
@@ -236,7 +231,7 @@ class PrefixCache:
                 at += count
 
     def _add(
-        self, above: TokenBlock, tokens: tuple[int, ...], at: int, row: Sequence[NDArray[Any]], *, is_chance: bool
+        self, above: TokenBlock, tokens: tuple[int, ...], at: int, row: Arrays, *, is_chance: bool
     ) -> TokenBlock | None:
         """Add a block below another; return it, or None if there is no room beside those above it."""
         kinds = self._kinds(len(tokens))
@@ -254,7 +249,7 @@ class PrefixCache:
         self._use(above)
         return block
 
-    def _take(self, block: TokenBlock, states: Sequence[NDArray[Any]], *, is_chance: bool) -> None:
+    def _take(self, block: TokenBlock, states: Arrays, *, is_chance: bool) -> None:
         """Give a block a snapshot, if there is room."""
         if block.states is None:
             block.states = self._memory(self._states, block, 0, is_chance=is_chance)
@@ -273,9 +268,7 @@ class PrefixCache:
         self._recent[block] = None
         self._recent.move_to_end(block)
 
-    def _memory(
-        self, kinds: Sequence[Kind], last: TokenBlock, more: int, *, is_chance: bool
-    ) -> NDArray[np.uint8] | None:
+    def _memory(self, kinds: Sequence[Kind], last: TokenBlock, more: int, *, is_chance: bool) -> Bytes | None:
         """Allocate room for arrays and some more bytes, beside the path to a block; return None if there is none."""
         length = length_of(kinds)
         if not self._make_room(length + more, last, is_chance=is_chance):
@@ -288,7 +281,7 @@ class PrefixCache:
     def _split(self, block: TokenBlock, count: int) -> TokenBlock:
         """Split a block before its last tokens; return the new block above it, with the first ones."""
         assert block.above is not None
-        parts: list[tuple[tuple[int, ...], NDArray[np.uint8]]] = []
+        parts: list[tuple[tuple[int, ...], Bytes]] = []
         for tokens in (block.tokens[:count], block.tokens[count:]):
             kinds, start = self._kinds(len(tokens)), len(parts) * count
             values = np.empty(length_of(kinds), np.uint8)

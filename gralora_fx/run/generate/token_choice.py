@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError
 from gralora_fx.run.generate.answer_options import Sampling
-from gralora_fx.run.generate.logit_rules import Occurrence, Repetition, Rule, Scores, SequenceBias, Suppressed
 
 if TYPE_CHECKING:
     from gralora_fx.run.generate.constraints import RowConstraint
+    from gralora_fx.run.generate.logit_rules import Rule, Scores
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,11 @@ def token_scores(logits: NDArray[Any], tokens: Sequence[int], top: int) -> list[
 
 def _penalties(sampling: Sampling, length: int, ends: frozenset[int]) -> Iterator[Rule]:
     """Yield the rules that change logits of single tokens, by option or by occurrence."""
+    repetition = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+    if not (sampling.logit_bias or sampling.min_new_tokens) and repetition == (1, 0, 0):
+        return
+    from gralora_fx.run.generate.logit_rules import Occurrence, Repetition, SequenceBias, Suppressed
+
     if sampling.logit_bias:
         yield SequenceBias([([int(token)], float(value)) for token, value in sampling.logit_bias.items()])
     if sampling.repetition_penalty != 1:

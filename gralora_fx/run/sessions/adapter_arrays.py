@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto
 
+from gralora_fx.base.compat.onnx_messages import TensorProto
 from gralora_fx.format.adapter_inputs import BASE, AdapterInputs, AdapterSite
 from gralora_fx.run.sessions.ort_values import array_of
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 from onnxruntime import OrtValue
 
+from gralora_fx.base.compat.onnx_messages import TensorProto
 from gralora_fx.base.tensors import is_tensor
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
 from gralora_fx.format.cache_slots import past_slots

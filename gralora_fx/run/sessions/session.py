@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx
 import onnxruntime
 
+from gralora_fx.base.compat.onnx_messages import ModelProto, TensorProto
 from gralora_fx.base.compat.onnxruntime import NoKernel
 from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.format.export_directory import DECODER, ENCODER, MODEL_NAME, check_own_file
 
 if TYPE_CHECKING:
+    import onnx
+
     from gralora_fx.run.sessions.plugins import Device
 
 CPU = "CPUExecutionProvider"
 FATAL = 4  # ONNX Runtime's log level above errors, which are raised as exceptions already
 
+_COMPILED, _LOCATION = "EPContext", "location"  # an operator, and the key of external data that names a file
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 QUIET_RUN = onnxruntime.RunOptions()  # leaves errors of a run to exceptions
@@ -168,19 +171,18 @@ def check_external_data(
     """
     check_own_file(path, error)
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        content = path.read_bytes()
+        model: onnx.ModelProto = ModelProto.FromString(content)
     except Exception as failure:  # protobuf raises types of its own
         raise error(f"{path} is not an ONNX model ({failure}); export the model again") from failure
-    nodes = [node for part in (model.graph, *model.functions) for node in _within(part.node)]
-    if compiled := next((node for node in nodes if node.op_type == "EPContext"), None):
-        raise error(f"{path} holds a part compiled elsewhere (EPContext {compiled.name!r}); export the model again")
-    locations = {
-        entry.value
-        for tensor in (*_initializers(model.graph), *_constants(nodes))
-        for entry in tensor.external_data
-        if tensor.data_location == onnx.TensorProto.EXTERNAL and entry.key == "location"
-    }
-    for location in sorted(locations):
+    locations = _locations(model.graph.initializer)
+    # nodes, through which it takes long to walk, name a file or a compiled part only if the words are there
+    if _COMPILED.encode() in content or content.count(_LOCATION.encode()) != len(locations):
+        nodes = [node for part in (model.graph, *model.functions) for node in _within(part.node)]
+        if compiled := next((node for node in nodes if node.op_type == _COMPILED), None):
+            raise error(f"{path} holds a part compiled elsewhere (EPContext {compiled.name!r}); export the model again")
+        locations = _locations((*_initializers(model.graph), *_constants(nodes)))
+    for location in sorted(set(locations)):
         _check_location(path, location, error)
         if weights is not None and location not in weights:
             raise error(
@@ -188,6 +190,17 @@ def check_external_data(
                 "export directory again, or export the model again"
             )
     return model
+
+
+def _locations(tensors: Iterable[Any]) -> list[str]:
+    """Return the files that hold tensors, each as often as a tensor names it."""
+    return [
+        entry.value
+        for tensor in tensors
+        if tensor.data_location == TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == _LOCATION
+    ]
 
 
 def _check_location(path: Path, location: str, error: type[GraloraError]) -> None:
