@@ -39,6 +39,7 @@ NAMES = (
     "forms",
     "service",
     "service-memory",
+    "cold-start",
     "providers",
     "threads",
     "rounding",

@@ -1,0 +1,104 @@
+"""From nothing to the first token: a process of the runtime alone beside one of onnxruntime-genai; its size on disk.
+
+SmolLM2-135M in int4, the same directory for both. Each process imports, opens the model, reads a prompt and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import smollm2
+from benchmarks.harness import Claim, Ratio, Report, Table, progress
+from gralora_fx.base.sources.model_files import EXPORT_FILE
+
+RUNS, ROOT = Path("runs/cold_start"), Path(__file__).parents[1]
+SLOWER, DISK, MB = 1.2, 400, 10**6  # times onnxruntime-genai's seconds, and MB of the environment
+_PROMPT = "The capital of France is"
+_OURS = f"""
+import sys
+from gralora_fx.serving import load
+print(load(sys.argv[1]).generate({_PROMPT!r}, max_new_tokens=1))
+"""
+_GENAI = f"""
+import sys
+import onnxruntime_genai as og
+model = og.Model(sys.argv[1])
+tokenizer, parameters = og.Tokenizer(model), og.GeneratorParams(model)
+parameters.set_search_options(max_length=64)
+generator = og.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode({_PROMPT!r}))
+generator.generate_next_token()
+print(tokenizer.decode([generator.get_sequence(0)[-1]]))
+"""
+_PEAK = """
+import json, resource
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000))
+"""
+
+
+def run(iterations: int = 15) -> Report:
+    """Measure new processes, in turns.
+
+    Args:
+        iterations: Processes of each side.
+    """
+    report = Report("cold-start", "to the first token of SmolLM2-135M in int4, a new process each time")
+    path, python = _export(), _runtime()
+    sides = {"gralora-fx": (python, _OURS), "onnxruntime-genai": (Path(sys.executable), _GENAI)}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    peaks: dict[str, float] = {}
+    for iteration in range(iterations + 1):
+        progress(f"{iteration} of {iterations}")
+        for name, (interpreter, program) in sides.items():
+            begin = time.perf_counter()
+            done = subprocess.run(
+                [interpreter, "-c", program + _PEAK, path.absolute()],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            if iteration:  # the first reads files that are not in memory yet
+                seconds[name].append(time.perf_counter() - begin)
+            peaks[name] = json.loads(done.stdout.splitlines()[-1])
+    ratio = Ratio.between(seconds["gralora-fx"], seconds["onnxruntime-genai"])
+    rows = [
+        {"": name, "s": statistics.median(seconds[name]), "least s": min(seconds[name]), "MB": peaks[name]}
+        for name in sides
+    ]
+    report.tables.append(Table("a process from its start to its end", rows))
+    size = sum(file.stat().st_size for file in python.parents[1].rglob("*") if file.is_file()) / MB
+    report.tables.append(Table("the environment of the runtime alone", [{"MB": size}]))
+    report.claims += [
+        Claim("over onnxruntime-genai, seconds to the first token", ratio.median_of_pairs, at_most=SLOWER),
+        Claim("MB of the environment", size, at_most=DISK),
+    ]
+    return report
+
+
+def _export() -> Path:
+    """The export, made once in a process of its own."""
+    path = RUNS / "int4"
+    if not (path / EXPORT_FILE).is_file():
+        base = smollm2.base(RUNS / "base")
+        options = ["--model", base, "--output", path, "--quantize", "int4", "--no-verify"]
+        subprocess.run([sys.executable, "-m", "gralora_fx.cli", "export", *options], check=True)
+    return path
+
+
+def _runtime() -> Path:
+    """The interpreter of an environment of the runtime alone, made once."""
+    place = (RUNS / "environment").absolute()
+    python = place / "bin" / "python"
+    if not (place / "lib").is_dir():
+        progress("install")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+        constraints, requirements = ROOT / "docs/constraints/0.1.0.txt", ROOT / "examples/deploy/runtime.txt"
+        subprocess.run([*pip, "--constraint", constraints, "--requirement", requirements], check=True)
+    return python
