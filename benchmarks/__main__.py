@@ -31,6 +31,7 @@ NAMES = (
     "tool-schemas",
     "prefix-cache",
     "activated",
+    "dora-rows",
     "speculation",
     "adapters",
     "streaming",

@@ -56,7 +56,7 @@ def run(iterations: int = 25) -> Report:
     own = sum(row["tokens read"] for row in rows) - 8 * ADAPTERS  # each reads its invocation and its question
     report.claims.append(Claim("tokens of the context that were read over its length", own / CONTEXT, at_most=1.05))
     progress("steps of eight rows")
-    steps = {PLAIN: _Steps(model, "plain", 0), ACTIVATED: _Steps(model, "adapter", 16)}
+    steps = {PLAIN: TokenSteps(model, "plain", 0), ACTIVATED: TokenSteps(model, "adapter", 16)}
     times = measure([Case.of(name, each) for name, each in steps.items()], iterations=iterations)
     report.tables.append(Table(f"a token of {ROWS} rows", [times.row(name, PLAIN) for name in steps]))
     ratio = times.ratio(ACTIVATED, PLAIN).median_of_pairs
@@ -112,10 +112,11 @@ def _first_token(decoder: Decoder, prompt: list[int], adapter: str) -> tuple[int
     return len(prompt) - filled, seconds
 
 
-class _Steps:
+class TokenSteps:
     """Rows that have read a prompt each, all but its start as the base, and read one token after the other."""
 
-    def __init__(self, model: Any, prefix: str, start: int) -> None:
+    def __init__(self, model: Any, prefix: str, start: int = 0) -> None:
+        """Open a row for each of the adapters `<prefix>_0`, `<prefix>_1` and so on."""
         self._decoder = model.decoder(rows=ROWS, capacity=512, chunk=64)
         generator = np.random.default_rng(1)
         names = [f"{prefix}_{number}" for number in range(ROWS)]

@@ -11,14 +11,20 @@ from typing import Any
 
 from gralora_fx.base.progress.report import Invocation, Report, Summary, size_of
 from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
-from gralora_fx.core.adapters.stored_adapter import open_adapter
+from gralora_fx.core.adapters.stored_adapter import StoredAdapter, open_adapter
 from gralora_fx.errors import CheckpointError, ExportError, command, listed, option, warn_caller
 from gralora_fx.exporters.artifact.exported_adapters import Changes, adapter_tensors, write_adapter
 from gralora_fx.format.adapter_paths import SUFFIX, check_can_act, check_name, check_takes_adapters
 from gralora_fx.format.export_directory import ADAPTERS, DECODER_KIND
 from gralora_fx.format.export_usage import comparison_of, usage_of
 from gralora_fx.format.manifest import Manifest, read_manifest
-from gralora_fx.run.sessions.adapter_file import AdapterInMemory, AdapterRecord, read_record, record_in_memory
+from gralora_fx.run.sessions.adapter_file import (
+    AdapterInMemory,
+    AdapterRecord,
+    norms_text,
+    read_record,
+    record_in_memory,
+)
 from gralora_fx.run.sessions.exported_base import base_of_export, layers_of_export
 
 
@@ -35,8 +41,9 @@ class AdapterReport(Report):
         """Lines on the adapter and its file, and how the export is used with it."""
         record, directory = self.record, self.path.parent.parent
         method = str(record.config.get("peft_type"))
+        norms = "" if record.norms_of is None else f"; {norms_text(record.norms_of)}"
         return Summary(
-            f"added {record.name!r} ({method}) at {len(record.sites)} layers",
+            f"added {record.name!r} ({method}) at {len(record.sites)} layers{norms}",
             f"wrote {self.path}: {size_of(record.size)}, beside it {self.path.with_suffix('.json').name}",
             self.usage,
             comparison=comparison_of(directory),
@@ -68,7 +75,8 @@ def export_adapter(
 
     Supported are GraLoRA, LoRA and rsLoRA, rank and alpha patterns included; LoRA is an adapter whose blocks have rank
     0. The scale becomes part of the `B` tensors. Layers and biases that the adapter trains as a whole
-    (`modules_to_save`, `bias`) become their differences from the export's.
+    (`modules_to_save`, `bias`) become their differences from the export's. DoRA is supported by an export that was made
+    with a DoRA adapter of these layers; its norms are those of the export's weights, rounded or not, computed here.
 
     Args:
         adapter_dir: A directory with `adapter_config.json` and `adapter_model.safetensors`, or its hub id.
@@ -120,7 +128,7 @@ def adapter_in_memory(adapter_dir: str | Path, onnx_dir: str | Path, name: str, 
     inputs = check_takes_adapters(manifest, onnx_dir, ExportError)
     tensors = adapter_tensors(name, changes, inputs)
     record = record_in_memory(name, tensors, fields, inputs, manifest.base_fingerprint, with_digest=False)
-    return AdapterInMemory(replace(record, base=base.to_dict()), tensors)
+    return AdapterInMemory(replace(record, base=base.to_dict(), norms_of=changes.norms_of), tensors)
 
 
 def _changes(
@@ -134,7 +142,7 @@ def _changes(
 ) -> tuple[Changes, Mapping[str, Any], BaseComparison]:
     """Return an adapter's changes to an export, its configuration, and how its base compares."""
     with open_adapter(adapter_dir, revision=revision) as stored:
-        stored.method.check_lora_form(stored.directory, "an adapter as data of an export", ExportError)
+        _check_takes(stored, onnx_dir, manifest)
         stored.check_no_parameters("an adapter as data of an export", ExportError)
         acts_from, has_copies = stored.config.acts_from, bool(stored.copies)
         check_can_act(acts_from, stored.directory, manifest.flavour, has_copies=has_copies)
@@ -145,12 +153,24 @@ def _changes(
         _warn_of_parts_left_out(adapter_dir, updates, manifest)
         copies = {parameter: tensor.array() for parameter, tensor in stored.copies.items()}
         changes = Changes(updates)
-        if copies:
+        if copies or stored.method.scales_rows:
             from gralora_fx.exporters.artifact.base_parameters import BaseParameters  # it imports onnx_ir
 
             changes = BaseParameters(Path(onnx_dir), manifest).changes(updates, copies, name)
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())
     return changes, fields, base
+
+
+def _check_takes(stored: StoredAdapter, onnx_dir: str | Path, manifest: Manifest) -> None:
+    """Check that an export takes adapters of a method."""
+    stored.method.check_can_be_data(stored.directory, "an adapter as data of an export")
+    inputs = manifest.adapter_inputs
+    if stored.method.scales_rows and inputs is not None and not inputs.scaled:
+        raise ExportError(
+            f"{stored.directory} is a {stored.method.config.TITLE} adapter, which scales the outputs of layers, and "
+            f"{onnx_dir} was exported with adapters that do not, so it takes none; export the model with this adapter "
+            f"({option(adapters='data')}), or merged ({option(adapters='merged')})"
+        )
 
 
 def _warn_of_parts_left_out(adapter_dir: str | Path, paths: Iterable[str], manifest: Manifest) -> None:

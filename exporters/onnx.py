@@ -171,7 +171,7 @@ def export_onnx(
             write_manifest(stage, manifest)
             active: list[str] = []
             if isinstance(model, GraloraModel) and conversion.adapters is not None:
-                from gralora_fx.exporters.artifact.base_parameters import write_active_adapters
+                from gralora_fx.exporters.artifact.active_adapters import write_active_adapters
 
                 active = model.active_adapters
                 write_active_adapters(stage, model, manifest)

@@ -182,7 +182,7 @@ class ExportOptions:
                 f"takes others; give {option(adapter=...)}, or {option(adapters='merged')}"
             )
         for name, method in methods.items() if as_data else ():
-            method.check_lora_form(f"adapter {name!r}", option(adapters=self.adapters), ExportError)
+            method.check_can_be_data(f"adapter {name!r}", option(adapters=self.adapters))
         if is_encoder_decoder(task) and self.texts is not None:
             raise ExportError(
                 f"{option(texts=...)} is for decoders and models without a cache, and the task {task} is an "

@@ -163,4 +163,6 @@ def _taken(inputs: AdapterInputs) -> str:
     form = "LoRA, or GraLoRA of any gralora_k as the LoRA that it equals"
     if inputs.k:
         form = f"GraLoRA of gralora_k={inputs.k}, which this export fixes, or LoRA"
+    if inputs.scaled:
+        form += f"; DoRA at {len(inputs.scaled)} of them"
     return f"takes adapters at {len(inputs.sites)} layers ({inputs.mode}): {form}"

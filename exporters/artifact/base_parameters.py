@@ -1,9 +1,8 @@
-"""Adapters of a model as changes of its export's weights, including their trained copies of the base's parameters."""
+"""Saved adapters as changes of an export's weights, including their trained copies of the base's parameters."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,20 +12,20 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.core.adapters.saved_form import saved_config
 from gralora_fx.core.methods.arrays import to_numpy
 from gralora_fx.core.methods.forms import as_update
-from gralora_fx.core.methods.method import Update
-from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.methods.lora import LoraFactors
+from gralora_fx.core.methods.method import Update, scales_rows
 from gralora_fx.errors import ExportError, listed, option
-from gralora_fx.exporters.artifact.exported_adapters import Changes, write_adapter
+from gralora_fx.exporters.artifact.exported_adapters import Changes
 from gralora_fx.exporters.fold.replaced_parameters import named_values
-from gralora_fx.exporters.fold.requantize import dequantized
+from gralora_fx.exporters.fold.requantize import stored_values
 from gralora_fx.exporters.fold.weight_locations import Export
 from gralora_fx.exporters.rules.products.initializers import ProductWeight
-from gralora_fx.exporters.rules.products.stored_rows import read_rows
+from gralora_fx.exporters.rules.products.stored_rows import dtype_of, read_rows
 from gralora_fx.format.adapter_inputs import BIAS, WHOLE, AdapterInputs
 from gralora_fx.format.manifest import Manifest
+from gralora_fx.run.sessions.adapter_arrays import cast
 
 _WEIGHT, _BIAS = ".weight", ".bias"
 
@@ -44,10 +43,14 @@ class BaseParameters:
     manifest: Manifest
 
     def changes(self, updates: Mapping[str, Update], copies: Mapping[str, NDArray[Any]], name: str) -> Changes:
-        """Return an adapter's changes: its updates, and its trained copies as differences from the export's values."""
-        if not copies:
-            return Changes(updates)
+        """Return an adapter's changes: its updates, and its trained copies as differences from the export's values.
+
+        Updates that scale the rows of a weight are resolved with the export's own, where it takes such.
+        """
         found, biases = dict(updates), {}
+        scales, norms_of = self._scale(found)
+        if not copies:
+            return Changes(found, {}, scales, norms_of)
         problems: list[str] = []
         uncalled = () if self.manifest.adapter_inputs is None else self.manifest.adapter_inputs.uncalled
         for parameter, trained in copies.items():
@@ -72,7 +75,7 @@ class BaseParameters:
                 f"adapter {name!r} trains parameters (modules_to_save or bias) that do not fit the export: "
                 f"{listed(problems, 4)}"
             )
-        return Changes(found, biases)
+        return Changes(found, biases, scales, norms_of)
 
     def check(self) -> None:
         """Check that the export holds the values that adapters may replace."""
@@ -81,6 +84,26 @@ class BaseParameters:
         names += [f"{site.path}{_BIAS}" for site in inputs.sites if site.has_bias]
         if problems := [own for name in names if isinstance(own := self._own(name), str)]:
             raise ExportError(f"trained parameters cannot be data of this export: {listed(problems, 4)}")
+
+    def _scale(self, updates: dict[str, Update]) -> tuple[dict[str, NDArray[Any]], str | None]:
+        """Replace updates that scale rows by their plain LoRA; return the factors less 1, and of which weights."""
+        scales: dict[str, NDArray[Any]] = {}
+        stored: set[str] = set()
+        for path in [site.path for site in self._inputs.scaled if site.path in updates]:
+            factors, scale = updates[path].factors, updates[path].scale
+            if not scales_rows(factors):
+                continue
+            weight = next(self._places(path), None)
+            if weight is None:
+                raise ExportError(
+                    f"{path}: the export's files do not hold its weight by itself, whose norms the adapter needs; use "
+                    f"{option(adapters='merged')}"
+                )
+            arrays = type(factors)(**{name: to_numpy(tensor) for name, tensor in factors._asdict().items()})
+            A, B, scales[path] = arrays.scaled_form(weight.rows, scale)
+            updates[path] = Update(LoraFactors(A, B), 1.0)
+            stored.add(weight.text)
+        return scales, ", ".join(sorted(stored)) or None
 
     @property
     def _inputs(self) -> AdapterInputs:
@@ -98,16 +121,17 @@ class BaseParameters:
         site = next((site for site in self._inputs.sites if site.path == path), None)
         if site is None or (last == "weight" and site.form == BIAS) or (last == "bias" and not site.has_bias):
             return f"{parameter}: the export takes no values for it; export a model whose adapter trains it too"
-        values = self._weights(path) if last == "weight" else self._biases(parameter, site.out_features)
+        weights = (place.rows(slice(0, place.stop - place.start)) for place in self._places(path))
+        values = weights if last == "weight" else self._biases(parameter, site.out_features)
         return next(
             values, f"{parameter}: the export's files do not hold it by itself; use {option(adapters='merged')}"
         )
 
-    def _weights(self, path: str) -> Iterator[NDArray[Any]]:
+    def _places(self, path: str) -> Iterator[_StoredRows]:
         for entry in (self.manifest.weights or {}).get(path, ()):
             weight = self._export.by_name.get((entry.file, entry.initializer))
             if weight is not None:
-                yield _values(weight, entry.start, entry.stop)
+                yield _StoredRows(weight, entry.start, entry.stop)
 
     def _biases(self, parameter: str, width: int) -> Iterator[NDArray[Any]]:
         for place in named_values(self._export, parameter):
@@ -116,29 +140,34 @@ class BaseParameters:
                 yield values[0]
 
 
-def _values(weight: ProductWeight, start: int, stop: int) -> NDArray[Any]:
-    """Return output features of a weight, `[out, in]`."""
-    if weight.storage != "float":
-        return dequantized(weight, slice(start, stop))
-    if weight.transposed:
-        return read_rows(weight.value)[:, start:stop].T
-    return read_rows(weight.value, start, stop)
+@dataclass(frozen=True)
+class _StoredRows:
+    """The output features of a weight that are a layer's."""
 
+    weight: ProductWeight
+    start: int
+    stop: int
 
-def write_active_adapters(directory: Path, model: GraloraModel, manifest: Manifest) -> None:
-    """Write each active adapter of a model to an export."""
-    base = BaseParameters(directory, manifest)
-    base.check()
-    for name in model.active_adapters:
-        adapter = model.adapter(name)
-        config = json.loads(saved_config(adapter, model.traced).to_json())
-        changes = installed_changes(model, name, base)
-        write_adapter(directory, name, changes, config, manifest, adapter.base)
+    @property
+    def text(self) -> str:
+        """Say how the values are stored, such as `float32` or `int4`."""
+        if self.weight.storage == "float":
+            return dtype_of(self.weight.value).name
+        return f"int{self.weight.bits or 8}"
 
+    def rows(self, rows: slice) -> NDArray[Any]:
+        """Return some of the rows `[n, in]`, in float32."""
+        start, stop = self.start + rows.start, self.start + rows.stop
+        whole = self._whole
+        values = read_rows(self.weight.value, start, stop) if whole is None else whole(slice(start, stop))
+        return cast(values, "float32")
 
-def installed_changes(model: GraloraModel, name: str, base: BaseParameters) -> Changes:
-    """Return the changes that a model's adapter makes to an export."""
-    adapter = model.adapter(name)
-    updates = {path: adapter.update(path) for path in adapter.factors}
-    copies = {base_name: to_numpy(value) for owned in adapter.copies.values() for base_name, value in owned.items()}
-    return base.changes(updates, copies, name)
+    @cached_property
+    def _whole(self) -> Callable[[slice], NDArray[Any]] | None:
+        """Rows of a weight whose tensors are read once; None for one that is read by rows."""
+        if self.weight.storage != "float":
+            return stored_values(self.weight).values
+        if self.weight.transposed:
+            matrix = read_rows(self.weight.value)
+            return lambda columns: matrix[:, columns].T
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,15 @@ class Changes:
     Attributes:
         updates: The update of a weight by the layer's path.
         biases: The change of a bias `[out]` by the layer's path.
+        scales: The factor of each output less 1, `[out]`, where the layer's own output is scaled, by its path.
+        norms_of: The weights that `scales` were computed from: `"float32"`, or how the export rounded them, such as
+            `"int4"` or `"int4, int8"`; None without any.
     """
 
     updates: Mapping[str, Update]
     biases: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    scales: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    norms_of: str | None = None
 
 
 def write_adapter(
@@ -57,7 +62,8 @@ def write_adapter(
 
     def write_file(place: Path) -> None:
         write_tensors(place, tensors)
-        written["record"] = record_of(place, name, tensors, config, inputs, manifest.base_fingerprint, compared)
+        record = record_of(place, name, tensors, config, inputs, manifest.base_fingerprint, compared)
+        written["record"] = replace(record, norms_of=changes.norms_of)
 
     def write_record(place: Path) -> None:
         place.write_text(written["record"].to_json(), encoding="utf-8")
@@ -123,6 +129,8 @@ def _at_site(site: AdapterSite, changes: Changes, inputs: AdapterInputs) -> dict
                 f"the export has widths {site.in_features} and {site.out_features}, the adapter {widths[0]} and "
                 f"{widths[1]}"
             )
+        if not update.is_low_rank:
+            raise ValueError("the export takes no adapter there that scales the layer's output, as DoRA does")
         try:
             values = as_data(update, site.blocks(inputs.k))
         except ValueError as error:
@@ -131,9 +139,14 @@ def _at_site(site: AdapterSite, changes: Changes, inputs: AdapterInputs) -> dict
     if site.path in changes.biases:
         if not site.has_bias:
             raise ValueError("the export takes no trained bias")
-        arrays[site.names(inputs.k)[-1]] = to_numpy(changes.biases[site.path])
+        arrays[site.without_scale.names(inputs.k)[-1]] = to_numpy(changes.biases[site.path])
+    if site.path in changes.scales:
+        scale = changes.scales[site.path]
+        if not np.isfinite(scale).all():
+            raise ValueError("the new weight has a row of zeros, which has no norm")
+        arrays[site.names(inputs.k)[-1]] = scale
     found = {name: cast(array, inputs.dtype) for name, array in arrays.items()}
-    A, _, A_general, _, _ = site.parts(found)
+    A, _, A_general, *_ = site.parts(found)
     r, hybrid_r = 0 if A is None else A.shape[2], 0 if A_general is None else A_general.shape[1]
     for name, shape in _shapes(site, inputs, r, hybrid_r).items():
         if found[name].shape != shape:

@@ -18,7 +18,7 @@ from gralora_fx.exporters.rules.products.quantized_products import EARLIER
 from gralora_fx.exporters.rules.products.stored_rows import read_rows
 
 if TYPE_CHECKING:
-    from gralora_fx.exporters.quantize.block_search import BlockArrays
+    from gralora_fx.exporters.quantize.block_arrays import BlockArrays
 
 _COLUMNS = 1024  # output features that are quantized at once
 # Square of a row's error over that of rounding to the nearest; a search makes it up to eight times larger.
@@ -142,13 +142,13 @@ class _StoredBlocks:
 
     def values(self, outputs: slice) -> NDArray[Any]:
         """Return dequantized values `[n, in]`."""
-        from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks
+        from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks
 
         return dequantize_blocks(self._arrays(outputs), self.weight.bits, self.weight.in_features)
 
     def _arrays(self, outputs: slice) -> BlockArrays:
         """Return the blocks of output features, with scales in float32."""
-        from gralora_fx.exporters.quantize.block_search import BlockArrays
+        from gralora_fx.exporters.quantize.block_arrays import BlockArrays
 
         scales = self.all_scales[outputs]
         packed = self.integers[outputs].reshape(len(scales), scales.shape[1], -1)
@@ -167,7 +167,8 @@ class _StoredBlocks:
 
     def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
         """Return whether the stored values are as close to others as rounding puts them, by each row's error."""
-        from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
+        from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks
+        from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
 
         if not np.isfinite(source).all():
             return False
@@ -218,7 +219,7 @@ class _StoredColumns:
 
     def values(self, outputs: slice) -> NDArray[Any]:
         """Return dequantized values `[n, in]`."""
-        from gralora_fx.exporters.quantize.quantized_arrays import dequantize_columns
+        from gralora_fx.exporters.quantize.block_arrays import dequantize_columns
 
         values = dequantize_columns(self.integers[:, outputs], self.all_scales[outputs], self.factors)
         return np.ascontiguousarray(values.T)
@@ -250,11 +251,6 @@ def stored_values(weight: ProductWeight) -> StoredValues:
         return _StoredColumns(weight, integers, scales.reshape(-1), factors)
     rows = [part.reshape(weight.out_features, -1) for part in (integers, scales, *zero_points)]
     return _StoredBlocks(weight, rows[0], rows[1], rows[2] if zero_points else None)
-
-
-def dequantized(weight: ProductWeight, outputs: slice) -> NDArray[Any]:
-    """Return the values `[n, in]` of output features of a quantized weight."""
-    return stored_values(weight).values(outputs)
 
 
 def is_rounding_of(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:

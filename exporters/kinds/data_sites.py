@@ -59,9 +59,10 @@ def data_sites(model: GraloraModel, options: ExportOptions) -> DataSites:
     k = next(iter(_block_counts(model))) if takes_blocks(model, is_quantized=is_quantized) else 0
     _check_widths(planned, k or 1)
     blocks = {entry.site.path for entry in planned}
+    scaled = {path for name in model.configs if (own := model.adapter(name)).method.scales_rows for path in own.planned}
     sites = [site for site in model.sites if site.path in blocks or trained & _parameters_of(site)]
     called = [site for site in sites if site.calls]
-    entries = [_entry(site, blocks, trained) for site in called]
+    entries = [_entry(site, blocks, trained, scaled) for site in called]
     of_sites = {parameter for site in sites for parameter in _parameters_of(site)}
     norms = [_norm_entry(model.traced, bias) for bias in sorted(trained - of_sites)]
     uncalled = tuple(site.path for site in sites if not site.calls)
@@ -110,10 +111,10 @@ def _parameters_of(site: LinearSite) -> set[str]:
     return {f"{site.path}{_WEIGHT}", *([] if site.bias is None else [f"{site.path}{_BIAS}"])}
 
 
-def _entry(site: LinearSite, blocks: Container[str], trained: Container[str]) -> AdapterSite:
+def _entry(site: LinearSite, blocks: Container[str], trained: Container[str], scaled: Container[str]) -> AdapterSite:
     form = WHOLE if f"{site.path}{_WEIGHT}" in trained else BLOCKS if site.path in blocks else BIAS
     has_bias = f"{site.path}{_BIAS}" in trained
-    return AdapterSite(site.path, site.in_features, site.out_features, form, has_bias)
+    return AdapterSite(site.path, site.in_features, site.out_features, form, has_bias, site.path in scaled)
 
 
 def _norm_entry(traced: TracedModel, bias: str) -> AdapterSite:

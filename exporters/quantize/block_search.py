@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gralora_fx.exporters.formats import Blocks
+from gralora_fx.exporters.quantize.block_arrays import BlockArrays
 
 _TOGETHER, _IN_CACHE = 2**22, 2**17  # values rounded at once; values searched at once
 _PANEL = 32  # inputs rounded between two products with the errors so far
@@ -21,15 +22,6 @@ _RANGES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of a block's range, 
 _TINY = 1e-30  # minimum width of a block's range
 _FARTHEST = 8.0  # limit of a column's squared error relative to rounding to nearest, `scale^2 / 12`
 _DAMPING = 0.3  # damping added to each input's mean square, as a share of the mean
-
-
-class BlockArrays(NamedTuple):
-    """A block-quantized matrix."""
-
-    packed: NDArray[np.uint8]  # `[N, K/block, block * bits / 8]`, uint8
-    scales: NDArray[Any]  # `[N, K/block]`
-    # `[N, ceil(K/block * bits / 8)]`, uint8; None if all are the middle of the integers' range
-    zero_points: NDArray[np.uint8] | None
 
 
 class InputWindow(NamedTuple):

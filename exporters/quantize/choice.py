@@ -22,10 +22,11 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import first_line
 from gralora_fx.exporters.formats import Blocks, Columns
 from gralora_fx.exporters.kinds.conversion import Conversion
-from gralora_fx.exporters.quantize.block_search import BlockArrays, InputProducts
+from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_blocks
+from gralora_fx.exporters.quantize.block_search import InputProducts
 from gralora_fx.exporters.quantize.calibration import Calibration, calibrate
 from gralora_fx.exporters.quantize.plan import QuantizationPlan, weight_names
-from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
 from gralora_fx.exporters.quantize.row_errors import plan_rows
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities
 from gralora_fx.exporters.verify.cases import Verification

@@ -13,7 +13,7 @@ from gralora_fx.core.graph.pipeline import PassLog
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.formats import DYNAMIC, Blocks, Format
-from gralora_fx.exporters.quantize.block_search import BlockArrays
+from gralora_fx.exporters.quantize.block_arrays import BlockArrays
 from gralora_fx.exporters.quantize.quantized_arrays import ColumnInputs
 from gralora_fx.format.quantized_weights import LayerFormat, QuantizedWeights
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.formats import Blocks
-from gralora_fx.exporters.quantize.block_search import BlockArrays, InputProducts, packed, scale_dtype, searched_blocks
+from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_blocks, zeros_of
+from gralora_fx.exporters.quantize.block_search import InputProducts, packed, scale_dtype, searched_blocks
 
 
 def quantize_blocks(
@@ -38,27 +39,20 @@ def quantize_blocks(
     return _on_grid(_in_blocks(matrix, form), blocks._replace(scales=_rounded_up(scales)), form)
 
 
-def dequantize_blocks(blocks: BlockArrays, bits: int, inputs: int) -> NDArray[np.float32]:
-    """Return the dequantized values of blocks, `[N, K]`."""
-    values = (_integers(blocks.packed, bits) - _zeros_of(blocks, bits)) * blocks.scales[..., None]
-    rows: NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]
-    return rows
-
-
 def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays, form: Blocks) -> BlockArrays:
     """Return a matrix's blocks, reusing the scale and zero point of earlier blocks where they fit better.
 
     The matrix is `[K, N]`; `earlier` has the shapes of `blocks`, and scales in float32.
     """
     count, values = blocks.packed.shape[1], _in_blocks(matrix, form)
-    kept, zeros = _on_grid(values, earlier, form), _zeros_of(earlier, form.bits)
+    kept, zeros = _on_grid(values, earlier, form), zeros_of(earlier, form.bits)
     fresh = blocks._replace(scales=blocks.scales.astype(np.float32))
     both = [dequantize_blocks(of, form.bits, count * form.block_size) for of in (kept, fresh)]
     errors = [np.square(of.reshape(values.shape) - values).sum(-1) for of in both]
     is_kept = errors[0] <= errors[1]
     zero_points = None
     if blocks.zero_points is not None:
-        new = np.where(is_kept[..., None], zeros, _zeros_of(blocks, form.bits))[..., 0].astype(np.uint8)
+        new = np.where(is_kept[..., None], zeros, zeros_of(blocks, form.bits))[..., 0].astype(np.uint8)
         zero_points = packed(np.pad(new, ((0, 0), (0, -count % (8 // form.bits)))), form.bits)
     return BlockArrays(
         np.where(is_kept[..., None], kept.packed, blocks.packed),
@@ -70,7 +64,7 @@ def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays,
 def _on_grid(values: NDArray[np.float32], grid: BlockArrays, form: Blocks) -> BlockArrays:
     """Quantize values `[N, K/block, block]` with the given blocks' scales and zero points."""
     scales = np.where(grid.scales == 0, 1, grid.scales)[..., None]
-    integers = values / scales + _zeros_of(grid, form.bits)
+    integers = values / scales + zeros_of(grid, form.bits)
     whole = integers.round().clip(0, 2**form.bits - 1).astype(np.uint8)
     return grid._replace(packed=packed(whole, form.bits))
 
@@ -88,13 +82,6 @@ def _rounded_up(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     return ((scales.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def _zeros_of(blocks: BlockArrays, bits: int) -> NDArray[np.float32]:
-    """Return the zero points `[N, blocks, 1]`."""
-    if blocks.zero_points is None:
-        return np.full((*blocks.scales.shape, 1), 2.0 ** (bits - 1), np.float32)
-    return _integers(blocks.zero_points, bits)[:, : blocks.packed.shape[1], None]
-
-
 @functools.cache
 def _quantizer(
     bits: int, block_size: int, zero_points: bool
@@ -108,13 +95,6 @@ def _quantizer(
     config = quantizers.DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=not zero_points, bits=bits)
     quantize: Callable[..., Any] = quantizers.DefaultWeightOnlyQuantizer(config).qbits_block_quant
     return quantize
-
-
-def _integers(stored: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
-    """Unpack bytes along the last axis to integers; with 4 bits, the first of two is the low nibble."""
-    if bits == 4:
-        stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(*stored.shape[:-1], -1)
-    return stored.astype(np.float32)
 
 
 # Largest absolute value of a weight. x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where
@@ -228,11 +208,3 @@ def _made_up_for(steps: NDArray[np.float32], inputs: ColumnInputs) -> NDArray[np
             left[index] = rounded[index] - steps[index]
         errors += directions[part].T @ left[part]
     return rounded
-
-
-def dequantize_columns(
-    integers: NDArray[np.int8], scales: NDArray[np.float32], factors: NDArray[np.float32] | None = None
-) -> NDArray[np.float32]:
-    """Return the values `[K, N]` of integers `[K, N]`, scales `[N]` and factors `[K]`."""
-    values: NDArray[np.float32] = integers * scales
-    return values if factors is None else values * factors[:, None]

@@ -24,12 +24,12 @@ from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.formats import Columns
+from gralora_fx.exporters.quantize.block_arrays import dequantize_columns
 from gralora_fx.exporters.quantize.plan import QuantizationPlan, weight_names
 from gralora_fx.exporters.quantize.quantized_arrays import (
     ROW_LARGEST,
     ROW_TINY,
     ColumnInputs,
-    dequantize_columns,
     input_factors,
     quantize_columns,
 )

@@ -21,7 +21,8 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.merging import replace_weights
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, command, listed, option
-from gralora_fx.exporters.artifact.base_parameters import BaseParameters, installed_changes
+from gralora_fx.exporters.artifact.active_adapters import installed_changes
+from gralora_fx.exporters.artifact.base_parameters import BaseParameters
 from gralora_fx.exporters.artifact.exported_adapters import adapter_tensors
 from gralora_fx.exporters.verify.quantized_references import with_parameters
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_input
@@ -101,15 +102,18 @@ def with_folded(base: TracedModel, tensors: Mapping[str, NDArray[Any]], inputs: 
     for entry in inputs.sites:
         names = [name for name in entry.names(inputs.k) if name in tensors]
         own = {name: torch.from_numpy(tensors[name].astype(np.float32)) for name in names}
-        A, B, A_general, B_general, bias = entry.parts(own)
+        A, B, A_general, B_general, bias, scale = entry.parts(own)
         if A_general is not None and B_general is not None:
             site, general = sites[entry.path], (A_general.t(), B_general.t())
             factors: AdapterTensors = LoraFactors(*general) if A is None or B is None else Factors(A, B, *general)
-            folded = fold(site.weight.detach(), [Update(factors, 1.0)], transposed=site.kind == "conv1d")
+            before, is_conv1d = site.weight.detach(), site.kind == "conv1d"
+            if scale is not None:
+                before = before * (1 + (scale if is_conv1d else scale.unsqueeze(1)))
+            folded = fold(before, [Update(factors, 1.0)], transposed=is_conv1d)
             weights[entry.path] = nn.Parameter(folded, requires_grad=False)
         if bias is not None:
-            before = base.tree.parameters[f"{entry.path}.bias"]
-            biases[id(before)] = nn.Parameter(before.detach() + bias, requires_grad=False)
+            stored = base.tree.parameters[f"{entry.path}.bias"]
+            biases[id(stored)] = nn.Parameter(stored.detach() + bias, requires_grad=False)
     return with_parameters(replace_weights(base, weights), biases)
 
 

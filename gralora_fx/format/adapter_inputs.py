@@ -15,6 +15,11 @@ difference of the trained weight to the base's is a LoRA of rank min(in, out). I
 base's is a vector:
 
     gralora_bias [out]                                                              to the whole       (trained bias)
+
+Layers at which an adapter may scale the layer's own output, as DoRA does, have one more vector, the factor of each
+output less 1, so that zeros are the base:
+
+    x @ W.T * gralora_scale [out]                                                   to the whole       (scaled output)
 """
 
 from __future__ import annotations
@@ -28,7 +33,14 @@ AS_DATA = (DATA, INPUTS)
 BASE = 0  # the id for no adapter, in batches whose rows choose one
 STACKED = "stacked"  # for a graph in which each row has its own adapter
 EARLIER_MODES = {"swappable": DATA, "batched": DATA}  # names that options may still have
-FIELDS = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general", "gralora_bias")
+FIELDS = (
+    "gralora_A",
+    "gralora_B",
+    "gralora_A_general",
+    "gralora_B_general",
+    "gralora_bias",
+    "gralora_scale",
+)
 BLOCKS, WHOLE, BIAS = "blocks", "whole", "bias"  # the changes that adapters may make at a layer
 RANK, HYBRID_RANK, ADAPTERS_AXIS = "r", "hybrid_r", "adapters"  # symbolic axes
 ADAPTER_IDS = "adapter_ids"
@@ -47,6 +59,7 @@ class AdapterSite:
     # replace; `"bias"`: neither
     form: str = BLOCKS
     has_bias: bool = False  # whether adapters may change its bias
+    has_scale: bool = False  # whether adapters may scale its output, without the bias
 
     def blocks(self, k: int) -> int:
         """Return the number of blocks in each direction here, in an export of `k`; 0 for none."""
@@ -66,7 +79,14 @@ class AdapterSite:
             by_field |= {FIELDS[2]: (inner, hybrid_r), FIELDS[3]: (hybrid_r, outer)}
         if self.has_bias:
             by_field[FIELDS[4]] = (outer,)
+        if self.has_scale:
+            by_field[FIELDS[5]] = (outer,)
         return {f"{self.path}.{field}": shape for field, shape in by_field.items()}
+
+    @property
+    def without_scale(self) -> AdapterSite:
+        """The same site with only those tensors whose product with the input is added to the output."""
+        return replace(self, has_scale=False)
 
     def parts(self, tensors: Mapping[str, _Tensor]) -> tuple[_Tensor | None, ...]:
         """Return its tensors among others, in the order of `FIELDS`; None for missing ones."""
@@ -89,6 +109,11 @@ class AdapterInputs:
     sites: tuple[AdapterSite, ...] = ()  # the layers that take an adapter
     # layers that an adapter may have tensors for, though the model's forward does not call them
     uncalled: tuple[str, ...] = ()
+
+    @property
+    def scaled(self) -> tuple[AdapterSite, ...]:
+        """The layers whose output an adapter may scale."""
+        return tuple(site for site in self.sites if site.has_scale)
 
     def ranks(self, site: AdapterSite) -> tuple[str, str]:
         """Return names of the symbolic axes of a site's ranks, which an adapter may choose for each site.

@@ -158,11 +158,14 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of the file, keys sorted except adapters, which are in the order in which they were folded.
 
-        Optional fields without a value are omitted.
+        Optional fields without a value are omitted, and so is what few exports have.
         """
         entries = dataclasses.asdict(self)
         optional = ("adapter_inputs", "attention", "base", "files", "quality", "requires", "rows", "weights")
         facts = entries.pop("facts")
+        for site in (entries["adapter_inputs"] or {}).get("sites", ()):
+            if not site["has_scale"]:  # most exports have none
+                del site["has_scale"]
         for name in ("companions", "programs"):
             if not entries[name]:
                 del entries[name]

@@ -32,7 +32,8 @@ from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
 from gralora_fx.exporters.formats import Columns
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize import choice
-from gralora_fx.exporters.quantize.quantized_arrays import LARGEST, dequantize_columns, input_factors, quantize_columns
+from gralora_fx.exporters.quantize.block_arrays import dequantize_columns
+from gralora_fx.exporters.quantize.quantized_arrays import LARGEST, input_factors, quantize_columns
 from gralora_fx.exporters.rules.products.quantized_products import MARK, quantized_products
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load

@@ -26,9 +26,10 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
 from gralora_fx.exporters.formats import Blocks, Format
 from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks
 from gralora_fx.exporters.quantize.block_search import InputProducts
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
-from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
 from gralora_fx.exporters.quantize.sensitivity import measure_sensitivities
 from gralora_fx.exporters.verify.outputs import step_inputs
 from gralora_fx.format.input_names import PAST

@@ -20,7 +20,7 @@ from traces import fresh_trace
 from gralora_fx import trace
 from gralora_fx.errors import ExportError, MergeError
 from gralora_fx.exporters import export_onnx, fold_onnx
-from gralora_fx.exporters.fold.requantize import dequantized
+from gralora_fx.exporters.fold.requantize import stored_values
 from gralora_fx.exporters.formats import BLOCK_BITS, Blocks
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.options import ExportOptions
@@ -49,7 +49,7 @@ def test_columns_without_marks_are_exported_again_to_be_folded_into(tmp_path: Pa
     weights = [w for w in product_weights(ir.load(case.base / "model.onnx").graph) if w.storage == "columns"]
     assert weights
     with pytest.raises(ExportError, match="cannot be read: it is not marked"):  # its factors are not known
-        dequantized(weights[0], slice(0, 1))
+        stored_values(weights[0])
 
 
 @pytest.fixture(autouse=True)

@@ -24,12 +24,8 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.quantized_arrays import (
-    dequantize_blocks,
-    dequantize_columns,
-    quantize_blocks,
-    quantize_columns,
-)
+from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks, dequantize_columns
+from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks, quantize_columns
 
 CACHED = "text-generation-with-past"
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)

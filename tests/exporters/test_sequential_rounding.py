@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from gralora_fx import trace
 from gralora_fx.exporters.formats import Blocks
+from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks
 from gralora_fx.exporters.quantize.block_search import InputProducts
 from gralora_fx.exporters.quantize.choice import round_in_order
-from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
 
 FORM = Blocks(4, rounding="searched")
 

@@ -25,12 +25,8 @@ from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
 from gralora_fx.exporters.formats import Blocks, Columns
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize import calibration, choice
-from gralora_fx.exporters.quantize.quantized_arrays import (
-    dequantize_columns,
-    input_factors,
-    quantize_blocks,
-    quantize_columns,
-)
+from gralora_fx.exporters.quantize.block_arrays import dequantize_columns
+from gralora_fx.exporters.quantize.quantized_arrays import input_factors, quantize_blocks, quantize_columns
 from gralora_fx.exporters.rules.products import block_products, column_products
 from gralora_fx.exporters.rules.products.constant_matrices import ComputedTogether
 from gralora_fx.serving import load

@@ -147,6 +147,7 @@ class Grouping:
         branches: Whether adapters are applied in branches, which needs rows with their own lengths.
         is_any: Whether any row that reads tokens in this step has an adapter, a scalar; None without branches.
         is_short: Whether one group for each adapter is faster than tiles in this step, a scalar; None without branches.
+        ids_by_axes: The adapter of each row of values, by their axes before the features (see `ids_of_outputs`).
     """
 
     model: ir.Model
@@ -158,6 +159,7 @@ class Grouping:
         """Add the input that says which adapter each row has, unless the model has it."""
         graph = self.model.graph
         self._groups: dict[ir.Value, Groups | str] = {}
+        self.ids_by_axes: dict[tuple[str, ...], ir.Value] = {}
         self.batch = next((value.shape[0] for value in graph.inputs if value.shape), None)
         inputs = {str(value.name): value for value in graph.inputs}
         ids = inputs.get(ADAPTER_IDS)
@@ -201,7 +203,7 @@ class Grouping:
             return f"the batch has a fixed size of {self.batch}; trace the model with dynamic=True"
         flat: FlatTokens | None = self.model.meta.get(FlatTokens.META, {}).get(str(x.shape[0]))
         tokens = self._of_adapters if by_adapter else self._tiles
-        if tokens is not None and _is_tokens(x):
+        if tokens is not None and is_tokens(x):
             return _groups_of_tokens(build, x, tokens)
         if flat is not None:
             return _rows_of_matrix(build, x, flat, self.ids)
@@ -210,7 +212,7 @@ class Grouping:
         return f"the first axis of its input {_shown(x)} is not the batch"
 
 
-def _is_tokens(x: ir.Value) -> bool:
+def is_tokens(x: ir.Value) -> bool:
     """Return whether an input is `[1, tokens, features]` or `[tokens, features]`."""
     assert x.shape is not None
     lead = [str(size) for size in x.shape[:-1]]

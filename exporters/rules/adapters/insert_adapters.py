@@ -16,6 +16,7 @@ from gralora_fx.exporters.rules.adapters.adapter_groups import (
     adapter_function,
     batched_adapter_function,
 )
+from gralora_fx.exporters.rules.adapters.scaled_outputs import ids_of_outputs, without_bias
 from gralora_fx.exporters.rules.adapters.site_marks import MARKED
 from gralora_fx.exporters.rules.branches import choice, replace_readers
 from gralora_fx.exporters.rules.builder import FUNCTIONS, SITES, Builder, SiteOutput, add_input, sites_in, static_dim
@@ -40,7 +41,8 @@ class InsertAdapters:
     Before: `y = MatMul(x, [Wq Wk Wv])`
     After:  `y = Sum(MatMul(x, [Wq Wk Wv]), Concat(blocks of q, k and v), Concat(general of q, k and v))`
 
-    A trained bias is one more term of the sum. `_place` decides on which side of the layer's own bias, and of a factor
+    A trained bias is one more term of the sum. So is `(y - bias) * scale` where adapters may scale the layer's output
+    (see `scaled_outputs`). `_place` decides on which side of the layer's own bias, and of a factor
     after it, the sum goes: whatever ONNX Runtime fuses without adapters is still fused with them.
 
     Stacked adapters read the input in groups that share an adapter each (see `adapter_groups`). If rows have their own
@@ -133,22 +135,35 @@ class _Insertion:
             self.problems |= {mark.path: groups for mark in marks}
             return [], value
 
-        def added(part: ir.Value, marks: Sequence[SiteOutput]) -> ir.Value:
-            return build("Sum", part, *_scaled(build, self._outputs(build, x, marks, groups), factors))
+        def added(part: ir.Value, product: ir.Value | None, marks: Sequence[SiteOutput]) -> ir.Value:
+            outputs = _scaled(build, self._outputs(build, x, marks, groups), factors)
+            if product is not None and self.sites[marks[0].path].has_scale:
+                outputs.append(build("Mul", product, self._scale_of(build, x, marks)))
+            return build("Sum", part, *outputs)
 
+        is_scaled = any(self.sites[mark.path].has_scale for mark in marks)
+        product = without_bias(build, value) if is_scaled else None
         if len(marks) == len(spans) and len({self._tensor_kinds(mark) for mark in marks}) == 1:
-            result = added(value, marks)
+            result = added(value, product, marks)
         else:
             sizes = build.ints(*(stop - start for start, stop, _ in spans))
-            split = build.node("Split", [value, sizes], num_outputs=len(spans), axis=-1)
-            pairs = zip(split.outputs, spans, strict=True)
-            parts = [part if mark is None else added(part, [mark]) for part, (_, _, mark) in pairs]
+            whole = build.node("Split", [value, sizes], num_outputs=len(spans), axis=-1).outputs
+            products: Sequence[ir.Value | None] = whole if product is value else [None] * len(spans)
+            if product is not None and product is not value:
+                products = build.node("Split", [product, sizes], num_outputs=len(spans), axis=-1).outputs
+            triples = zip(whole, products, spans, strict=True)
+            parts = [part if mark is None else added(part, own, [mark]) for part, own, (_, _, mark) in triples]
             result = build("Concat", *parts, axis=-1)
         return build.take(), result
 
-    def _tensor_kinds(self, mark: SiteOutput) -> tuple[str, bool]:
+    def _scale_of(self, build: Builder, x: ir.Value, marks: Sequence[SiteOutput]) -> ir.Value:
+        """Return the factors of the outputs of some layers with one input, to multiply by; less 1."""
+        scale = _concat(build, [_rows_of(build, self._tensors(self.sites[mark.path])[-1], mark) for mark in marks])
+        return scale if self.grouping is None else build("Gather", scale, ids_of_outputs(self.grouping, x), axis=0)
+
+    def _tensor_kinds(self, mark: SiteOutput) -> tuple[str, bool, bool]:
         site = self.sites[mark.path]
-        return site.form, site.has_bias
+        return site.form, site.has_bias, site.has_scale
 
     def _groups_of(self, build: Builder, x: ir.Value, *, by_adapter: bool) -> Groups | str | None:
         """Return an input in groups, built in the branch or once for all readers; None if adapters are not stacked."""
@@ -168,8 +183,8 @@ class _Insertion:
 
     def _outputs_at(self, build: Builder, x: ir.Value, mark: SiteOutput, groups: Groups | None) -> Sequence[ir.Value]:
         """Return an adapter's outputs at a site (blocks, LoRA, bias, if present); for grouped rows, their sum alone."""
-        site = self.sites[mark.path]
-        tensors = self._tensors(site)
+        site = self.sites[mark.path].without_scale
+        tensors = self._tensors(self.sites[mark.path])[: len(site.names(self.inputs.k))]
         outputs: Sequence[ir.Value]
         if groups is not None:
             chosen = [] if groups.ids is None else [groups.ids]
@@ -177,10 +192,7 @@ class _Insertion:
             outputs = [build(name, groups.x, *chosen, *tensors, domain=FUNCTIONS)]
         else:
             outputs = self._outputs_of_all(build, x, site, tensors)
-        if mark.rows is None:
-            return outputs
-        start, stop = build.ints(mark.rows[0]), build.ints(mark.rows[1])
-        return [build("Slice", output, start, stop, [-1]) for output in outputs]
+        return [_rows_of(build, output, mark) for output in outputs]
 
     def _outputs_of_all(
         self, build: Builder, x: ir.Value, site: AdapterSite, tensors: Sequence[ir.Value]
@@ -268,6 +280,13 @@ def _scaled(build: Builder, outputs: Sequence[ir.Value], factors: Sequence[ir.No
         number = next(v for v in node.inputs if v is not None and ir.convenience.get_const_tensor(v) is not None)
         results = [build(node.op_type, output, number) for output in results]
     return results
+
+
+def _rows_of(build: Builder, output: ir.Value, mark: SiteOutput) -> ir.Value:
+    """Return those columns of a layer's whole output that a mark is of."""
+    if mark.rows is None:
+        return output
+    return build("Slice", output, build.ints(mark.rows[0]), build.ints(mark.rows[1]), [-1])
 
 
 def _concat(build: Builder, parts: Sequence[ir.Value]) -> ir.Value:

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.exporters.formats import Blocks
-from gralora_fx.exporters.quantize.block_search import BlockArrays, scale_dtype
-from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_blocks
+from gralora_fx.exporters.quantize.block_search import scale_dtype
+from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
 from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, add_initializer, replace_value
 from gralora_fx.exporters.rules.products.constant_matrices import (
     ComputedTogether,

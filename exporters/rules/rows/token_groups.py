@@ -102,6 +102,12 @@ def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Va
     return TokenGroups(build("Gather", ids, row), tokens, build("Gather", slots, order))
 
 
+def ids_of_tokens(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Value) -> ir.Value:
+    """Return the adapter of each token, `[1, tokens]`; for arguments see `token_tiles`."""
+    lengths = RowLengths(build, input_ids, query)
+    return build("Gather", ids, build("Div", lengths.tokens, lengths.length))
+
+
 def tokens_of_adapters(
     build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Value, adapters: ir.Value
 ) -> tuple[TokenGroups, ir.Value]:

@@ -3,7 +3,8 @@
     A [r, in], B [out, r], magnitude [out]        W' = magnitude / ||W + scale * B @ A|| * (W + scale * B @ A)
 
 where `||.||` is the norm of each row of `[out, in]`, and the scale is LoRA's. In training the norm is a constant: no
-gradient goes through it (section 4.3). The update depends on the weight, so it has no LoRA form.
+gradient goes through it (section 4.3). The update depends on the weight, so it has no LoRA form. Once the norms are
+known, it is a plain LoRA beside a factor of each output.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gralora_fx.base.sources import ACTING
-from gralora_fx.core.methods.arrays import Array, accumulator_of, cast, row_norms
+from gralora_fx.core.methods.arrays import Array, accumulator_of, cast, concatenated, row_norms, without_gradients
 from gralora_fx.core.methods.lora import Lora, LoraConfig, LoraSizes
 from gralora_fx.core.methods.method import AdapterMethod, LayerCall
 from gralora_fx.errors import ConfigError, shown
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LORA = Lora()
+_ROWS = 1024  # of the weight in memory at once while norms are computed
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,17 @@ class DoraFactors(NamedTuple):
     def new_weight(self, weight: Array, scale: float) -> Array:
         """Return the layer's weight `[out, in]` with the adapter; no gradient goes through the norm."""
         return _new_weight(weight, DoraFactors(*(cast(tensor, weight.dtype) for tensor in self)), scale)
+
+    @without_gradients
+    def scaled_form(self, weight: Callable[[slice], Array], scale: float) -> tuple[Array, Array, Array]:
+        """Return A, `ratio * scale * B` and `ratio - 1`, with the ratio of magnitudes to norms."""
+        A, B, magnitude = (cast(tensor, accumulator_of(tensor)) for tensor in self)
+        parts = []
+        for start in range(0, len(B), _ROWS):
+            rows = slice(start, min(start + _ROWS, len(B)))
+            parts.append(magnitude[rows] / row_norms(weight(rows) + scale * (B[rows] @ A)))
+        ratio = concatenated(parts)
+        return A, ratio.reshape(-1, 1) * (scale * B), ratio - 1
 
 
 def _new_weight(weight: Array, factors: DoraFactors, scale: float) -> Array:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard
 from gralora_fx.base.sources import ACTING
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.methods.stacked_tensors import StackedTensors
-from gralora_fx.errors import command, option
+from gralora_fx.errors import ExportError, command, option
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +91,20 @@ class WeightTensors(AdapterTensors, Protocol):
         ...
 
 
+class RowScalingTensors(WeightTensors, Protocol):
+    """Tensors of an update that is of low rank beside a factor for each row of the weight, which depends on it."""
+
+    def scaled_form(self, weight: Callable[[slice], Array], scale: float) -> tuple[Array, Array, Array]:
+        """Return the new weight as `(1 + change) * weight + B @ A`: `A [R, in]`, `B [out, R]` and `change [out]`.
+
+        Args:
+            weight: Returns some rows of the layer's weight `[out, in]`, in float32 or better, in numpy's arrays like
+                the tensors.
+            scale: Factor of the update.
+        """
+        ...
+
+
 def is_low_rank(factors: AdapterTensors) -> TypeGuard[LowRankTensors]:
     """Return whether tensors have a LoRA form, by their type."""
     return hasattr(type(factors), "lora_form")
@@ -99,6 +113,11 @@ def is_low_rank(factors: AdapterTensors) -> TypeGuard[LowRankTensors]:
 def needs_weight(factors: AdapterTensors) -> TypeGuard[WeightTensors]:
     """Return whether tensors compute the new weight from the whole old one, by their type."""
     return not is_low_rank(factors)
+
+
+def scales_rows(factors: AdapterTensors) -> TypeGuard[RowScalingTensors]:
+    """Return whether tensors scale the rows of the weight beside an update of low rank, by their type."""
+    return hasattr(type(factors), "scaled_form")
 
 
 def first_tensor(factors: AdapterTensors) -> Tensor:
@@ -277,6 +296,11 @@ class AdapterMethod(StackedTensors):
         """Whether its updates are plain LoRA in another form."""
         return hasattr(self.tensors, "lora_form")
 
+    @property
+    def scales_rows(self) -> bool:
+        """Whether its updates are plain LoRA beside a factor for each row of the weight."""
+        return hasattr(self.tensors, "scaled_form")
+
     def check_lora_form(self, adapter: object, purpose: str, error: type[Exception]) -> None:
         """Raise if updates have no LoRA form.
 
@@ -291,6 +315,11 @@ class AdapterMethod(StackedTensors):
                 f"export it merged ({option(adapters='merged')}), or fold it into an export ({command('fold_onnx')}) "
                 f"or a model's files ({command('merge_checkpoint')})"
             )
+
+    def check_can_be_data(self, adapter: object, purpose: str) -> None:
+        """Raise if no export can take updates as tensors; for arguments see `check_lora_form`."""
+        if not self.scales_rows:
+            self.check_lora_form(adapter, purpose, ExportError)
 
     def add_output(
         self, call: LayerCall, factors: Any, scale: float, *, dtype: torch.dtype | None = None, **options: Any

@@ -124,7 +124,8 @@ def mixed(parts: Sequence[tuple[Arrays, float]], inputs: AdapterInputs) -> dict[
 
     The weights become part of the `B` tensors, in float32, rounded once. Each block pair (j, n) of GraLoRA has its own
     s columns of `A[n]` and rows of `B[j]`, so those are concatenated pair by pair; plain LoRA's are concatenated whole.
-    Changes of biases are added.
+    Changes of biases are added, and so are those of the factors by which outputs are scaled: the sum is that of the
+    weights' changes.
     """
     tensors: dict[str, NDArray[Any]] = {}
     for site in inputs.sites:
@@ -141,14 +142,15 @@ def _sum_at(site: AdapterSite, adapters: Sequence[tuple[Arrays, float]], k: int)
     blocks = [(A, _scaled(B, weight)) for (A, B, *_), weight in parts if A is not None and B is not None]
     if blocks:
         yield from _blocks(site, blocks, k)
-    general = [(A, _scaled(B, weight)) for (_, _, A, B, _), weight in parts if A is not None and B is not None]
+    general = [(A, _scaled(B, weight)) for (_, _, A, B, *_), weight in parts if A is not None and B is not None]
     if general:
         yield np.concatenate([A for A, _ in general], 1)
         yield np.concatenate([B for _, B in general], 0)
-    biases = [bias.astype(np.float32) * weight for (*_, bias), weight in parts if bias is not None]
-    if biases:
-        dtype = next(bias.dtype for (*_, bias), _ in parts if bias is not None)
-        yield sum(biases[1:], biases[0]).astype(dtype)
+    for vectors in zip(*(vectors for (_, _, _, _, *vectors), _ in parts), strict=True):  # changes of bias, of factors
+        there = [(vector, weight) for vector, (_, weight) in zip(vectors, parts, strict=True) if vector is not None]
+        if there:
+            total = sum(vector.astype(np.float32) * weight for vector, weight in there)
+            yield np.asarray(total).astype(there[0][0].dtype)
 
 
 def _blocks(site: AdapterSite, parts: Sequence[tuple[NDArray[Any], NDArray[Any]]], k: int) -> Iterator[NDArray[Any]]:

@@ -53,6 +53,9 @@ class AdapterRecord:
     # comparison of the base that the adapter was trained on with the export's (see `BaseComparison`); None if they were
     # not compared
     base: Mapping[str, Any] | None = None
+    # the weights whose rows' norms its factors of outputs were computed from: "float32", as PEFT's, or how the export
+    # rounded them, such as "int4"; None without such factors
+    norms_of: str | None = None
 
     @property
     def base_name(self) -> str:
@@ -62,8 +65,16 @@ class AdapterRecord:
     def to_json(self) -> str:
         """Return the record as JSON, keys in order, with its own SHA-256 under `record_sha256`."""
         fields = dataclasses.asdict(self)
-        fields = {name: value for name, value in fields.items() if name != "base" or value is not None}
+        optional = ("base", "norms_of")
+        fields = {name: value for name, value in fields.items() if name not in optional or value is not None}
         return json.dumps({**fields, _OWN_DIGEST: _fields_sha256(fields)}, indent=2, sort_keys=True) + "\n"
+
+
+def norms_text(norms_of: str) -> str:
+    """Say in words of which weights an adapter's norms are, and whether they are PEFT's."""
+    if norms_of == "float32":
+        return "its norms are those of the float32 weights, as in PEFT"
+    return f"its norms are those of the weights that the export stores ({norms_of}), not of the base's own"
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +208,7 @@ def _largest_ranks(tensors: Arrays, inputs: AdapterInputs) -> tuple[int, int]:
 
 def _ranks(site: AdapterSite, tensors: Arrays) -> tuple[int, int]:
     """Return a layer's ranks, of blocks and of plain LoRA; 0 for a part that is missing or has other axes."""
-    A, _, A_general, _, _ = site.parts(tensors)
+    A, _, A_general, *_ = site.parts(tensors)
     r = 0 if A is None or A.ndim != 3 else A.shape[2]
     return r, 0 if A_general is None or A_general.ndim != 2 else A_general.shape[1]
 

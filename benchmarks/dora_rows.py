@@ -1,0 +1,90 @@
+"""Eight rows with a DoRA adapter each, beside eight with LoRA of the same rank, over floats, int8 and int4.
+
+SmolLM2-135M with adapters on all seven projections. LoRA's rows run in an export that takes LoRA alone, as without DoRA
+one has it, and in the one that takes both. Then what it costs to load a directory that PEFT saved.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import smollm2
+from benchmarks.activated import ROWS, THREADS, TokenSteps
+from benchmarks.harness import Case, Claim, Report, Table, measure, progress
+from gralora_fx import DoraConfig, LoraConfig, TracedModel, rewrite, trace
+from gralora_fx.base.sources.model_files import EXPORT_FILE
+from gralora_fx.exporters import export_adapter, export_onnx
+from gralora_fx.exporters.adapter_export import adapter_in_memory
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.serving import load
+
+RUNS = Path("runs/dora_rows")
+WEIGHTS: dict[str, dict[str, Any]] = {"float32": {}, "int8": {"quantize": "int8"}, "int4": {"quantize": "int4"}}
+LORA, BESIDE, DORA = "LoRA", "LoRA, in an export that takes DoRA", "DoRA"
+FIELDS: dict[str, Any] = {"r": 8, "lora_alpha": 2, "target_modules": smollm2.PROJECTIONS, "init_lora_weights": False}
+
+
+def run(iterations: int = 25) -> Report:
+    """Measure.
+
+    Args:
+        iterations: Timed runs of each kind of step.
+    """
+    report = Report("dora-rows", f"{ROWS} rows with DoRA beside LoRA: SmolLM2-135M, r={FIELDS['r']}")
+    base = smollm2.base(RUNS / "base")
+    loads = []
+    for name, options in WEIGHTS.items():
+        plain, both = (_export(base, f"{kind}_{name}", options) for kind in ("lora", "dora"))
+        progress(f"steps of eight rows, {name}")
+        loaded = [load(path, threads=THREADS) for path in (plain, both)]
+        steps = {LORA: (loaded[0], "lora"), BESIDE: (loaded[1], "lora"), DORA: (loaded[1], "dora")}
+        cases = [Case.of(step, TokenSteps(*where)) for step, where in steps.items()]
+        times = measure(cases, iterations=iterations)
+        report.tables.append(Table(f"a token of {ROWS} rows, {name}", [times.row(step, LORA) for step in steps]))
+        ratio = times.ratio(DORA, LORA).median_of_pairs
+        report.claims.append(Claim(f"a step with DoRA over one with LoRA, {name}", ratio, at_most=1.1))
+        loads.append({"weights": name} | {kind: _seconds(both, kind) for kind in ("lora", "dora")})
+        del loaded, steps, cases
+        gc.collect()
+    report.tables.append(Table("seconds to convert an adapter of PEFT's", loads))
+    return report
+
+
+def _export(base: Path, name: str, options: dict[str, Any]) -> Path:
+    """An export with the adapters, made once; the LoRA adapters are the same in both."""
+    path = RUNS / name
+    if (path / EXPORT_FILE).is_file():
+        return path
+    progress(f"export {name}")
+    source = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    traced: TracedModel = trace(source, task="text-generation-with-past")
+    torch.manual_seed(0)
+    model = rewrite(traced, LoraConfig(**FIELDS), adapter_name="lora_0")
+    for number in range(1, ROWS):
+        model.add_adapter(f"lora_{number}", LoraConfig(**FIELDS))
+    for number in range(ROWS if name.startswith("dora") else 0):
+        model.add_adapter(f"dora_{number}", DoraConfig(**FIELDS))
+        for factors in model.adapter(f"dora_{number}").factors.values():
+            factors.magnitude.data.mul_(1 + 0.02 * torch.randn(factors.magnitude.shape))  # type: ignore[attr-defined]
+    saved = path.with_name(f"saved_{name}")
+    model.save_pretrained(saved, list(model.configs))
+    model.set_adapter([adapter for adapter in model.configs if adapter.startswith("lora")])
+    export_onnx(model, path, adapters="data", verify=False, overwrite=True, **options)
+    for adapter in set(model.configs) - set(model.active_adapters):  # of which no two are active at one layer
+        export_adapter(saved / adapter, path, adapter)
+    return path
+
+
+def _seconds(path: Path, kind: str) -> float:
+    """The seconds to convert an adapter as a service does that loads it."""
+    manifest = read_manifest(path)
+    saved = path.with_name(f"saved_{path.name}") / f"{kind}_0"
+    started = time.perf_counter()
+    adapter_in_memory(saved, path, "adapter", manifest)
+    return time.perf_counter() - started
