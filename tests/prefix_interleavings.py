@@ -6,7 +6,9 @@ Adapters are replaced meanwhile, requests given up, and the prefix cache is too 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from peft_oracle import peft_model
 from served_exports import CACHED, END, adapted, chat_tokenizer
 from tiny_models import tiny_model
 
-from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
+from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.adapter_export import convert_adapter
 from gralora_fx.run.engine.limits import part_length
@@ -28,6 +30,7 @@ from tests.architectures.tiny_decoders import tiny_decoder
 
 ADAPTERS, VERSIONS, CONTEXT, CHUNK = 8, 2, 192, 16
 LIMIT = 200_000  # bytes, about nine blocks
+CALLS = {number: [90 + number, 95] for number in range(ADAPTERS) if number % 4 == 1}  # of the adapters of every method
 HYBRID_ADAPTERS = [f"adapter{number}" for number in range(ADAPTERS)]
 SIZES: dict[str, Any] = {
     "eos_token_id": END,
@@ -52,6 +55,53 @@ def made(folder: Path) -> tuple[Path, list[list[Path]]]:
             )
             files[-1].append(convert_adapter(folder / name, folder / "onnx", folder, name))
     return folder / "onnx", files
+
+
+def made_mixed(folder: Path) -> tuple[Path, list[list[Path]], Mapping[int, list[int]]]:
+    """An export that takes DoRA, files of adapters of every method, and the tokens from which some of them act.
+
+    The versions of an adapter differ in method too: what one of them has in a layer, the next must not find there.
+    """
+    shared: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    lora = {"method": "LORA", "r": 4, "lora_alpha": 32}
+    methods: tuple[dict[str, Any], ...] = (
+        lora,
+        {"method": "DORA", "r": 4, "lora_alpha": 16},
+        {"r": 4, "gralora_k": 2, "alpha": 32},
+        {"method": "DORA", "r": 2, "lora_alpha": 16},
+    )
+    saved(tiny_model("llama", **SIZES), folder / "first", 3, **shared, **methods[1])
+    model = GraloraModel.from_pretrained(trace(tiny_model("llama", **SIZES), task=CACHED), folder / "first")
+    export_onnx(model, folder / "onnx", adapters="data", verify=False, tokenizer=chat_tokenizer())
+    for number in range(ADAPTERS):
+        for version in range(VERSIONS):
+            name, fields = f"a{number}-{version}", methods[(number + version) % len(methods)]
+            if number in CALLS:
+                fields = {**lora, "alora_invocation_tokens": CALLS[number]}
+            saved(tiny_model("llama", **SIZES), folder / name, 10 + number * VERSIONS + version, **shared, **fields)
+            convert_adapter(folder / name, folder / "onnx", folder, name)
+    return mixed(folder)
+
+
+def mixed(folder: Path) -> tuple[Path, list[list[Path]], Mapping[int, list[int]]]:
+    """What `made_mixed` made in a folder."""
+    files = [
+        [folder / "adapters" / f"a{number}-{version}.onnx_adapter" for version in range(VERSIONS)]
+        for number in range(ADAPTERS)
+    ]
+    return folder / "onnx", files, CALLS
+
+
+def saved(model: Any, directory: Path, seed: int, **fields: Any) -> Any:
+    """PEFT's model, with magnitudes that moved as in training, and its checkpoint in a directory."""
+    wrapped = peft_model(model, seed, **fields)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "magnitude" in name:
+                parameter *= 1 + 0.3 * torch.randn(parameter.shape, generator=generator)
+    wrapped.save_pretrained(str(directory))
+    return wrapped
 
 
 def made_hybrid(folder: Path) -> tuple[Path, list[list[Path]]]:
@@ -119,8 +169,16 @@ class Interleavings:
         most: The most bytes that the cache took.
     """
 
-    def __init__(self, export: Path, files: list[list[Path]], seed: int = 0, limit: int = LIMIT) -> None:
-        self._random, self._files = random.Random(seed), files
+    def __init__(
+        self,
+        export: Path,
+        files: list[list[Path]],
+        calls: Mapping[int, list[int]] = MappingProxyType({}),
+        *,
+        seed: int = 0,
+        limit: int = LIMIT,
+    ) -> None:
+        self._random, self._files, self._calls = random.Random(seed), files, calls
         model, self._alone = load(export, threads=1), load(export, threads=1)
         for number, versions in enumerate(files):
             for version, file in enumerate(versions):
@@ -171,6 +229,8 @@ class Interleavings:
         prompt = (prompt + self._tokens(self._random.randrange(0, 12)))[: CONTEXT - 20] or [5]
         if self._random.random() < 0.2:
             number = self._random.randrange(-1, len(self._files))
+        if number in self._calls:
+            prompt = [*prompt[:-8], *self._calls[number], *self._tokens(self._random.randrange(0, 6))]
         count = self._random.randrange(1, 12)
         draws = {"do_sample": True, "seed": self._random.randrange(100)} if self._random.random() < 0.3 else {}
         salt = self._random.choice([None, None, "a"])
@@ -202,12 +262,13 @@ class Interleavings:
         """The tokens of an answer to a prompt alone, read cold."""
         key = version, request.prompt, request.max_new_tokens, request.options.sampling.seed
         if key not in self._known:
-            row, left = self._cold.open(version), list(request.prompt)
+            start, left = self._cold.start_of(version, request.prompt), list(request.prompt)
+            row, before = self._cold.open(version, start=start), start or 0
             chooser, ends = request.chooser(frozenset({END})), frozenset({END})
             while left:
-                count = part_length(len(left), CHUNK)
+                count = part_length(len(left), CHUNK, before)
                 logits = self._cold.step({row: left[:count]})[row]
-                left = left[count:]
+                left, before = left[count:], before - count
             ids: list[int] = []
             while (token := chooser(logits).token) not in ends:
                 ids.append(token)

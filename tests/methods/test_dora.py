@@ -337,19 +337,15 @@ def test_a_fold_beside_another_adapter_is_refused(tmp_path: Path) -> None:
     fold_onnx(case.out, tmp_path / "other", tmp_path / "both", force=True)
 
 
-def test_exports_are_verified_and_adapters_as_data_refuse(tmp_path: Path) -> None:
+def test_merged_exports_are_verified_and_what_takes_plain_lora_refuses(tmp_path: Path) -> None:
     model = adapted()
     report = export_onnx(model, tmp_path / "merged")
     assert report.verification is not None
     assert verify_onnx(tmp_path / "merged", model).passed
-    for mode in ("data", "inputs"):
-        with pytest.raises(ExportError, match=f"'default' is a DoRA adapter: .* which adapters='{mode}' needs"):
-            export_onnx(model, tmp_path / mode, adapters=mode)
-        assert not (tmp_path / mode).exists()
     lora = rewrite(fresh_trace("llama"), LoraConfig(target_modules=BOTH, init_lora_weights=False))
     export_onnx(lora, tmp_path / "data", adapters="data", verify=False)
     model.save_pretrained(tmp_path / "dora")
-    with pytest.raises(ExportError, match=r"is a DoRA adapter: .* as data of an export needs; export it merged"):
+    with pytest.raises(ExportError, match=r"is a DoRA adapter, which scales .* was exported with adapters that do not"):
         export_adapter(tmp_path / "dora", tmp_path / "data", "dora")
     for rank in (None, 2):
         with pytest.raises(ConfigError, match=r"is a DoRA adapter: .* which to_lora needs"):
@@ -402,8 +398,17 @@ def test_every_command_takes_it_or_says_why_not(folder: Path, tmp_path: Path) ->
     outputs = [load(tmp_path / name)(**prompt)["logits"] for name in ("onnx", "folded")]
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
     code, printed = command("export", *of_base, "--adapters", "data", "--output", tmp_path / "data")
-    assert code != 0
-    assert "is a DoRA adapter: its update is not of low rank, which adapters='data' needs" in printed
+    assert code == 0, printed
+    code, printed = command(
+        "export-adapter", "--adapter", folder / "dora", "--onnx", tmp_path / "data", "--adapter-name", "again"
+    )
+    assert (code, "its norms are those of the float32 weights, as in PEFT" in printed) == (0, True), printed
+    answers = [
+        command("generate", "--onnx", tmp_path / "data", "--adapter", adapter, "--prompt", "hello")
+        for adapter in ("default", "again", f"other={folder / 'dora'}")
+    ]
+    assert {code for code, _ in answers} == {0}
+    assert len({printed for _, printed in answers}) == 1
     code, printed = command("to-lora", "--adapter", folder / "dora", "--output", tmp_path / "lora")
     assert code != 0
     assert "is a DoRA adapter" in printed
