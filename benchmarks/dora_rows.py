@@ -1,12 +1,14 @@
 """Eight rows with a DoRA adapter each, beside eight with LoRA of the same rank, over floats, int8 and int4.
 
 SmolLM2-135M with adapters on all seven projections. LoRA's rows run in an export that takes LoRA alone, as without DoRA
-one has it, and in the one that takes both. Then what it costs to load a directory that PEFT saved.
+one has it, and in the one that takes both. Then what it costs to load a directory that PEFT saved, and a thousand
+interleavings of random requests to a tiny Llama, of the base and of plain, activated and DoRA adapters.
 """
 
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import smollm2
 from benchmarks.activated import ROWS, THREADS, TokenSteps
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
+from benchmarks.prefix_cache import TESTS, interleave
 from gralora_fx import DoraConfig, LoraConfig, TracedModel, rewrite, trace
 from gralora_fx.base.sources.model_files import EXPORT_FILE
 from gralora_fx.exporters import export_adapter, export_onnx
@@ -30,11 +33,12 @@ LORA, BESIDE, DORA = "LoRA", "LoRA, in an export that takes DoRA", "DoRA"
 FIELDS: dict[str, Any] = {"r": 8, "lora_alpha": 2, "target_modules": smollm2.PROJECTIONS, "init_lora_weights": False}
 
 
-def run(iterations: int = 25) -> Report:
+def run(iterations: int = 25, interleavings: int = 1000) -> Report:
     """Measure.
 
     Args:
         iterations: Timed runs of each kind of step.
+        interleavings: How many there are.
     """
     report = Report("dora-rows", f"{ROWS} rows with DoRA beside LoRA: SmolLM2-135M, r={FIELDS['r']}")
     base = smollm2.base(RUNS / "base")
@@ -53,6 +57,11 @@ def run(iterations: int = 25) -> Report:
         del loaded, steps, cases
         gc.collect()
     report.tables.append(Table("seconds to convert an adapter of PEFT's", loads))
+    sys.path.append(str(TESTS))  # whose helpers import each other by their names
+    from tests.prefix_interleavings import Interleavings, made_mixed
+
+    (RUNS / "mixed").mkdir(parents=True, exist_ok=True)
+    interleave(report, "adapters of every method", Interleavings(*made_mixed(RUNS / "mixed")), interleavings)
     return report
 
 
@@ -85,6 +94,7 @@ def _seconds(path: Path, kind: str) -> float:
     """The seconds to convert an adapter as a service does that loads it."""
     manifest = read_manifest(path)
     saved = path.with_name(f"saved_{path.name}") / f"{kind}_0"
-    started = time.perf_counter()
-    adapter_in_memory(saved, path, "adapter", manifest)
+    for _ in range(2):  # the first time imports what it needs
+        started = time.perf_counter()
+        adapter_in_memory(saved, path, "adapter", manifest)
     return time.perf_counter() - started

@@ -238,10 +238,11 @@ def _compare_answers(report: Report, count: int) -> None:
     for name, make in {"Llama": made, "Falcon-H1": made_hybrid}.items():
         progress(f"a tiny {name} and sixteen versions of its eight adapters")
         (TINY / name).mkdir(parents=True, exist_ok=True)
-        _interleave(report, name, Interleavings(*make(TINY / name)), count)
+        interleave(report, name, Interleavings(*make(TINY / name)), count)
 
 
-def _interleave(report: Report, name: str, found: Any, count: int) -> None:
+def interleave(report: Report, name: str, found: Any, count: int) -> None:
+    """Run interleavings of `tests/prefix_interleavings.py`; report their answers and the memory of the cache."""
     for done in range(count):
         if done % 100 == 0:
             progress(f"{name}, interleaving {done + 1} of {count}")

@@ -72,7 +72,7 @@ def made_mixed(folder: Path) -> tuple[Path, list[list[Path]], Mapping[int, list[
     )
     saved(tiny_model("llama", **SIZES), folder / "first", 3, **shared, **methods[1])
     model = GraloraModel.from_pretrained(trace(tiny_model("llama", **SIZES), task=CACHED), folder / "first")
-    export_onnx(model, folder / "onnx", adapters="data", verify=False, tokenizer=chat_tokenizer())
+    export_onnx(model, folder / "onnx", adapters="data", verify=False, tokenizer=chat_tokenizer(), overwrite=True)
     for number in range(ADAPTERS):
         for version in range(VERSIONS):
             name, fields = f"a{number}-{version}", methods[(number + version) % len(methods)]
