@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
 from gralora_fx.errors import ExportError, option
 
 DYNAMIC = "int8-dynamic"
+KEPT: Literal["kept"] = "kept"  # the checkpoint's own integers
+FLOAT: Literal["float"] = "float"
 BLOCK_BITS = {"int4": 4, "int8": 8}
 LEAST_BLOCK = 16
 MEAN_BITS = 4.5  # default mean bits of an int4 export's integers
+
+
+@dataclass(frozen=True)
+class InputOrder:
+    """Another order of a matrix's inputs, in which the values of a block are neighbours.
+
+    Attributes:
+        places: For each place of the new order the input that is there, as int64 in bytes.
+    """
+
+    places: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        """Return a short name, the same for equal orders only."""
+        return hashlib.sha256(self.places).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -21,12 +39,14 @@ class Blocks:
     block_size: int = 32  # values that share a scale; a power of two, at least 16
     accuracy_level: int = 4  # how ONNX Runtime multiplies: 0 its own choice, 1 float32, 2 float16, 3 bfloat16, 4 int8
     zero_points: bool = True  # whether a block has a zero point too; without one, zero is half of the integers' range
-    # `"nearest"`, ONNX Runtime's own by a block's smallest and largest value, or `"searched"`: the scale and the zero
-    # point of those tried for which the squared error is least
-    rounding: Literal["nearest", "searched"] = "nearest"
-    # Bits of a stored scale of a float32 matrix: 32, or 16, bfloat16 that is widened when an export is opened. A matrix
-    # in half precision has scales of its own dtype.
+    # `"nearest"`, ONNX Runtime's own by a block's smallest and largest value; `"searched"`, the scale and the zero
+    # point of those tried for which the squared error is least; or `"kept"`, none: the integers of the checkpoint
+    rounding: Literal["nearest", "searched", "kept"] = "nearest"
+    # Bits of a stored scale of a float32 matrix: 32, or 16, which are widened when an export is opened. A matrix in
+    # half precision has scales of its own dtype.
     scale_bits: Literal[16, 32] = 32
+    scale_dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of scales of 16 bits
+    order: InputOrder | None = None  # the order of the inputs of which blocks are made; None for their own
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -44,7 +64,8 @@ class Blocks:
 
     def __str__(self) -> str:
         """Describe the integers and their blocks."""
-        return f"int{self.bits} in blocks of {self.block_size}"
+        text = f"{'kept ' if self.rounding == KEPT else ''}int{self.bits} in blocks of {self.block_size}"
+        return text if self.order is None else f"{text}, inputs in another order"
 
 
 @dataclass(frozen=True)

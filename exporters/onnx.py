@@ -42,7 +42,7 @@ def export_onnx(
     *,
     adapters: Literal["merged", "data", "inputs"] = "merged",
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
-    quantize: Literal["int4", "int8", "int8-dynamic"] | None = None,
+    quantize: Literal["int4", "int8", "int8-dynamic", "kept", "float"] | None = None,
     bits: float | None = None,
     block_size: int | None = None,
     accuracy_level: int | None = None,
@@ -76,12 +76,15 @@ def export_onnx(
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. Parts that the
             model itself computes in float32 stay so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,
-            `"int8-dynamic"` multiplies int8 weights by activations that are rounded row by row; or None.
+            `"int8-dynamic"` multiplies int8 weights by activations that are rounded row by row. `"kept"` keeps the
+            integers of a quantized checkpoint, and rounds to int8 where it quantizes without any that blocks can hold;
+            `"int4"` and `"int8"` keep them too. `"float"` stores floats. None for `"kept"` if the base's checkpoint is
+            quantized in a form that exports keep, else for floats.
         bits: For int4, the mean bits of an integer over all quantized weights, from 4 to 8: layers whose rounding costs
             the outputs most have 8, the others 4 (see `quantize.choice`); None for 4.5. The report and the manifest
             list the bits by layer.
         block_size: For int8 and int4, values of a matrix's input axis that share a scale; a power of two, 16 or more,
-            None for 32.
+            None for 32. Kept groups that are larger become blocks of this size with equal scales.
         accuracy_level: For int8 and int4, how ONNX Runtime multiplies with quantized weights: 0 its own choice, 1 in
             float32, 2 in float16, 3 in bfloat16, 4 in int8, its fastest; None for 4.
         logits: For a decoder with a cache, the positions whose logits it returns: `"last"` or `"all"`.
@@ -134,6 +137,7 @@ def export_onnx(
     seconds: dict[str, float] = {}
     with timed("fold", seconds, "preparing"):
         conversion = conversion_of(model, options)
+        options = conversion.options
         flavour = flavour_of(conversion.traced)
         conversion.check_kind(flavour.name)
         flavour.check(options)

@@ -13,6 +13,8 @@ from gralora_fx.errors import ExportError, option
 from gralora_fx.exporters.formats import (
     BLOCK_BITS,
     DYNAMIC,
+    FLOAT,
+    KEPT,
     MEAN_BITS,
     Blocks,
     Columns,
@@ -59,10 +61,11 @@ class ExportOptions:
         Literal["fp32", "fp16", "bf16"], Option("Store weights and cache in this precision.", NUMBERS)
     ] = "fp32"
     quantize: Annotated[
-        Literal["int4", "int8", "int8-dynamic"] | None,
+        Literal["int4", "int8", "int8-dynamic", "kept", "float"] | None,
         Option(
             "Store weights as small integers: int8 is closest to floats, int4 smallest, and int8-dynamic reads prompts "
-            "fastest, as it rounds activations too. Left out, they stay floats.",
+            "fastest, as it rounds activations too. kept keeps those of a quantized checkpoint; left out, they are "
+            "kept where there are any, and floats stay floats.",
             NUMBERS,
         ),
     ] = None
@@ -124,13 +127,19 @@ class ExportOptions:
             object.__setattr__(self, "adapters", EARLIER_MODES.get(self.adapters, self.adapters))
         check_options(self, ExportError)
         if self.bits is not None and self.quantize != "int4":
-            has = f"{option(quantize=self.quantize)} has 8 bits everywhere" if self.quantize else "nothing is quantized"
+            has = "nothing is quantized"
+            if self.quantize == KEPT:
+                has = f"{option(quantize=KEPT)} has the bits of the checkpoint"
+            elif self.quantize in ("int8", DYNAMIC):
+                has = f"{option(quantize=self.quantize)} has 8 bits everywhere"
             raise ExportError(
                 f"{option(bits=self.bits)} is the budget of {option(quantize='int4')}, and {has}; leave it out, or "
                 f"take {option(quantize='int4')}, some of whose layers have 8 bits"
             )
         if self.quantize == DYNAMIC:
             self._check_dynamic()
+        if self.quantize == FLOAT:
+            self._check_float()
         if self.texts is not None:
             self._check_texts()
 
@@ -147,8 +156,15 @@ class ExportOptions:
                 f"{option(precision=self.precision)}; take {option(precision='fp32')}"
             )
 
+    def _check_float(self) -> None:
+        given = {"block_size": self.block_size, "accuracy_level": self.accuracy_level}
+        if unused := [option(**{name: value}) for name, value in given.items() if value is not None]:
+            raise ExportError(
+                f"{' and '.join(unused)} has no effect with {option(quantize=FLOAT)}, which has no blocks; leave it out"
+            )
+
     def _check_texts(self) -> None:
-        if self.quantize is None:
+        if self.quantize in (None, FLOAT):
             raise ExportError(
                 f"{option(texts=...)} has no effect without {option(quantize=...)}: they are what a quantized export "
                 "is compared on; leave them out"
@@ -189,16 +205,31 @@ class ExportOptions:
                 "encoder-decoder's with one; leave it out"
             )
 
+    def for_base(self, *, is_in_few_bits: bool) -> ExportOptions:
+        """Return the options for a base: what keeps its checkpoint's integers, if nothing else is asked for.
+
+        Args:
+            is_in_few_bits: Whether its checkpoint holds weights in few bits whose form exports keep.
+        """
+        if self.quantize == KEPT and not is_in_few_bits:
+            raise ExportError(
+                f"{option(quantize=KEPT)} keeps the integers of a quantized checkpoint, and this base is of floats, or "
+                f"of a form without integers; take {option(quantize='int4')} or {option(quantize='int8')}, or leave it "
+                "out"
+            )
+        kept = KEPT if is_in_few_bits and self.quantize is None else self.quantize
+        return dataclasses.replace(self, quantize=None if kept == FLOAT else kept)
+
     @property
     def format(self) -> Format | None:
-        """The format of quantized matrices, or None for floats."""
-        if self.quantize is None:
+        """The format of quantized matrices, or None for floats; of those that are rounded beside kept integers."""
+        if self.quantize in (None, FLOAT):
             return None
         if self.quantize == DYNAMIC:
             return Columns()
         block_size = Blocks.block_size if self.block_size is None else self.block_size
         level = Blocks.accuracy_level if self.accuracy_level is None else self.accuracy_level
-        blocks = Blocks(BLOCK_BITS[self.quantize], block_size, level)
+        blocks = Blocks(BLOCK_BITS.get(self.quantize or "", 8), block_size, level)
         if self.quantize != "int4":
             return blocks
         return dataclasses.replace(blocks, rounding="searched", scale_bits=16)  # every bit counts

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gralora_fx.base.sources.rewriting import RowEdit
 from gralora_fx.errors import ExportError, MergeError, command, option
 from gralora_fx.exporters.fold.edits import LayerEdit, check_finite
-from gralora_fx.exporters.formats import Blocks
+from gralora_fx.exporters.formats import Blocks, InputOrder
 from gralora_fx.exporters.rules.products.initializers import ProductWeight
 from gralora_fx.exporters.rules.products.quantized_products import EARLIER
 from gralora_fx.exporters.rules.products.stored_rows import read_rows
@@ -133,6 +133,7 @@ class _StoredBlocks:
     integers: NDArray[Any]
     all_scales: NDArray[Any]
     all_zero_points: NDArray[Any] | None
+    order: InputOrder | None
 
     @property
     def parts(self) -> tuple[NDArray[Any], ...]:
@@ -143,8 +144,10 @@ class _StoredBlocks:
     def values(self, outputs: slice) -> NDArray[Any]:
         """Return dequantized values `[n, in]`."""
         from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks
+        from gralora_fx.exporters.quantize.quantized_arrays import in_usual_order
 
-        return dequantize_blocks(self._arrays(outputs), self.weight.bits, self.weight.in_features)
+        values = dequantize_blocks(self._arrays(outputs), self.weight.bits, self.weight.in_features)
+        return in_usual_order(values, self.order)
 
     def _arrays(self, outputs: slice) -> BlockArrays:
         """Return the blocks of output features, with scales in float32."""
@@ -163,7 +166,15 @@ class _StoredBlocks:
             self.weight.block_size,
             zero_points=self.all_zero_points is not None,
             scale_bits=16 if self.weight.is_widened else 32,
+            scale_dtype="float16" if self.all_scales.dtype == np.float16 else "bfloat16",
+            order=self.order,
         )
+
+    def _ordered(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return values `[n, in]` with their inputs in the order of the blocks."""
+        from gralora_fx.exporters.quantize.quantized_arrays import order_of
+
+        return values if self.order is None else values[:, order_of(self.order)]
 
     def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
         """Return whether the stored values are as close to others as rounding puts them, by each row's error."""
@@ -172,8 +183,9 @@ class _StoredBlocks:
 
         if not np.isfinite(source).all():
             return False
-        nearest = quantize_blocks(np.ascontiguousarray(source.T, dtype=np.float32), self.form)
-        least = dequantize_blocks(nearest, self.weight.bits, source.shape[1]) - source
+        ordered = self._ordered(source)
+        nearest = quantize_blocks(np.ascontiguousarray(ordered.T, dtype=np.float32), self.form)
+        least = dequantize_blocks(nearest, self.weight.bits, source.shape[1]) - ordered
         errors = [np.square(change).sum(1) for change in (self.values(outputs) - source, least)]
         return bool((errors[0] <= _LARGEST_ERROR * errors[1] + 1e-7 * np.square(source).sum(1) + 1e-20).all())
 
@@ -192,7 +204,7 @@ class _StoredBlocks:
         stored = self.all_scales.dtype
         dtype = np.dtype(np.float32) if self.weight.is_widened else stored
         rounded = values.astype(dtype) if dtype == np.float16 else values.astype(dtype).astype(np.float32)
-        columns = np.ascontiguousarray(rounded.T)
+        columns = np.ascontiguousarray(self._ordered(rounded).T)
         blocks = quantize_blocks(columns, self.form, name=path)
         if is_near:
             blocks = with_scales(columns, blocks, self._arrays(outputs), self.form)
@@ -250,7 +262,8 @@ def stored_values(weight: ProductWeight) -> StoredValues:
         factors = None if weight.factors is None else read_rows(weight.factors).reshape(-1)
         return _StoredColumns(weight, integers, scales.reshape(-1), factors)
     rows = [part.reshape(weight.out_features, -1) for part in (integers, scales, *zero_points)]
-    return _StoredBlocks(weight, rows[0], rows[1], rows[2] if zero_points else None)
+    order = None if weight.order is None else InputOrder(read_rows(weight.order).astype(np.int64).tobytes())
+    return _StoredBlocks(weight, rows[0], rows[1], rows[2] if zero_points else None, order)
 
 
 def is_rounding_of(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:

@@ -12,6 +12,7 @@ from gralora_fx.core.model.companions import companions_of
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, marked
+from gralora_fx.exporters.formats import FLOAT
 from gralora_fx.exporters.kinds.conversion import Conversion, conversion_of
 from gralora_fx.exporters.kinds.data_sites import check_found
 from gralora_fx.exporters.kinds.plain import plain_models
@@ -24,7 +25,7 @@ def companion_conversions(model: TracedModel | GraloraModel, options: ExportOpti
     """Return the conversion of each companion; its weights stay floats even if the decoder's are quantized."""
     own = dataclasses.replace(
         options,
-        quantize=None,
+        quantize=FLOAT,
         bits=None,
         block_size=None,
         accuracy_level=None,

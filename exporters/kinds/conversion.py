@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from gralora_fx.base.sources.lazy_tensors import sampled_values
+from gralora_fx.base.sources.packed_tensors import stored_form_of
 from gralora_fx.core.graph.pipeline import PassLog
 from gralora_fx.core.methods import method_of
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.rewrite import merge_lazily
 from gralora_fx.core.tracing.traced_model import CALL_TRACE, TracedModel
 from gralora_fx.errors import ExportError, command, option
+from gralora_fx.exporters.formats import KEPT, Blocks, Format
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.rules.onnx_pipeline import export_log
 from gralora_fx.format.adapter_paths import check_can_act
@@ -70,7 +72,10 @@ class Conversion:
 
 def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> Conversion:
     """Return the conversion of a model by an export's options."""
+    stored = False
     if isinstance(model, (TracedModel, GraloraModel)):
+        stored = any(stored_form_of(site.weight) is not None for site in base_trace(model).sites if site.calls)
+        options = options.for_base(is_in_few_bits=stored)
         configs = model.configs if isinstance(model, GraloraModel) else {}
         methods = {name: method_of(config) for name, config in configs.items()}
         options.check_model(methods=methods, task=base_trace(model).task)
@@ -83,12 +88,24 @@ def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> 
         from gralora_fx.exporters.kinds.data_sites import data_sites
 
         traced, adapters = model.traced, data_sites(model, options)
-    plan = None
-    if options.format is not None:
-        from gralora_fx.exporters.quantize.plan import plan_of_model
-
-        plan = plan_of_model(options.format, traced)
+    plan = None if options.format is None else _plan(options, options.format, traced, base_trace(model), stored=stored)
     return Conversion(model, traced, options, log, adapters, plan)
+
+
+def _plan(
+    options: ExportOptions, form: Format, traced: TracedModel, base: TracedModel, *, stored: bool
+) -> QuantizationPlan:
+    """Return the plan of a quantized export; integers of the base's checkpoint are kept in blocks."""
+    from gralora_fx.exporters.quantize.plan import kept_plan, plan_of_model, with_kept
+
+    if not stored or not isinstance(form, Blocks):
+        return plan_of_model(form, traced)
+    from gralora_fx.exporters.quantize.kept import StoredLayers
+
+    layers = StoredLayers(base, traced)
+    if options.quantize == KEPT:
+        return kept_plan(form, layers, options.block_size)
+    return with_kept(plan_of_model(form, traced), layers, options.block_size, form.accuracy_level)
 
 
 def fold_adapters(model: TracedModel | GraloraModel) -> TracedModel:

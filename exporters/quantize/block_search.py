@@ -202,7 +202,8 @@ def _grid(blocks: Tensor, weights: Tensor, largest: float, dtype: Any) -> tuple[
 
 def scale_dtype(form: Blocks, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype in which the scales of a matrix's blocks are stored."""
-    return np.dtype(ml_dtypes.bfloat16) if form.scale_bits == 16 and dtype == np.float32 else dtype
+    half = np.float16 if form.scale_dtype == "float16" else ml_dtypes.bfloat16
+    return np.dtype(half) if form.scale_bits == 16 and dtype == np.float32 else dtype
 
 
 def packed(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

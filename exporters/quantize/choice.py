@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -186,7 +186,8 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     if isinstance(plan.default, Columns):
         return _with_rows(plan, conversion, run)
     names = {site.path: weight_names(traced, site) for site in traced.sites}
-    sites = list({id(site.weight): site for site in traced.sites if site.calls}.values())
+    rounded_anew = [site for site in traced.sites if site.calls and names[site.path][0] not in plan.kept]
+    sites = list({id(site.weight): site for site in rounded_anew}.values())
     tied = other_readers(traced.graph_module, sites)
     has_own = conversion.options.block_size is None
     forms = {site.path: _forms(plan.default, site, bool(tied[site.path]), has_own) for site in sites}
@@ -199,7 +200,7 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     if run.problem:
         chosen_by = f"the errors of the weights themselves, as {run.problem}"
     try:
-        rounded = _rounded(conversion, run, plan.default, own, names) if run.cases else {}
+        rounded = _rounded(conversion, run, plan.default, own, names, plan.kept) if run.cases else {}
     except (RuntimeError, NotImplementedError) as error:
         rounded, chosen_by = {}, f"{chosen_by}; weights rounded for inputs that count alike ({first_line(error)})"
     by_matrix = {**plan.by_matrix, **own}
@@ -212,10 +213,11 @@ def _rounded(
     default: Blocks,
     own: Mapping[str, Blocks],
     names: Mapping[str, tuple[str, ...]],
+    kept: Collection[str],
 ) -> dict[str, BlockArrays]:
     """Return the blocks of weights rounded by search, by all names of each, from the layers' paths."""
     assert run.model is not None
-    chosen = {path: (of[0], own.get(of[0], default)) for path, of in names.items()}
+    chosen = {path: (of[0], own.get(of[0], default)) for path, of in names.items() if of[0] not in kept}
     forms = {path: one for path, one in chosen.items() if one[1].rounding == "searched"}
     with evaluating(conversion.model, run.model):
         blocks = round_in_order(run.model, run.cases, forms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,10 +13,11 @@ from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import PassLog
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.formats import DYNAMIC, Blocks, Format
+from gralora_fx.exporters.formats import DYNAMIC, KEPT, Blocks, Format
 from gralora_fx.exporters.quantize.block_arrays import BlockArrays
+from gralora_fx.exporters.quantize.kept import KeptWeight, StoredLayers
 from gralora_fx.exporters.quantize.quantized_arrays import ColumnInputs
-from gralora_fx.format.quantized_weights import LayerFormat, QuantizedWeights
+from gralora_fx.format.quantized_weights import WIDEST_EXACT, LayerFormat, QuantizedWeights
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class QuantizationPlan:
         rounded: Blocks of matrices rounded while formats were chosen (see `round_in_order`), by the same names; others
             are rounded when they are written.
         inputs: Statistics of the inputs of matrices stored in columns, by the same names.
+        kept: Weights whose stored integers are kept, by the same names.
+        reasons: Why other quantized weights of the base are rounded anew, by the same names.
+        kind: How the export names the quantization; None for the default format's name.
         layers: Names of the weights of linear layers and stacks of layers; only these are quantized. A router that
             multiplies in float32 whatever the model's precision is neither. None for every constant matrix.
     """
@@ -42,6 +47,9 @@ class QuantizationPlan:
     chosen_by: str | None = None
     rounded: Mapping[str, BlockArrays] = field(default_factory=dict, compare=False, repr=False)
     inputs: Mapping[str, ColumnInputs] = field(default_factory=dict, compare=False, repr=False)
+    kept: Mapping[str, KeptWeight] = field(default_factory=dict, compare=False, repr=False)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    kind: str | None = None
     layers: Set[str] | None = field(default=None, repr=False)
 
     def format_of(self, names: Collection[str]) -> Format | None:
@@ -52,7 +60,10 @@ class QuantizationPlan:
 
     def blocks_of(self, names: Iterable[str], sizes: tuple[int, int], form: Blocks) -> BlockArrays | None:
         """Return the blocks of a matrix rounded while formats were chosen, or None."""
-        found = [self.rounded.get(name) for name in names]
+        if form.rounding == "kept":
+            found = [self.kept[name].blocks() if name in self.kept else None for name in names]
+        else:
+            found = [self.rounded.get(name) for name in names]
         parts = [blocks for blocks in found if blocks is not None]
         inputs, outputs = sizes
         shape = (-(-inputs // form.block_size), form.block_size * form.bits // 8)
@@ -74,11 +85,35 @@ class QuantizationPlan:
 def plan_of_model(default: Format, traced: TracedModel) -> QuantizationPlan:
     """Return a plan with one format for a model's linear layers, and for the matrices that features add."""
     called = [site for site in traced.sites if site.calls]  # a router that casts its weight has no calls
-    names = {name for site in called for name in (*weight_names(traced, site), f"{site.path}.weight")}
-    plan = QuantizationPlan(default, layers=names)
+    plan = QuantizationPlan(default, layers={name for site in called for name in _names(traced, site)})
     for with_formats in parts("weight formats", traced.operators):
         plan = with_formats(plan, traced)
     return plan
+
+
+def with_kept(plan: QuantizationPlan, layers: StoredLayers, block_size: int | None, level: int) -> QuantizationPlan:
+    """Return a plan that keeps the integers of a base's checkpoint where blocks can hold them."""
+    own: dict[str, Format | None] = {}
+    kept: dict[str, KeptWeight] = {}
+    reasons: dict[str, str] = {}
+    for site, found in layers.forms(block_size, level):
+        for name in _names(layers.exported, site):
+            if isinstance(found, str):
+                reasons[name] = found
+            else:
+                own[name], kept[name] = found.form, found
+    return dataclasses.replace(plan, by_matrix={**plan.by_matrix, **own}, kept=kept, reasons=reasons)
+
+
+def kept_plan(default: Blocks, layers: StoredLayers, block_size: int | None) -> QuantizationPlan:
+    """Return a plan that quantizes what a base's checkpoint quantizes, and keeps its integers where it can."""
+    sites = [site for site in layers.exported.sites if site.path in layers.stored]
+    names = {name for site in sites for name in _names(layers.exported, site)}
+    return with_kept(QuantizationPlan(default, layers=names, kind=KEPT), layers, block_size, default.accuracy_level)
+
+
+def _names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:
+    return (*weight_names(traced, site), f"{site.path}.weight")
 
 
 def weight_names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:
@@ -113,7 +148,7 @@ def quantized_weights(plan: QuantizationPlan, log: PassLog) -> QuantizedWeights:
     form = plan.default
     blocks = form if isinstance(form, Blocks) else None
     return QuantizedWeights(
-        kind=DYNAMIC if blocks is None else f"int{blocks.bits}",
+        kind=(plan.kind if plan.kept else None) or (DYNAMIC if blocks is None else f"int{blocks.bits}"),
         block_size=None if blocks is None else blocks.block_size,
         accuracy_level=None if blocks is None else blocks.accuracy_level,
         zero_points=None if blocks is None else blocks.zero_points,
@@ -124,8 +159,17 @@ def quantized_weights(plan: QuantizationPlan, log: PassLog) -> QuantizedWeights:
         stored_bits=total.stored_bits / max(1, total.values),
         chosen_by=plan.chosen_by,
         layers={
-            name: LayerFormat("float" if own is None else str(own), plan.gains.get(name))
-            for name, own in sorted(plan.by_matrix.items())
-            if own != form
+            name: LayerFormat(
+                "float" if own is None else str(own), plan.gains.get(name), plan.reasons.get(name), _inexact(own)
+            )
+            for name, own in sorted({**dict.fromkeys(plan.reasons, form), **plan.by_matrix}.items())
+            if own != form or name in plan.reasons
         },
     )
+
+
+def _inexact(form: Format | None) -> int | None:
+    """Return the size of blocks that ONNX Runtime multiplies one row by otherwise than several; None for others."""
+    if not isinstance(form, Blocks) or form.block_size <= WIDEST_EXACT[form.bits]:
+        return None
+    return form.block_size

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.formats import Blocks
+from gralora_fx.exporters.formats import Blocks, InputOrder
 from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_blocks, zeros_of
 from gralora_fx.exporters.quantize.block_search import InputProducts, packed, scale_dtype, searched_blocks
 
@@ -34,9 +34,24 @@ def quantize_blocks(
         return searched_blocks(matrix, form, inputs)
     integers, scales, zero_points = _quantizer(form.bits, form.block_size, form.zero_points)(matrix)
     blocks = BlockArrays(integers, scales, zero_points if form.zero_points else None)
-    if scale_dtype(form, matrix.dtype) == matrix.dtype:
+    stored = scale_dtype(form, matrix.dtype)
+    if stored == matrix.dtype:
         return blocks
-    return _on_grid(_in_blocks(matrix, form), blocks._replace(scales=_rounded_up(scales)), form)
+    return _on_grid(_in_blocks(matrix, form), blocks._replace(scales=_rounded_up(scales, stored)), form)
+
+
+def order_of(order: InputOrder) -> NDArray[np.int64]:
+    """Return an order of inputs as an array `[in]`."""
+    return np.frombuffer(order.places, np.int64)
+
+
+def in_usual_order(values: NDArray[np.float32], order: InputOrder | None) -> NDArray[np.float32]:
+    """Return a matrix `[out, in]`, whose inputs are in an order of their own, in the usual one."""
+    if order is None:
+        return values
+    result = np.empty_like(values)
+    result[:, order_of(order)] = values
+    return result
 
 
 def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays, form: Blocks) -> BlockArrays:
@@ -77,8 +92,12 @@ def _in_blocks(matrix: NDArray[Any], form: Blocks) -> NDArray[np.float32]:
     return rows.reshape(len(rows), count, form.block_size)
 
 
-def _rounded_up(scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Round scales to bfloat16 away from zero, so that no value of a block exceeds its integers' range."""
+def _rounded_up(scales: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[np.float32]:
+    """Round scales to 16 bits away from zero, so that no value of a block exceeds its integers' range."""
+    if dtype == np.float16:
+        near = scales.astype(np.float16)
+        far = np.nextafter(near, np.copysign(np.float16(np.inf), near))
+        return np.where(np.abs(near.astype(np.float32)) < np.abs(scales), far, near).astype(np.float32)
     return ((scales.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from gralora_fx.errors import listed
+
 
 @dataclass(frozen=True)
 class LayerFormat:
@@ -14,6 +16,8 @@ class LayerFormat:
     form: str  # the format, in words
     # the loss saved compared with the default format, by the measure that chose it; None if nothing was measured
     gain: float | None = None
+    reason: str | None = None  # why the integers of the checkpoint are not kept; None if they are, or there are none
+    inexact: int | None = None  # the size of its blocks, if they are wider than `WIDEST_EXACT`
 
 
 # The widest blocks, by their bits, by which ONNX Runtime multiplies one row in the order in which it multiplies several
@@ -24,7 +28,7 @@ WIDEST_EXACT = {4: 32, 8: 64}
 class QuantizedWeights:
     """How an export's matrices are quantized, and how many of them."""
 
-    kind: str  # `"int4"`, `"int8"` or `"int8-dynamic"`
+    kind: str  # `"int4"`, `"int8"`, `"int8-dynamic"`, or `"kept"`, the integers of a quantized checkpoint
     block_size: int | None  # values along a matrix's input axis that share a scale; None if a whole column does
     accuracy_level: int | None  # how ONNX Runtime multiplies with blocks; None where there are none
     zero_points: bool | None  # whether blocks have a zero point each; None where there are none
@@ -45,12 +49,19 @@ class QuantizedWeights:
         lines[0] += "" if self.chosen_by is None else f"; chosen by {self.chosen_by}"
         for name, layer in self.layers.items():
             lines += [] if layer.gain is None else [f"  {name}: {layer.form} (saves {layer.gain:.2e})"]
-        others = Counter(layer.form for layer in self.layers.values() if layer.gain is None)
-        lines += [f"  others: {count} in {form}" for form, count in sorted(others.items())]
-        if self.block_size is not None and self.block_size > (widest := WIDEST_EXACT[int(self.kind[3])]):
+        label = "  " if self.kind == "kept" else "  others: "
+        others = Counter((layer.form, layer.reason) for layer in self.layers.values() if layer.gain is None)
+        for (form, reason), count in sorted(others.items(), key=str):
+            lines.append(f"{label}{count} in {form}" + ("" if reason is None else f": {reason}"))
+        bits = int(self.kind[3]) if self.kind.startswith("int") else 8
+        wide = {layer.inexact for layer in self.layers.values() if layer.inexact is not None}
+        exact = WIDEST_EXACT[4 if wide else bits]
+        if self.block_size is not None and self.block_size > WIDEST_EXACT[bits]:
+            wide.add(self.block_size)
+        if wide:
             lines.append(
-                f"  in blocks of {self.block_size} the last digits of a token depend on how many are read with it; "
-                f"in those of {widest} they do not"
+                f"  in blocks of {listed(map(str, sorted(wide)))} the last digits of a token depend on how many are "
+                f"read with it; in those of {exact} they do not"
             )
         return "\n".join(lines)
 

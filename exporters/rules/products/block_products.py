@@ -11,10 +11,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gralora_fx.errors import ExportError, option
 from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_blocks
 from gralora_fx.exporters.quantize.block_search import scale_dtype
-from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
+from gralora_fx.exporters.quantize.quantized_arrays import in_usual_order, order_of, quantize_blocks
 from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, add_initializer, replace_value
 from gralora_fx.exporters.rules.products.constant_matrices import (
     ComputedTogether,
@@ -22,9 +23,11 @@ from gralora_fx.exporters.rules.products.constant_matrices import (
     matrix_of,
     replace_product,
 )
+from gralora_fx.exporters.rules.products.quantized_products import INPUT_ORDER
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
 
 _NEAR = 0.25  # largest squared error of a matrix's blocks, relative to its squares
+_EQUAL = 1e-5  # the same of kept integers, where the matrix is rounded to 16 bits
 _BlocksOf: TypeAlias = Callable[[Sequence[str], tuple[int, int], Blocks], BlockArrays | None]
 
 
@@ -52,6 +55,8 @@ class BlockProducts:
             that is tied to a head
 
     Scales stored in fewer bits than a float are followed by a `Cast`, which ONNX Runtime folds when it opens the model.
+    Blocks of inputs in another order read them through a `Gather`, which products of one input share; it has the mark
+    `INPUT_ORDER`, by which the weight is found in its usual order again.
     A matrix is read and quantized when it is written. An embedding that is not tied to a head keeps its precision, as
     in onnxruntime-genai.
     """
@@ -61,6 +66,7 @@ class BlockProducts:
     # the blocks of a matrix that is rounded already, by the names of its parameters, its sizes and format
     blocks_of: _BlocksOf
     _stored: dict[ConstantMatrix, BlockValues] = field(default_factory=dict, init=False)
+    _ordered: dict[tuple[ir.Value, ir.Graph], ir.Value] = field(default_factory=dict, init=False)
 
     @property
     def matrices(self) -> tuple[ConstantMatrix, ...]:
@@ -73,8 +79,27 @@ class BlockProducts:
         attributes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.block_size}
         if form.accuracy_level:
             attributes["accuracy_level"] = form.accuracy_level
-        operands = [node.inputs[0], *self._blocks(matrix).present]
+        operands = [self._in_order(node, matrix), *self._blocks(matrix).present]
         replace_product(node, [ir.node("MatMulNBits", operands, attributes=attributes, domain=MICROSOFT)])
+
+    def _in_order(self, node: ir.Node, matrix: ConstantMatrix) -> ir.Value | None:
+        """Return a product's input in the order of the blocks."""
+        value, graph, order = node.inputs[0], node.graph, self.form.order
+        if value is None or order is None:
+            return value
+        assert isinstance(graph, ir.Graph)
+        if (value, graph) not in self._ordered:
+            name = f"input_order_{order}"
+            places = self.graph.initializers.get(name)
+            if places is None:
+                tensor = derived([matrix.tensor], ("order", order), lambda: ir.tensor(order_of(order), name=name))
+                places = add_initializer(self.graph, tensor)
+            gather = ir.node("Gather", [value, places], attributes={"axis": -1})
+            gather.metadata_props[INPUT_ORDER] = "1"
+            gather.outputs[0].type, gather.outputs[0].shape = value.type, value.shape
+            graph.insert_before(node, gather)
+            self._ordered[value, graph] = gather.outputs[0]
+        return self._ordered[value, graph]
 
     def store_table(self, name: str) -> None:
         """Store an embedding as blocks too, though no head of this model is tied to it."""
@@ -108,6 +133,11 @@ def _quantized(matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> li
     rounded = blocks_of(matrix.names, matrix.sizes, form)
     if rounded is not None and _is_rounding(rounded, matrix, form):
         return stored(rounded)
+    if form.rounding == "kept":
+        raise ExportError(
+            f"the integers of {matrix.value.name} cannot be kept: the export multiplies by other values than those of "
+            f"the checkpoint; take {option(quantize='int8')} or {option(quantize='float')}"
+        )
     return [np.concatenate(arrays) for arrays in zip(*map(group, matrix.column_groups()), strict=True)]
 
 
@@ -117,9 +147,9 @@ def _is_rounding(blocks: BlockArrays, matrix: ConstantMatrix, form: Blocks) -> b
     for columns in matrix.column_groups():
         begin, end = end, end + columns.shape[1]
         part = BlockArrays(*(None if array is None else array[begin:end] for array in blocks))  # type: ignore[arg-type]
-        change = dequantize_blocks(part, form.bits, len(columns)) - columns.T
+        change = in_usual_order(dequantize_blocks(part, form.bits, len(columns)), form.order) - columns.T
         error, whole = error + float(np.square(change).sum()), whole + float(np.square(columns, dtype=np.float32).sum())
-    return error <= _NEAR * whole
+    return error <= (_EQUAL if form.rounding == "kept" else _NEAR) * whole
 
 
 def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> BlockValues:

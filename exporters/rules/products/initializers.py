@@ -50,6 +50,8 @@ class ProductWeight:
     bits: int = 0  # bits of a quantized value; 0 for floats
     # factors of the columns' input, `[in]`, by which the stored columns are divided; None if there are none
     factors: ir.Value | None = None
+    # the order of the inputs of which blocks are made, int64 `[in]`; None for their own
+    order: ir.Value | None = None
     problem: str = ""  # why nothing can be folded into it; empty if it can
 
     @property
@@ -122,13 +124,14 @@ def _described(
         node = readers[0].node
         ints = {name: attribute.as_int() for name, attribute in node.attributes.items()}
         block_size, bits = ints.get("block_size", 0), ints.get("bits", 4)
-        from gralora_fx.exporters.rules.products.quantized_products import stored_scales, why_not_apart
+        from gralora_fx.exporters.rules.products.quantized_products import input_order, stored_scales, why_not_apart
 
         problem = problem or why_not_apart([reader.node for reader in readers], bool(others))
         scales = stored_scales(node.inputs[2])
         return ProductWeight(
             value, "blocks", False, ints["K"], ints["N"], tuple(readers), tuple(others), scales,
-            scales is not node.inputs[2], input_at(node, 3), block_size, bits, problem=problem,
+            scales is not node.inputs[2], input_at(node, 3), block_size, bits, order=input_order(node),
+            problem=problem,
         )  # fmt: skip
     if len(sizes) != 2:
         return None

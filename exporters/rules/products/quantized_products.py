@@ -14,6 +14,7 @@ _T = TypeVar("_T")
 
 MARK = "gralora_int8"  # key in the metadata of the nodes of products with columns: the node's part
 FACTORS, STEP, WEIGHT, PRODUCT = "factors", "step", "weight", "product"  # before it, in it, its int8 columns, its last
+INPUT_ORDER = "gralora_input_order"  # key in the metadata of the node that gives a product's inputs another order
 EARLIER = (
     "it is not marked as this version marks products of int8-dynamic exports; export the model again with "
     f"{option(quantize='int8-dynamic')}"
@@ -111,11 +112,19 @@ def why_not_blocks(node: ir.Node) -> str:
     return "" if is_packed else "its zero points are not packed integers, and only those are re-quantized"
 
 
+def input_order(node: ir.Node) -> ir.Value | None:
+    """Return the order of the inputs of which a product's blocks are made; None for their own."""
+    value = node.inputs[0]
+    producer = None if value is None else value.producer()
+    return producer.inputs[1] if producer is not None and INPUT_ORDER in producer.metadata_props else None
+
+
 def stored_scales(value: ir.Value | None) -> ir.Value | None:
-    """Return the initializer of scales, looking behind the cast that widens them if they are stored in bfloat16."""
+    """Return the initializer of scales, looking behind the cast that widens them if they are stored in 16 bits."""
     cast = None if value is None else value.producer()
     source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
-    is_stored = source is not None and source.is_initializer() and source.dtype == ir.DataType.BFLOAT16
+    halves = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
+    is_stored = source is not None and source.is_initializer() and source.dtype in halves
     return source if is_stored else value
 
 

@@ -35,6 +35,7 @@ class BaseQuantization(ABC):
         help: What the command line says of rounding a base.
         fields: The object of transformers that `of` takes, in words.
         extra: The extra of the installation that rounding needs, or None.
+        is_kept: Whether an export of a checkpoint in this form keeps its bits unless told otherwise.
         compute_dtype: Dtype that layers multiply in, to which the values are rounded.
         skip_modules: Names of the layers that stay float; None for transformers' own choice.
     """
@@ -46,6 +47,7 @@ class BaseQuantization(ABC):
     help: ClassVar[str]
     fields: ClassVar[str]
     extra: ClassVar[str | None]
+    is_kept: ClassVar[bool] = False
     compute_dtype: str
     skip_modules: tuple[str, ...] | None
 

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.base.sources.rewriting import BLOCK, bytes_of
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
+from gralora_fx.base.sources.stored_integers import StoredIntegers
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_STORED = "_gralora_stored"  # attribute of a parameter
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class PackedTensor(StoredTensor):
             part = bytes_of(self.floats(start, stop).astype(dtype, copy=False))[ahead : ahead + len(target)]
             target[: len(part)] = part
             target, first = target[len(part) :], first + len(part)
+
+    def integers(self) -> StoredIntegers | None:
+        """Return the stored integers of the weight `[out, in]`; None if its values are none times a scale."""
+        return None
 
     @abstractmethod
     def floats(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -104,3 +111,15 @@ def as_tensor(values: NDArray[Any]) -> Tensor:
 def packed_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[PackedTensor]:
     """Yield those of a model's tensors that are quantized."""
     return (tensor for tensor in tensors.values() if isinstance(tensor, PackedTensor))
+
+
+def note_stored(parameter: Tensor, stored: object) -> None:
+    """Note the tensor that a parameter's values were read from, if it has a form that exports keep."""
+    if isinstance(stored, PackedTensor) and stored.quantization.is_kept:
+        setattr(parameter, _STORED, stored)
+
+
+def stored_form_of(parameter: object) -> PackedTensor | None:
+    """Return the quantized tensor that a parameter's values were read from; None for a float one."""
+    stored: PackedTensor | None = getattr(parameter, _STORED, None)
+    return stored

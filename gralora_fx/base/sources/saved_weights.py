@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -111,7 +112,8 @@ def read_weights(directory: Path) -> SavedWeights:
 def _names_by_key(index: Path) -> dict[str, str]:
     """Read an index: the file name of each tensor."""
     try:
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        read = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=functools.partial(_once, index))
+        names: dict[str, str] = read["weight_map"]
         outside = sorted({str(name) for name in names.values() if Path(name).name != name})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read ({error}); copy or save the model again") from error
@@ -120,6 +122,16 @@ def _names_by_key(index: Path) -> dict[str, str]:
             f"{index} names {', '.join(outside)}, outside its directory; do not trust it, or save it again"
         )
     return names
+
+
+def _once(index: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; of a key twice, the parser would take the last silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise CheckpointError(f"{index} names {twice} twice; copy the model again, or save it again")
+    return found
 
 
 _BYTES = np.dtype(np.uint8)

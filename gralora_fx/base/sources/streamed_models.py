@@ -24,7 +24,7 @@ from gralora_fx.base.compat.transformers_models import (
     rename_source_key,
 )
 from gralora_fx.base.sources.lazy_tensors import EntrySource, with_source
-from gralora_fx.base.sources.packed_tensors import PackedTensor, packed_tensors
+from gralora_fx.base.sources.packed_tensors import PackedTensor, note_stored, packed_tensors
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
 from gralora_fx.base.sources.saved_weights import SavedWeights
 from gralora_fx.errors import CheckpointError, bulleted
@@ -101,6 +101,7 @@ def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[s
             with_source(parameters[same[0]], functools.partial(torch.zeros, parameters[same[0]].shape))
         else:
             with_source(parameters[name], tensors[name])
+            note_stored(parameters[name], tensors[name])
         problems += unfit if supplied.isdisjoint(same) else []
     persistent = model.state_dict().keys()
     with torch.no_grad():
@@ -115,6 +116,15 @@ def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[s
             f"{bulleted(problems)}"
         )
     return model
+
+
+def note_forms(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
+    """Note the quantized tensor that each of a loaded model's parameters was read from."""
+    keys, parts = keys_by_name(model, stored)
+    for name, parameter in model.named_parameters():
+        key = keys.get(name)
+        if key is not None and key not in parts:
+            note_stored(parameter, stored[key])
 
 
 def keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:

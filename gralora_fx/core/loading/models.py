@@ -20,7 +20,13 @@ from gralora_fx.base.sources.model_files import GENERATION_CONFIG, MODEL_FILE, r
 from gralora_fx.base.sources.packed_tensors import PackedTensor
 from gralora_fx.base.sources.safetensors_files import check_readable
 from gralora_fx.base.sources.saved_weights import read_weights
-from gralora_fx.base.sources.streamed_models import as_in_layers, attach_shards, by_parameter_name, empty_model
+from gralora_fx.base.sources.streamed_models import (
+    as_in_layers,
+    attach_shards,
+    by_parameter_name,
+    empty_model,
+    note_forms,
+)
 from gralora_fx.core.loading.load_report import LoadReport
 from gralora_fx.core.loading.quantized_layers import pack_layers, quantized_layers, record, round_layers
 from gralora_fx.errors import ConfigError, GraloraError, TraceError, first_line, option, warn_caller
@@ -213,6 +219,7 @@ def _unpacked(
         pack_layers(model, {path: model.get_submodule(path) for path in layers}, how, stored)
     else:
         record(model, how)
+    note_forms(model, tensors)
     return _reported(name, task, model, info)
 
 

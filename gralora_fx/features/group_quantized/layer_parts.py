@@ -54,6 +54,12 @@ def check_order(order: StoredTensor, count: int) -> None:
         raise DamagedError(f"{part} names groups {groups.min()} to {groups.max()}, of {count}")
 
 
+def has_order(parts: Parts) -> bool:
+    """Return whether a layer of compressed-tensors says the group of each input; -1 stands for none."""
+    order = parts.get("weight_g_idx")
+    return order is not None and (order.dtype != "I32" or not order.numel or bool((array_of(order) != -1).any()))
+
+
 def check_scales(scales: StoredTensor, shape: tuple[int, ...]) -> None:
     """Check that scales are finite floats of a shape."""
     part = scales.key.rpartition(".")[2]

@@ -16,7 +16,7 @@ _LAYOUTS = {
     "awq": ("version", "gemm", ("gemm",)),
     "compressed-tensors": ("format", None, ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")),
 }
-_BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class GroupQuantized(BaseQuantization):
         layout: Its layout, if it has several: `"gptq"` stores zero points less one, and `"gptq_v2"` does not.
         bits: Bits of a weight; None if each layer's tensors determine them.
         block: Rows and columns of FP8 with one scale; None if the shapes determine them.
+        group_size: Inputs with one scale, -1 for all of a layer; None if the shapes determine them.
+        has_rules: Whether layers may have bits and groups of their own (GPTQ's `dynamic`).
         compute_dtype: Dtype of the values in a record; a layer's values have the dtype of its scales.
     """
 
@@ -36,11 +38,14 @@ class GroupQuantized(BaseQuantization):
     texts = metavar = help = ""
     fields = "the quantization_config of a checkpoint of GPTQ, AWQ, compressed-tensors or FP8"
     extra = None
+    is_kept = True
 
     method: str = "gptq"
     layout: str | None = None
     bits: int | None = None
     block: tuple[int, int] | None = None
+    group_size: int | None = field(default=None, compare=False)
+    has_rules: bool = field(default=False, compare=False)
     skip_modules: tuple[str, ...] | None = field(default=None, init=False)
     compute_dtype: str = field(default="float32", init=False)
 
@@ -64,16 +69,23 @@ class GroupQuantized(BaseQuantization):
             layout = layout.lower()
         if layouts and layout not in layouts:
             raise ConfigError(f"{name} of {METHODS[method]} is {shown(layout)}, and {listed(list(layouts))} are read")
-        bits = fields.get("bits") if method in _BITS else None
-        if method in _BITS and bits not in _BITS[method]:
-            read = listed([str(number) for number in _BITS[method]])
+        bits = fields.get("bits") if method in BITS else None
+        if method in BITS and bits not in BITS[method]:
+            read = listed([str(number) for number in BITS[method]])
             raise ConfigError(f"bits of {METHODS[method]} is {shown(bits)}, and {read} are read")
         block = fields.get("block", fields.get("weight_block_size")) if method == "fp8" else None
         if block is not None and not (
             isinstance(block, (list, tuple)) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
         ):
             raise ConfigError(f"weight_block_size of FP8 is {shown(block)}, not the rows and columns of a block")
-        return cls(method, layout, bits, None if block is None else (block[0], block[1]))
+        size = fields.get("group_size") if method in BITS else None
+        if size is not None and (type(size) is not int or size == 0 or size < -1):
+            raise ConfigError(
+                f"group_size of {METHODS[method]} is {shown(size)}, not a number of inputs, or -1 for all"
+            )
+        return cls(
+            method, layout, bits, None if block is None else (block[0], block[1]), size, bool(fields.get("dynamic"))
+        )
 
     def has_weights_of(self, other: BaseQuantization | None) -> bool:
         """Return whether the same base has the same weights in both."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.base.sources.packed_tensors import PackedTensor
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
+from gralora_fx.base.sources.stored_integers import StoredIntegers
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.features.group_quantized.layer_parts import (
     CODES,
@@ -38,11 +38,13 @@ from gralora_fx.features.group_quantized.layer_parts import (
     check_matrix,
     check_order,
     check_scales,
+    has_order,
     part_of,
 )
-from gralora_fx.features.group_quantized.quantizers import METHODS, GroupQuantized
+from gralora_fx.features.group_quantized.quantizers import BITS, METHODS, GroupQuantized
+from gralora_fx.features.group_quantized.stored_codes import Fp8Values, GptqCodes, awq_codes, compressed_codes
 
-_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of the outputs 0 to 7 in a word
+Read = Callable[[Parts], StoredIntegers | NDArray[np.float32]]
 _BESIDE = {  # tensors that a quantizer stores beside a layer's weight and bias
     "gptq": {"qweight", "qzeros", "scales", "g_idx"},
     "awq": {"qweight", "qzeros", "scales"},
@@ -60,11 +62,11 @@ class GroupTensor(PackedTensor):
 
     Attributes:
         layer: The tensors of its layer.
-        values: Returns the weight `[out, in]` in float32, given the layer's tensors.
+        read: Returns its integers, given the layer's tensors; of FP8 the weight `[out, in]` in float32.
     """
 
     layer: Parts
-    values: Callable[[Parts], NDArray[np.float32]]
+    read: Read
 
     @property
     def is_whole(self) -> bool:
@@ -73,7 +75,16 @@ class GroupTensor(PackedTensor):
 
     def floats(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return some values in float32, in the order of the weight `[out, in]`."""
-        return self.values(self.layer).reshape(-1)[start:stop]
+        found = self.read(self.layer)
+        return (found.values() if isinstance(found, StoredIntegers) else found).reshape(-1)[start:stop]
+
+    def integers(self) -> StoredIntegers | None:
+        """Return the stored integers; None of floats of eight bits."""
+        weight = self.layer.get("weight")
+        if weight is not None and weight.dtype == "F8_E4M3":
+            return None
+        found = self.read(self.layer)
+        return found if isinstance(found, StoredIntegers) else None
 
 
 def unpacked(
@@ -100,12 +111,12 @@ def unpacked(
         if name in found or not parts.keys() & {"qweight", "weight_packed", "weight"}:
             continue  # a float layer with scales of its activations, or scales of a cache
         try:
-            shape, scales, values = _layouts(told, parts)
+            shape, scales, read = _layouts(told, parts)
         except DamagedError as error:
             problems.append(f"{next(iter(parts.values())).file.name}, {name}: {error}")
             continue
         size = FLOATS[scales.dtype].itemsize * int(np.prod(shape))
-        found[name] = GroupTensor(scales.file, 0, size, name, scales.dtype, shape, told, parts, values)
+        found[name] = GroupTensor(scales.file, 0, size, name, scales.dtype, shape, told, parts, read)
     if problems:
         raise CheckpointError(
             f"{origin} does not hold weights as {METHODS[told.method]} stores them; copy the model again, or give the "
@@ -114,13 +125,11 @@ def unpacked(
     return found
 
 
-def _layouts(
-    told: GroupQuantized, parts: Parts
-) -> tuple[tuple[int, int], StoredTensor, Callable[[Parts], NDArray[np.float32]]]:
+def _layouts(told: GroupQuantized, parts: Parts) -> tuple[tuple[int, int], StoredTensor, Read]:
     """Return a weight's shape, its scales and its reader, after checking that its tensors fit each other."""
     if told.method in ("gptq", "awq"):
         codes, scales, zeros = (part_of(parts, name) for name in ("qweight", "scales", "qzeros"))
-        bits = told.bits or 4
+        bits = _bits(told, parts)
         for tensor in (codes, scales, zeros):
             check_matrix(tensor)
         outputs = scales.shape[-1]
@@ -129,25 +138,49 @@ def _layouts(
         check(codes, "I32", (codes.shape[0], width))
         check(zeros, "I32", (scales.shape[0], -(-outputs * bits // 32)))
         check_scales(scales, (scales.shape[0], outputs))
+        _check_groups(told, inputs, scales.shape[0])
         if (order := parts.get("g_idx")) is not None:
             check(order, "I32", (inputs,))
             check_order(order, scales.shape[0])
         elif inputs % scales.shape[0]:
             raise DamagedError(f"its {inputs} inputs are no {scales.shape[0]} groups of one size")
         if told.method == "awq":
-            return (outputs, inputs), scales, _of_awq
-        return (outputs, inputs), scales, _OfGptq(told.layout != "gptq_v2", bits)
+            return (outputs, inputs), scales, awq_codes
+        return (outputs, inputs), scales, GptqCodes(told.layout != "gptq_v2", bits)
     if told.method == "fp8":
         weight, scales = part_of(parts, "weight"), part_of(parts, "weight_scale_inv")
         check(weight, "F8_E4M3", weight.shape)
         check_matrix(weight)
-        return (weight.shape[0], weight.shape[1]), scales, _OfFp8(_blocks(weight, scales, told.block))
+        return (weight.shape[0], weight.shape[1]), scales, Fp8Values(_blocks(weight, scales, told.block))
     return _of_compressed_layer(parts)
+
+
+def _bits(told: GroupQuantized, parts: Parts) -> int:
+    """Return the bits of a layer's codes: its own where a configuration has rules for layers."""
+    codes, order = parts["qweight"], parts.get("g_idx")
+    if told.has_rules and order is not None and len(codes.shape) == 2 and order.numel:
+        bits = codes.shape[0] * 32 / order.numel
+        if bits not in BITS["gptq"]:
+            raise DamagedError(f"its codes have {bits:g} bits, by the {order.numel} groups of its inputs")
+        return int(bits)
+    return told.bits or 4
+
+
+def _check_groups(told: GroupQuantized, inputs: int, count: int) -> None:
+    """Check that a layer has as many groups as the configuration says."""
+    size = told.group_size
+    if size is None or told.has_rules:
+        return
+    expected = 1 if size < 0 else -(-inputs // size)
+    if count != expected:
+        raise DamagedError(
+            f"its {inputs} inputs have {count} groups, and by group_size {size} in config.json {expected}"
+        )
 
 
 def _of_compressed_layer(
     parts: Parts,
-) -> tuple[tuple[int, int], StoredTensor, Callable[[Parts], NDArray[np.float32]]]:
+) -> tuple[tuple[int, int], StoredTensor, Read]:
     scales, packed = part_of(parts, "weight_scale"), parts.get("weight_packed")
     if packed is not None:
         sizes = part_of(parts, "weight_shape")
@@ -175,10 +208,11 @@ def _of_compressed_layer(
         elif zeros.dtype not in CODES or (zeros.shape != scales.shape and zeros.numel * scales.numel != 1):
             told = f"{zeros.dtype} of shape {list(zeros.shape)}"
             raise DamagedError(f"weight_zero_point is {told} for scales of shape {list(scales.shape)}")
-    if (order := parts.get("weight_g_idx")) is not None:
+    if has_order(parts):
+        order = parts["weight_g_idx"]
         check(order, "I32", shape[1:])
         check_order(order, scales.shape[-1] if scales.shape else 1)
-    return shape, scales, _of_compressed
+    return shape, scales, compressed_codes
 
 
 def _blocks(weight: StoredTensor, scales: StoredTensor, told: tuple[int, int] | None) -> tuple[int, int]:
@@ -194,120 +228,3 @@ def _blocks(weight: StoredTensor, scales: StoredTensor, told: tuple[int, int] | 
             check_scales(scales, scales.shape)
             return sizes[0], sizes[1]
     raise DamagedError(f"its scales have shape {list(scales.shape)} for {list(weight.shape)} values")
-
-
-# -- reading --------------------------------------------------------------------------------------------------------
-
-
-def codes_of(words: NDArray[Any], bits: int, count: int) -> NDArray[np.uint8]:
-    """Return the first codes `[rows, count]` of rows of 32-bit words, packed from the lowest bit on."""
-    words = np.ascontiguousarray(words).view(np.uint32)
-    words = np.pad(words, ((0, 0), (0, -words.shape[1] % bits)))
-    groups = words.reshape(len(words), -1, bits)  # of 32 codes each
-    codes = np.empty((*groups.shape[:2], 32), np.uint8)
-    for place in range(32):
-        word, shift = divmod(place * bits, 32)
-        code = groups[:, :, word] >> np.uint32(shift)
-        if shift + bits > 32:
-            code = code | groups[:, :, word + 1] << np.uint32(32 - shift)
-        codes[:, :, place] = code & np.uint32((1 << bits) - 1)
-    return codes.reshape(len(words), -1)[:, :count]
-
-
-def _dequantized(
-    codes: NDArray[Any], scales: StoredTensor, zeros: NDArray[Any] | int, by_output: NDArray[Any], groups: NDArray[Any]
-) -> NDArray[np.float32]:
-    """Return `scale * (code - zero)` in float32, rounded to the dtype of the scales.
-
-    Args:
-        codes: The codes, `[out, in]`.
-        scales: The stored scales, for their dtype.
-        zeros: The zero points, `[out, groups]`, or one for all.
-        by_output: The scales, `[out, groups]`.
-        groups: The group of each input, `[in]`.
-    """
-    values = codes.astype(np.float32)
-    values -= zeros[:, groups] if isinstance(zeros, np.ndarray) else np.float32(zeros)
-    values *= by_output.astype(np.float32)[:, groups]
-    return values.astype(FLOATS[scales.dtype]).astype(np.float32)
-
-
-def _groups(inputs: int, count: int) -> NDArray[np.int64]:
-    """Return the group of each input, `[inputs]`, for groups of equal size."""
-    return np.arange(inputs) // -(-inputs // count)
-
-
-@dataclass(frozen=True)
-class _OfGptq:
-    """Reads weights of GPTQ.
-
-    Attributes:
-        is_shifted: Whether zero points are stored less one.
-        bits: Bits of a code.
-    """
-
-    is_shifted: bool
-    bits: int
-
-    def __call__(self, parts: Parts) -> NDArray[np.float32]:
-        words, scales = array_of(parts["qweight"]), parts["scales"]
-        count, outputs = scales.shape
-        inputs = words.shape[0] * 32 // self.bits
-        codes = codes_of(words.T, self.bits, inputs)
-        zeros = codes_of(array_of(parts["qzeros"]), self.bits, outputs).astype(np.int16) + self.is_shifted
-        groups = array_of(parts["g_idx"]) if "g_idx" in parts else _groups(inputs, count)
-        return _dequantized(codes, scales, zeros.T, scales.array().T, groups)
-
-
-def _of_awq(parts: Parts) -> NDArray[np.float32]:
-    scales = parts["scales"]
-    count, outputs = scales.shape
-    places = (np.arange(outputs) // 8 * 8).reshape(-1, 8) + np.array(_AWQ_PLACES)
-    codes, zeros = (
-        codes_of(array_of(parts[name]), 4, outputs)[:, places.reshape(-1)] for name in ("qweight", "qzeros")
-    )
-    groups = _groups(codes.shape[0], count)
-    return _dequantized(codes.T, scales, zeros.T.astype(np.int16), scales.array().T, groups)
-
-
-def _of_compressed(parts: Parts) -> NDArray[np.float32]:
-    scales = parts["weight_scale"]
-    by_output = scales.array().reshape((1, 1) if scales.numel == 1 else scales.shape)
-    zeros: NDArray[Any] | int = 0
-    zero_points = parts.get("weight_zero_point")
-    are_packed = zero_points is not None and "weight_packed" in parts and zero_points.dtype == "I32"
-    if zero_points is not None and not are_packed:
-        zeros = array_of(zero_points).astype(np.int16).reshape(by_output.shape)
-    if (packed := parts.get("weight_packed")) is not None:
-        outputs, inputs = (int(size) for size in array_of(parts["weight_shape"]).reshape(-1))
-        bits = packed.shape[1] * 32 // inputs
-        codes: NDArray[Any] = codes_of(array_of(packed), bits, inputs)
-        zeros = zeros + (1 << (bits - 1))  # codes are stored from 0 on
-        if zero_points is not None and are_packed:
-            zeros = codes_of(array_of(zero_points).T, bits, outputs).T.astype(np.int16)
-    else:
-        codes = array_of(parts["weight"]).astype(np.float32)
-        outputs, inputs = codes.shape
-    rows = np.arange(outputs) // (outputs // by_output.shape[0])
-    if isinstance(zeros, np.ndarray):
-        zeros = zeros[rows] if zeros.shape[0] != outputs else zeros
-    order = parts.get("weight_g_idx")
-    groups = _groups(inputs, by_output.shape[1]) if order is None else array_of(order)
-    return _dequantized(codes, scales, zeros, by_output[rows], groups)
-
-
-@dataclass(frozen=True)
-class _OfFp8:
-    """Reads weights of FP8.
-
-    Attributes:
-        block: Rows and columns with one scale.
-    """
-
-    block: tuple[int, int]
-
-    def __call__(self, parts: Parts) -> NDArray[np.float32]:
-        scales, values = parts["weight_scale_inv"], array_of(parts["weight"])
-        rows, columns = (np.arange(size) // one for size, one in zip(values.shape, self.block, strict=True))
-        by_block = scales.array().reshape((1, 1) if scales.numel == 1 else scales.shape)
-        return _dequantized(values, scales, 0, by_block[rows], columns)

@@ -23,6 +23,7 @@ class EightBits(BaseQuantization):
     help = "Round the base to eight bits first, as load_in_8bit of bitsandbytes does: int8."
     fields = "one with load_in_8bit=True"
     extra = None
+    is_kept = True
 
     # names of the layers that stay float (`llm_int8_skip_modules`); None for transformers' own choice
     skip_modules: tuple[str, ...] | None = None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.base.sources.packed_tensors import PackedTensor
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
+from gralora_fx.base.sources.stored_integers import StoredIntegers
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.features.llm_int8.eight_bits import EightBits
 
@@ -35,6 +36,18 @@ class EightBitTensor(PackedTensor):
         self.codes.read_into(codes, start)
         values: NDArray[np.float32] = codes * self.scales[np.arange(start, stop) // self.codes.shape[1]]
         return values
+
+    def integers(self) -> StoredIntegers:
+        """Return the stored integers, from 0 on, with a group for each row."""
+        outputs, inputs = self.codes.shape
+
+        def codes() -> NDArray[np.uint8]:
+            stored = np.empty((outputs, inputs), np.int8)
+            self.codes.read_into(stored)
+            return stored.view(np.uint8) ^ np.uint8(128)
+
+        zeros = np.full((outputs, 1), 128, np.int16)
+        return StoredIntegers(8, codes, self.scales[:, None], zeros, np.zeros(inputs, np.int64))
 
 
 def unpacked(tensors: Mapping[str, StoredTensor], origin: Path, told: EightBits | None) -> Mapping[str, StoredTensor]:
