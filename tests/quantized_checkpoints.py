@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
@@ -106,3 +108,32 @@ def checkpoint(folder: Path, name: str, **sizes: Any) -> nn.Module:
 def describe(folder: Path, quantization: dict[str, Any]) -> None:
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": quantization}))
+
+
+def compressed(folder: Path, weights: dict[str, Any], **sizes: Any) -> nn.Module:
+    """Write a Llama that compressed-tensors' own library quantizes, and return it as that decompresses it."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    base = tiny_model("llama", **{**SIZES, **sizes}, dtype=torch.bfloat16)
+    model = copy.deepcopy(base)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=quantization.QuantizationArgs(**weights))
+    config = quantization.QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    config.quantization_status = quantization.QuantizationStatus.FROZEN
+    quantization.apply_quantization_config(model, config)
+    for layer in model.modules():
+        if getattr(layer, "quantization_scheme", None) is not None:
+            kind, weight = layer.quantization_scheme.weights, layer.weight.data
+            parts = weight.reshape(len(weight), -1, kind.group_size) if kind.group_size else weight
+            extremes = (weight.min(), weight.max()) if kind.strategy == "tensor" else (parts.amin(-1), parts.amax(-1))
+            found = quantization.utils.calculate_qparams(*extremes, kind)
+            for name, value in zip(("weight_scale", "weight_zero_point"), found, strict=True):
+                if (parameter := getattr(layer, name, None)) is not None:
+                    parameter.data = value.to(parameter.dtype).reshape(parameter.shape)
+    compressor = compressors.ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    base.save_pretrained(folder)
+    stored = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    compressor.update_config(folder)
+    compressor.decompress_model(model)
+    return model

@@ -195,7 +195,8 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
         _candidate(site, names[site.path], forms[site.path], run.measured)
         for site in counted(sites, "choosing bits", "matrices")
     ]
-    own, gains = _within(_comparable(candidates), conversion.options.mean_bits)
+    bits = conversion.options.mean_bits
+    own, gains = _within(_comparable(candidates), bits, _room_beside(plan, traced, bits))
     chosen_by = run.inputs
     if run.problem:
         chosen_by = f"the errors of the weights themselves, as {run.problem}"
@@ -251,12 +252,23 @@ def _comparable(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     return [one if one.is_measured else scaled(one) for one in candidates]
 
 
-def _within(candidates: Sequence[_Candidate], bits: float) -> tuple[dict[str, Blocks], dict[str, float]]:
+def _room_beside(plan: QuantizationPlan, traced: TracedModel, bits: float) -> float:
+    """Return the bits that kept integers leave of their own budget; below zero if they have more."""
+    kept = {
+        id(site.weight): site.weight.numel() * (bits - plan.kept[name].form.bits)
+        for site in traced.sites
+        if (name := weight_names(traced, site)[0]) in plan.kept
+    }
+    return sum(kept.values())
+
+
+def _within(candidates: Sequence[_Candidate], bits: float, beside: float) -> tuple[dict[str, Blocks], dict[str, float]]:
     """Return individual formats, and the loss each saves, by all names of a matrix.
 
-    Eight bits go where they save most per additional bit, within the mean number of bits allowed.
+    Eight bits go where they save most per additional bit, within the mean number of bits allowed and what is left of
+    it beside them.
     """
-    room = (bits - 4) * sum(one.values for one in candidates)
+    room = (bits - 4) * sum(one.values for one in candidates) + beside
     taken = []
     for one in sorted(candidates, key=lambda one: one.gain / (one.stored[1] - one.stored[0]), reverse=True):
         cost = one.values * (one.forms[1].bits - 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 import transformers
 from peft_oracle import peft_model
-from quantized_checkpoints import CASES, SIZES, Parts, checkpoint, describe
+from quantized_checkpoints import CASES, SIZES, Parts, checkpoint, compressed, describe
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from typer.testing import CliRunner
@@ -58,30 +57,7 @@ def test_fp8_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     ids=lambda fields: "-".join(str(value) for value in fields.values()),
 )
 def test_compressed_tensors_are_what_its_own_library_makes_of_them(weights: dict[str, Any], tmp_path: Path) -> None:
-    compressors = pytest.importorskip("compressed_tensors.compressors")
-    quantization = pytest.importorskip("compressed_tensors.quantization")
-    base = tiny_model("llama", **SIZES, dtype=torch.bfloat16)
-    model = copy.deepcopy(base)
-    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=quantization.QuantizationArgs(**weights))
-    config = quantization.QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
-    config.quantization_status = quantization.QuantizationStatus.FROZEN
-    quantization.apply_quantization_config(model, config)
-    for layer in model.modules():
-        if getattr(layer, "quantization_scheme", None) is not None:
-            kind, weight = layer.quantization_scheme.weights, layer.weight.data
-            parts = weight.reshape(len(weight), -1, kind.group_size) if kind.group_size else weight
-            extremes = (weight.min(), weight.max()) if kind.strategy == "tensor" else (parts.amin(-1), parts.amax(-1))
-            found = quantization.utils.calculate_qparams(*extremes, kind)
-            for name, value in zip(("weight_scale", "weight_zero_point"), found, strict=True):
-                if (parameter := getattr(layer, name, None)) is not None:
-                    parameter.data = value.to(parameter.dtype).reshape(parameter.shape)
-    compressor = compressors.ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    base.save_pretrained(tmp_path)
-    stored = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
-    compressor.update_config(tmp_path)
-    compressor.decompress_model(model)
+    model = compressed(tmp_path, weights)
     actual = load_model(tmp_path).state_dict()
     expected = model.state_dict()
     assert all(torch.equal(value, expected[key].float()) for key, value in actual.items())
