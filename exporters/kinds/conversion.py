@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gralora_fx.base.sources.lazy_tensors import sampled_values
-from gralora_fx.base.sources.packed_tensors import stored_form_of
+from gralora_fx.base.sources.lazy_tensors import sampled_values, stored_form_of
 from gralora_fx.core.graph.pipeline import PassLog
 from gralora_fx.core.methods import method_of
 from gralora_fx.core.model.gralora_model import GraloraModel

@@ -8,13 +8,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from gralora_fx.errors import ExportError
 
-_SOURCE = "_gralora_source"
+if TYPE_CHECKING:
+    from gralora_fx.base.sources.packed_tensors import PackedTensor
+
+_SOURCE, _STORED = "_gralora_source", "_gralora_stored"  # attributes of a parameter
 
 
 def lazy_parameter(source: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
@@ -42,6 +46,17 @@ def source_of(tensor: object) -> Callable[[], Tensor] | None:
 def copy_lazy(parameter: nn.Parameter) -> nn.Parameter:
     """Copy a lazy parameter, keeping its source."""
     return lazy_parameter(getattr(parameter, _SOURCE), parameter.shape, parameter.dtype)
+
+
+def note_stored(parameter: nn.Parameter, stored: PackedTensor) -> None:
+    """Note the quantized tensor that a parameter's values are read from."""
+    setattr(parameter, _STORED, stored)
+
+
+def stored_form_of(parameter: object) -> PackedTensor | None:
+    """Return the quantized tensor that a parameter's values were read from; None for a float one."""
+    stored: PackedTensor | None = getattr(parameter, _STORED, None)
+    return stored
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ from gralora_fx.base.sources.stored_integers import StoredIntegers
 if TYPE_CHECKING:
     from torch import Tensor
 
-_STORED = "_gralora_stored"  # attribute of a parameter
-
 
 @dataclass(frozen=True)
 class PackedTensor(StoredTensor):
@@ -111,15 +109,3 @@ def as_tensor(values: NDArray[Any]) -> Tensor:
 def packed_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[PackedTensor]:
     """Yield those of a model's tensors that are quantized."""
     return (tensor for tensor in tensors.values() if isinstance(tensor, PackedTensor))
-
-
-def note_stored(parameter: Tensor, stored: object) -> None:
-    """Note the tensor that a parameter's values were read from, if it has a form that exports keep."""
-    if isinstance(stored, PackedTensor) and stored.quantization.is_kept:
-        setattr(parameter, _STORED, stored)
-
-
-def stored_form_of(parameter: object) -> PackedTensor | None:
-    """Return the quantized tensor that a parameter's values were read from; None for a float one."""
-    stored: PackedTensor | None = getattr(parameter, _STORED, None)
-    return stored

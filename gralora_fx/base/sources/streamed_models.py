@@ -23,8 +23,8 @@ from gralora_fx.base.compat.transformers_models import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-from gralora_fx.base.sources.lazy_tensors import EntrySource, with_source
-from gralora_fx.base.sources.packed_tensors import PackedTensor, note_stored, packed_tensors
+from gralora_fx.base.sources.lazy_tensors import EntrySource, note_stored, with_source
+from gralora_fx.base.sources.packed_tensors import PackedTensor, packed_tensors
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
 from gralora_fx.base.sources.saved_weights import SavedWeights
 from gralora_fx.errors import CheckpointError, bulleted
@@ -101,7 +101,7 @@ def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[s
             with_source(parameters[same[0]], functools.partial(torch.zeros, parameters[same[0]].shape))
         else:
             with_source(parameters[name], tensors[name])
-            note_stored(parameters[name], tensors[name])
+            _note_form(parameters[name], tensors[name])
         problems += unfit if supplied.isdisjoint(same) else []
     persistent = model.state_dict().keys()
     with torch.no_grad():
@@ -119,12 +119,17 @@ def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[s
 
 
 def note_forms(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
-    """Note the quantized tensor that each of a loaded model's parameters was read from."""
+    """Note the quantized tensor that each of a loaded model's parameters was read from, if exports keep its form."""
     keys, parts = keys_by_name(model, stored)
     for name, parameter in model.named_parameters():
         key = keys.get(name)
         if key is not None and key not in parts:
-            note_stored(parameter, stored[key])
+            _note_form(parameter, stored[key])
+
+
+def _note_form(parameter: nn.Parameter, stored: StoredTensor | StackedMatrices) -> None:
+    if isinstance(stored, PackedTensor) and stored.quantization.is_kept:
+        note_stored(parameter, stored)
 
 
 def keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
