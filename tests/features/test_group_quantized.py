@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from peft_oracle import peft_model
-from quantized_checkpoints import CASES, SIZES, Parts, checkpoint, compressed, describe
+from quantized_checkpoints import CASES, SIZES, Parts, checkpoint, compressed, describe, gptq
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from typer.testing import CliRunner
@@ -158,6 +158,8 @@ def test_what_is_not_done_with_it_is_refused(tmp_path: Path) -> None:
         (lambda parts: parts.update(scales=parts["scales"][0, 0]), r"scales has shape \[\], not that of a matrix"),
         (lambda parts: parts.update(qweight=parts["qweight"][:0], g_idx=parts["g_idx"][:0]), "qweight has shape"),
         (lambda parts: [parts.pop("g_idx"), parts.update(scales=parts["scales"][:0])], "scales has shape"),
+        (lambda parts: parts.update(qzeros=parts["qzeros"].repeat(1, 8)), "qzeros is I32 of shape"),  # one in a word
+        (lambda parts: parts.update(qzeros=parts["qzeros"].half()), "qzeros is F16 of shape"),
     ],
 )
 def test_damaged_checkpoints_are_named(change: Callable[[Parts], Any], message: str, tmp_path: Path) -> None:
@@ -170,4 +172,84 @@ def test_damaged_checkpoints_are_named(change: Callable[[Parts], Any], message: 
         tensors | {layer + key: value.contiguous() for key, value in parts.items()}, tmp_path / "model.safetensors"
     )
     with pytest.raises(CheckpointError, match=rf"up_proj.weight: {message}"):
+        load_model(tmp_path)
+
+
+def test_groups_of_another_size_than_the_configuration_says_are_named(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "gptq 4")
+    describe(tmp_path, {"quant_method": "gptq", "bits": 4, "group_size": 64})
+    with pytest.raises(CheckpointError, match=r"down_proj.weight: its 96 inputs have 3 groups, and by group_size 64 in"):
+        load_model(tmp_path)
+    describe(tmp_path, {"quant_method": "gptq", "bits": 4, "group_size": 0})
+    with pytest.raises(TraceError, match="group_size of GPTQ is 0, not a number of inputs, or -1 for all"):
+        load_model(tmp_path)
+
+
+def test_layers_with_bits_and_groups_of_their_own_are_read_by_their_tensors(tmp_path: Path) -> None:
+    """GPTQModel's rules for layers, by expressions of their paths."""
+    expected = checkpoint(tmp_path, "gptq 4").state_dict()
+    path = "model.layers.0.mlp.up_proj"
+    own, weight = gptq(8, size=16)(96, 64)
+    tensors = load_file(tmp_path / "model.safetensors") | {f"{path}.{key}": value for key, value in own.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    rules = {"+:.*up_proj": {"bits": 8, "group_size": 16}}
+    describe(tmp_path, {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": rules})
+    actual = load_model(tmp_path).state_dict()
+    expected[f"{path}.weight"] = weight.float()
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("where", ["fp8", "compressed"])
+def test_fp8_that_is_no_number_is_named(where: str, tmp_path: Path) -> None:
+    if where == "fp8":
+        checkpoint(tmp_path, "fp8")
+    else:
+        compressed(tmp_path, {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True})
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name].view(torch.uint8)[3, 4:6] = 0x7F
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"2 of the values of {name} are no numbers \(FP8's NaN\); copy the model"
+    ):
+        load_model(tmp_path)
+
+
+def test_an_order_of_minus_one_stands_for_none(tmp_path: Path) -> None:
+    """Compressed-tensors' own sign of groups one after the other."""
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
+    expected = compressed(tmp_path, weights).state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_g_idx"] = torch.full((64,), -1, dtype=torch.int32)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    actual = load_model(tmp_path).state_dict()
+    assert all(torch.equal(value, expected[key].float()) for key, value in actual.items())
+
+
+def in_two_files(folder: Path) -> dict[str, str]:
+    """Split a checkpoint into two files with an index; returns the file of each tensor."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {key: f"model-{1 + ('mlp' in key)}.safetensors" for key in tensors}
+    for name in set(places.values()):
+        save_file({key: tensors[key] for key in tensors if places[key] == name}, folder / name, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return places
+
+
+def test_files_that_are_missing_or_cut_and_names_that_stand_twice_are_named(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "gptq 4")
+    places = in_two_files(tmp_path)
+    index, last = tmp_path / "model.safetensors.index.json", tmp_path / "model-2.safetensors"
+    key = next(key for key in places if "mlp" in key)
+    index.write_text(index.read_text().replace('"weight_map": {', f'"weight_map": {{"{key}": "model-1.safetensors", '))
+    with pytest.raises(CheckpointError, match=f"names {key} twice; copy the model again"):
+        load_model(tmp_path)
+    index.write_text(json.dumps({"weight_map": places}))
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=r"model-2.safetensors"):
+        load_model(tmp_path)
+    last.unlink()
+    with pytest.raises(CheckpointError, match=r"lacks model-2.safetensors, which model.safetensors.index.json names"):
         load_model(tmp_path)
