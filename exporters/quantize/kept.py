@@ -114,8 +114,15 @@ class StoredLayers:
     @cached_property
     def stored(self) -> Mapping[str, PackedTensor]:
         """The quantized weights by the paths of the layers."""
-        found = {site.path: stored_form_of(site.weight) for site in self.base.sites if site.calls}
+        sites = [site for site in self.base.sites if site.calls and site.weight.ndim == 2]
+        found = {site.path: stored_form_of(site.weight) for site in sites}
         return {path: stored for path, stored in found.items() if stored is not None}
+
+    @property
+    def stacks(self) -> set[str]:
+        """The names of parameters that stack quantized matrices, such as those of experts."""
+        named = self.base.tree.parameters.items()
+        return {name for name, weight in named if weight.ndim > 2 and stored_form_of(weight) is not None}
 
     def forms(self, block_size: int | None, accuracy_level: int) -> Iterator[tuple[LinearSite, KeptWeight | str]]:
         """Yield each layer with its weight's blocks, or the reason why its integers are not kept."""

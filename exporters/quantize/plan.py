@@ -109,7 +109,12 @@ def kept_plan(default: Blocks, layers: StoredLayers, block_size: int | None) -> 
     """Return a plan that quantizes what a base's checkpoint quantizes, and keeps its integers where it can."""
     sites = [site for site in layers.exported.sites if site.path in layers.stored]
     names = {name for site in sites for name in _names(layers.exported, site)}
-    return with_kept(QuantizationPlan(default, layers=names, kind=KEPT), layers, block_size, default.accuracy_level)
+    plan = QuantizationPlan(default, layers=names, kind=KEPT)
+    for with_formats in parts("weight formats", layers.exported.operators):
+        plan = with_formats(plan, layers.exported)
+    stacks = layers.stacks & (plan.layers or set())
+    plan = with_kept(dataclasses.replace(plan, layers=names | stacks), layers, block_size, default.accuracy_level)
+    return dataclasses.replace(plan, reasons={**plan.reasons, **dict.fromkeys(stacks, "it stacks several matrices")})
 
 
 def _names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:

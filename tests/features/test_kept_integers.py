@@ -14,7 +14,7 @@ import torch
 from four_bit_bases import float_base, in_eight_bits
 from onnx import numpy_helper
 from peft_oracle import peft_model
-from quantized_checkpoints import AWQ_ORDER, CASES, SIZES, Parts, checkpoint, codes_of, compressed, gptq
+from quantized_checkpoints import AWQ_ORDER, CASES, SIZES, Parts, checkpoint, codes_of, compressed, describe, gptq
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from torch import Tensor, nn
@@ -313,6 +313,26 @@ def test_groups_that_no_block_holds_and_fp8_are_rounded_anew(tmp_path: Path) -> 
         assert report.quantization.kind == "int8"
         assert f"7 in int8 in blocks of 32: {reason}" in str(report.quantization)
         assert report.quality.outputs[0].argmax_agreement > 0.5
+
+
+def test_experts_are_rounded_anew_as_they_are_stacked(tmp_path: Path) -> None:
+    tiny_model("mixtral", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+    file, make = tmp_path / "base" / "model.safetensors", gptq(4)
+    tensors = load_file(file)
+    for key in [key for key in tensors if "_proj.weight" in key or ".experts." in key]:
+        parts, _ = make(*tensors.pop(key).shape)
+        tensors |= {key.removesuffix("weight") + part: value for part, value in parts.items()}
+    save_file(tensors, file, {"format": "pt"})
+    describe(tmp_path / "base", {"quant_method": "gptq", "bits": 4, "group_size": 32})
+    for opened in (load_model, load_streamed):
+        traced = trace(opened(tmp_path / "base"), task="text-generation-with-past")
+        report = export_onnx(traced, tmp_path / "export", verify=opened is load_model)
+        forms = {name: layer.form for name, layer in report.quantization.layers.items()}
+        reasons = {name: layer.reason for name, layer in report.quantization.layers.items() if layer.reason}
+        assert set(reasons.values()) == {"it stacks several matrices"}
+        assert all(("experts" in name) == (name in reasons) for name in forms)
+        assert all(("kept int4" in form) == (name not in reasons) for name, form in forms.items())
+        assert report.quantization.multiplications > 0
 
 
 def test_a_zero_point_beyond_four_bits_has_codes_of_eight(tmp_path: Path) -> None:

@@ -120,14 +120,15 @@ def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[s
 
 def note_forms(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
     """Note the quantized tensor that each of a loaded model's parameters was read from, if exports keep its form."""
-    keys, parts = keys_by_name(model, stored)
+    keys, _ = keys_by_name(model, stored)
     for name, parameter in model.named_parameters():
-        key = keys.get(name)
-        if key is not None and key not in parts:
-            _note_form(parameter, stored[key])
+        if name in keys:
+            _note_form(parameter, stored[keys[name]])
 
 
 def _note_form(parameter: nn.Parameter, stored: StoredTensor | StackedMatrices) -> None:
+    """Note a quantized tensor; of a stack, one of its matrices."""
+    stored = stored.first if isinstance(stored, StackedMatrices) else stored
     if isinstance(stored, PackedTensor) and stored.quantization.is_kept:
         note_stored(parameter, stored)
 
@@ -173,6 +174,7 @@ class StackedMatrices(EntrySource):
     shape: tuple[int, ...]
     dtype: str  # safetensors' name of its dtype
     file: Path  # the file of its first part, for messages
+    first: StoredTensor  # its first part
 
     @classmethod
     def of(cls, parts: Sequence[StackPart], stored: Mapping[str, StoredTensor], name: str) -> StackedMatrices:
@@ -188,7 +190,7 @@ class StackedMatrices(EntrySource):
         def entries() -> Iterator[Tensor]:
             return (torch.cat([tensor() for tensor in tensors]) for tensors in matrices.values())
 
-        return cls(entries, (len(matrices), *shapes.pop()), first.dtype, first.file)
+        return cls(entries, (len(matrices), *shapes.pop()), first.dtype, first.file, first)
 
 
 def by_parameter_name(

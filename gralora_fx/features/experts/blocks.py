@@ -89,7 +89,9 @@ def quantize_experts(model: ir.Model, plan: QuantizationPlan) -> Quantized:
         weights = [value for value in (node.inputs[_UP], node.inputs[_DOWN]) if value is not None]
         form, other = (plan.format_of([str(value.name)]) for value in weights)
         if not isinstance(form, Blocks) or form != other:
-            skipped.append(Skip(str(weights[0].name), "its experts stay float: no size of blocks divides their widths"))
+            is_planned = plan.layers is None or str(weights[0].name) in plan.layers
+            reason = "no size of blocks divides their widths" if is_planned else "the checkpoint has them in floats"
+            skipped.append(Skip(str(weights[0].name), f"its experts stay float: {reason}"))
             continue
         graph = node.graph
         assert isinstance(graph, ir.Graph)
