@@ -166,8 +166,8 @@ class ExportOptions:
     def _check_texts(self) -> None:
         if self.quantize in (None, FLOAT):
             raise ExportError(
-                f"{option(texts=...)} has no effect without {option(quantize=...)}: they are what a quantized export "
-                "is compared on; leave them out"
+                f"{option(texts=...)} has no effect without {option(quantize=...)}: a quantized export is "
+                "compared with the model on them; leave them out"
             )
         if self.precision == "bf16":
             raise ExportError(
@@ -194,8 +194,8 @@ class ExportOptions:
         as_data = self.adapters in AS_DATA
         if as_data and not methods:
             raise ExportError(
-                f"{option(adapters=self.adapters)} needs a model with an adapter, at whose layers the export then "
-                f"takes others; give {option(adapter=...)}, or {option(adapters='merged')}"
+                f"{option(adapters=self.adapters)} needs a model with an adapter: the export takes other adapters "
+                f"at the same layers; give {option(adapter=...)}, or {option(adapters='merged')}"
             )
         for name, method in methods.items() if as_data else ():
             method.check_can_be_data(f"adapter {name!r}", option(adapters=self.adapters))

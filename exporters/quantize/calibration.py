@@ -51,8 +51,8 @@ def calibrate(conversion: Conversion, verification: Verification) -> Calibration
     if any(parameter.is_meta for parameter in base_trace(conversion.model).tree.parameters.values()):  # it is streamed
         if conversion.options.choosing_texts is not None:
             raise ExportError(
-                f"{option(texts=...)} choose bits by what the model computes of them, and a streamed model is not "
-                "run: leave them out, or load the model whole"
+                f"{option(texts=...)} choose bits by running the model, and a streamed model cannot run: "
+                "leave them out, or load the model whole"
             )
         return Calibration(problem="a streamed model is not run")
     given = _given(conversion.traced, conversion.options)  # raises errors in the texts before a copy is made
@@ -121,8 +121,8 @@ def _some(cases: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
 def _check_long(positions: int) -> None:
     if positions < _LEAST_POSITIONS:
         raise ExportError(
-            f"{option(texts=...)} has {positions} tokens in every second text, by which bits are chosen, and they are "
-            f"too few: give texts with {_LEAST_POSITIONS} at least, or leave them out"
+            f"{option(texts=...)} has too few tokens ({positions}) in the texts that choose bits (every second one); "
+            f"give texts with {_LEAST_POSITIONS} at least, or leave them out"
         )
 
 

@@ -195,4 +195,6 @@ def check_inputs(names: Iterable[str], case: Mapping[str, Any]) -> None:
     taken = flat(case)
     missing = [name for name in names if name not in taken]
     if missing:
-        raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
+        raise ExportError(
+            f"the export takes {', '.join(missing)}, which the model does not; give the model that was exported"
+        )

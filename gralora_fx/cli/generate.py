@@ -172,7 +172,7 @@ def _check_generates(directory: Path, manifest: Manifest) -> None:
         how = f"it gives logits and has no cache; export the model with --task {cached}"
     else:
         how = f"serve it: gralora-fx serve --onnx {shlex.quote(str(directory))}"
-    raise ServingError(f"{directory} was exported for the task {manifest.task}, which does not go on from text: {how}")
+    raise ServingError(f"{directory} was exported for the task {manifest.task}, which does not continue text: {how}")
 
 
 def _check_input(
@@ -194,7 +194,7 @@ def _check_input(
     for kind, main in mains.items():
         idle = [each.flag for each in declared_options(kind)[1:] if options[each.name] is not None]
         if idle and kind is not own:
-            raise ConfigError(f"{idle[0]} is of {main.flag}, and has no effect; leave it out")
+            raise ConfigError(f"{idle[0]} has no effect without {main.flag}; leave it out")
     if own is None:
         return None
     found: PromptOptions = own(**{each.name: options[each.name] for each in declared_options(own)})

@@ -193,12 +193,12 @@ def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError
     if version > SCHEMA_VERSION:
         raise error(f"{path} has schema {version}, newer than {SCHEMA_VERSION}; update gralora-fx")
     if version < SCHEMA_VERSION:
-        remedy = f"make it anew with {_command(content, path.parent)}"
+        remedy = f"export again with {_command(content, path.parent)}"
         raise error(f"{path} has schema {version}, older than {SCHEMA_VERSION}; {remedy}")
     if "batched" in (content.get("adapters_mode"), _object(content, "adapter_inputs").get("mode")):
         raise error(
-            f"{path} is of an export with {option(adapters='batched')}, which is a part of {option(adapters='data')} "
-            f"now; make it anew with {_command(content, path.parent)}"
+            f"{path} comes from an export with {option(adapters='batched')}, which {option(adapters='data')} replaces; "
+            f"export again with {_command(content, path.parent)}"
         )
     fields = _in_todays_form(content)
     if (name := _undescribed_file(fields)) is not MISSING:

@@ -51,8 +51,7 @@ def check_adapter_dtype(model: Any, autocast_adapter_dtype: bool) -> None:
     parameters: Iterable[Tensor] = model.parameters()
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in parameters):
         raise ConfigError(
-            "adapters of half-precision layers are float32, which autocast_adapter_dtype=False would not have; leave "
-            "it out"
+            "autocast_adapter_dtype=False is not supported: adapters of half-precision layers are float32; leave it out"
         )
 
 

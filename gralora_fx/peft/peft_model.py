@@ -115,7 +115,7 @@ class PeftModel(GraloraModel):
         directory = Path(model_id, subfolder) if subfolder else model_id
         saved = read_config(directory, revision=revision)
         if config is not None and own_config(config).changed(inference_mode=True) != saved.changed(inference_mode=True):
-            raise ConfigError(f"config differs from that of {directory}, whose tensors it would misread; leave it out")
+            raise ConfigError(f"config differs from {directory}'s and would misread its tensors; leave it out")
         kind = _class_for(cls, saved)
         made: PeftModel = super(PeftModel, kind).from_pretrained(  # type: ignore[assignment]
             traced_with_cache(model, tracing), directory, adapter_name=adapter_name, revision=revision

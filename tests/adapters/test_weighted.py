@@ -250,7 +250,7 @@ def test_what_cannot_be_combined(arguments: tuple[Any, ...], error: type[Excepti
 
 def test_copies_have_no_weighted_sum() -> None:
     model = with_adapters([{**SAME_K[0], "modules_to_save": ["classifier"]}, SAME_K[1]])
-    with pytest.raises(RewriteError, match="adapter 'a0' trains copies in classifier, which have no weighted sum"):
+    with pytest.raises(RewriteError, match="adapter 'a0' trains copies in classifier, which cannot be summed"):
         model.add_weighted_adapter(["a0", "a1"], [1, 1], "sum")
 
 

@@ -126,7 +126,7 @@ def test_an_export_that_does_not_generate_says_what_it_does(
     manifest = (exported[0]["merged"] / "gralora_export.json").read_text()
     (tmp_path / "gralora_export.json").write_text(manifest.replace("text-generation-with-past", task))
     error = run("generate", "--onnx", tmp_path, "--prompt", PROMPT).error
-    assert f"{tmp_path} was exported for the task {task}, which does not go on from text: " in error
+    assert f"{tmp_path} was exported for the task {task}, which does not continue text: " in error
     assert message.format(directory=tmp_path) in error
     assert "Python" not in error
 

@@ -45,7 +45,7 @@ def test_a_recording_is_written_down(pairs: Path) -> None:
     ("name", "options", "message"),
     [
         ("t5", ("--audio", "{folder}/a.wav"), "give --prompt TEXT and leave --audio out"),
-        ("t5", ("--prompt", "a", "--language", "de"), "--language is of --audio, and has no effect"),
+        ("t5", ("--prompt", "a", "--language", "de"), "--language has no effect without --audio"),
         ("whisper", ("--prompt", "a"), "give --audio FILE and leave --prompt out"),
         ("whisper", (), "there is nothing to answer; give --audio FILE"),
         ("whisper", ("--audio", "{folder}/a.wav", "--chat"), "give --audio FILE and leave --chat out"),

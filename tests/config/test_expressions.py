@@ -110,5 +110,5 @@ def test_an_expression_of_many_names_is_taken() -> None:
 
 
 def test_an_expression_without_end_is_refused() -> None:
-    with pytest.raises(ConfigError, match="it has 2,000,000 characters, and 1,000,000 are the most"):
+    with pytest.raises(ConfigError, match="it has 2,000,000 characters; the maximum is 1,000,000"):
         GraloraConfig(target_modules="a" * 2_000_000)

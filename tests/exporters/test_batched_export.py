@@ -284,5 +284,5 @@ def test_earlier_names_mean_data(earlier: Any, tmp_path: Path) -> None:
     if earlier == "swappable":
         assert read_manifest(tmp_path / "onnx").adapters_mode == "data"
     else:
-        with pytest.raises(ExportError, match=r"which is a part of adapters='data' now; make it anew with gralora-fx"):
+        with pytest.raises(ExportError, match=r"which adapters='data' replaces; export again with gralora-fx"):
             read_manifest(tmp_path / "onnx")

@@ -232,7 +232,9 @@ def test_texts_that_choose_are_not_those_that_are_compared(tmp_path: Path) -> No
 
 def test_texts_too_short_to_choose_by_are_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"quantize": "int4", "texts": ["a", "b", "c"], "tokenizer": tiny_tokenizer()}
-    with pytest.raises(ExportError, match=r"has 2 tokens in every second text.*give texts with 16 at least"):
+    with pytest.raises(
+        ExportError, match=r"has too few tokens \(2\) in the texts that choose bits.*texts with 16 at least"
+    ):
         export_onnx(fresh_trace("llama", task=CACHED), tmp_path / "onnx", **options)
     assert list(tmp_path.iterdir()) == []
 

@@ -306,7 +306,7 @@ def test_merging_and_what_merges_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(MergeError, match=message):
             merged()
     ours.add_adapter("other", LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[9]))
-    with pytest.raises(RewriteError, match="act from other tokens on"):
+    with pytest.raises(RewriteError, match="act from different tokens on"):
         ours.add_weighted_adapter(["default", "other"], [1, 1], "sum")
     ours.add_weighted_adapter(["default"], [1], "same")
     ids = {"input_ids": rows()["input_ids"][:3]}

@@ -208,7 +208,7 @@ def test_a_checkpoint_in_int8_has_the_values_that_bitsandbytes_multiplies_by(
 
 def test_what_packed_weights_cannot_be_is_refused_by_name(bases: Any) -> None:
     base = bases("LlamaForCausalLM")
-    with pytest.raises(ConfigError, match="is in floats, which have to be rounded to be held in few bits"):
+    with pytest.raises(ConfigError, match="has float weights, which must be rounded to be kept in few bits"):
         load_model(base, packed=True)
     model = adapted(pair(base)[1], CONFIGS["lora"])
     with pytest.raises(TraceError, match=r"q_proj.weight is in its file or in few bits.*load the model.* in floats"):

@@ -187,7 +187,7 @@ def test_adapters_of_experts_act_beside_each_other() -> None:
     ours.merge_adapter(["second"])
     assert error(logits(ours, inputs), both) < CLOSE
     ours.unmerge_adapter()
-    with pytest.raises(RewriteError, match=r"adapts parameters .*of which there is no weighted sum"):
+    with pytest.raises(RewriteError, match=r"adapts parameters .*which cannot be summed"):
         ours.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
 
 

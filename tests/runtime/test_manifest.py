@@ -208,7 +208,7 @@ def test_a_manifest_is_written_as_it_was_read(exported: Path) -> None:
         ({"schema_version": None}, "has no schema_version, so it is not the manifest of an export"),
         ({"schema_version": "1"}, "has no schema_version, so it is not the manifest of an export"),
         ({"schema_version": 2}, "has schema 2, newer than 1; update gralora-fx"),
-        ({"schema_version": 0}, "has schema 0, older than 1; make it anew with gralora-fx export --model MODEL"),
+        ({"schema_version": 0}, "has schema 0, older than 1; export again with gralora-fx export --model MODEL"),
         ({"precision": None}, "precision is None, which no export writes; export the model again"),
         ({"precision": "fp8"}, "precision is 'fp8', which no export writes"),
         ({"task": 5}, "task is 5, which no export writes"),
@@ -296,9 +296,9 @@ def test_the_error_for_an_older_schema_is_a_command_that_makes_it_anew(
     told = {"task": "text-classification", "adapters_mode": "swappable", "quantization": {"kind": "int8"}}
     path.write_text(json.dumps(json.loads(path.read_text()) | told))
     monkeypatch.setattr(manifest_module, "SCHEMA_VERSION", 2)
-    with pytest.raises(ServingError, match="has schema 1, older than 2; make it anew with gralora-fx export") as error:
+    with pytest.raises(ServingError, match="has schema 1, older than 2; export again with gralora-fx export") as error:
         load(folder)
-    words = shlex.split(str(error.value).partition("make it anew with ")[2])
+    words = shlex.split(str(error.value).partition("export again with ")[2])
     assert words[:2] == ["gralora-fx", "export"]
     parsed = dict(zip(words[2:-1:2], words[3:-1:2], strict=True))
     assert parsed == {
@@ -338,5 +338,5 @@ def test_the_command_for_an_older_schema_names_the_base_and_the_adapter(
     """Without its adapter, a merged export would be replaced by the bare base."""
     fields = {"schema_version": 0, "precision": "fp32", "adapters_mode": "merged", **told}
     (tmp_path / "gralora_export.json").write_text(json.dumps(fields))
-    with pytest.raises(ExportError, match=f"make it anew with {command}"):
+    with pytest.raises(ExportError, match=f"export again with {command}"):
         read_manifest(tmp_path)

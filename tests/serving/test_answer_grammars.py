@@ -191,7 +191,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(grammars: Grammars,
     [
         ("regex", "(", "unclosed group"),
         ("regex", "", "no token of the model can begin such an answer"),
-        ("regex", r"[^\x00-\U0010FFFF]", "no token can go on with the grammar"),
+        ("regex", r"[^\x00-\U0010FFFF]", "no token continues the answer's grammar"),
         ("regex", "a" * 70_000, "larger than 64 KiB"),
         ("regex", "\ud800", "a lone surrogate"),
         ("regex", 3, "a text is needed, but got 3"),
@@ -199,7 +199,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(grammars: Grammars,
         ("choice", [""], "no token of the model can begin such an answer"),
         ("choice", "ab", "a list of texts is needed, but got 'ab'"),
         ("grammar", "start: other", 'unknown name: "other"'),
-        ("grammar", "start: start", "no token can go on"),
+        ("grammar", "start: start", "no token continues"),
         ("grammar", 'start: "x" start', "Too many items"),
         ("grammar", "start: <|unknown|>", "unknown special token"),
         ("grammar", "words", "cannot be compiled"),
@@ -359,7 +359,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, folder: Path, 
     with pytest.raises(WrongFieldError, match=r"^regex: a grammar needs a tokenizer, and the export holds none"):
         load(tmp_path / "bare").generate([3, 4], regex="a")
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(WrongFieldError, match=r"needs llguidance .*: pip install 'gralora-fx\[serve\]'"):
+    with pytest.raises(WrongFieldError, match=r"need llguidance .*: pip install 'gralora-fx\[serve\]'"):
         Grammars(chat_tokenizer()).of({"here": ("regex", "a")})
 
 
@@ -370,7 +370,7 @@ def test_a_tokenizer_of_words_is_refused() -> None:
     words = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, "?")), eos_token="?"
     )
-    with pytest.raises(ServingError, match="no answer in a form can be written with this model's tokenizer"):
+    with pytest.raises(ServingError, match="this model's tokenizer does not support structured outputs"):
         Grammars(words).compiled(AnswerForm.of("regex", "a"))
 
 

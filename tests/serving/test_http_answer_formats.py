@@ -223,9 +223,7 @@ def test_an_answer_that_cannot_go_on_is_an_error_of_its_request(
     events = [line.removeprefix("data: ") for line in found.text.splitlines() if line and "[DONE]" not in line]
     error = json.loads(events[-1])["error"]
     assert (error["code"], error["type"]) == (400, "invalid_request_error")
-    assert error["message"].startswith(
-        "guided_regex: no token can go on with the grammar of the answer (lexer error: too many"
-    )
+    assert error["message"].startswith("guided_regex: no token continues the answer's grammar (lexer error: too many")
     assert "choosing a token failed: guided_regex: no token" in caplog.text
     assert "Traceback" not in caplog.text
 
@@ -277,7 +275,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "regex": ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "unclosed group"),
     "grammar": ({"guided_grammar": "start: a"}, "guided_grammar", "unknown name"),
     "no token": ({"guided_regex": ""}, "guided_regex", "no token of the model can begin"),
-    "no token later": ({"guided_json": {"const": "\u4e2d"}}, "guided_json", "no token can go on with the grammar"),
+    "no token later": ({"guided_json": {"const": "\u4e2d"}}, "guided_json", "no token continues the answer's grammar"),
     "choices": ({"guided_choice": []}, "guided_choice", "there are 0 choices"),
     "two": (
         {"guided_regex": "a", "response_format": {"type": "json_object"}},

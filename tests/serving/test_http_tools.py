@@ -266,7 +266,7 @@ BAD: dict[str, tuple[dict[str, Any], str | None, str]] = {
             "tool_choice": {"type": "function", "function": {"name": "bad"}},
         },
         "tools",
-        "no token can go on with the grammar",
+        "no token continues the answer's grammar",
     ),
     "a type": (with_parameters({"properties": {"a": {"type": "dict"}}}), LAST, ""),
     "too deep": (with_parameters(deep(400)), LAST, ""),

@@ -206,7 +206,7 @@ def test_a_form_beside_tools() -> None:
         texts.add("a call" if calls else text)
     assert stream.finish() == ""
     assert texts == {"a call", "yes", "no"}
-    with pytest.raises(WrongFieldError, match="response_format: it and tools do not go together"):
+    with pytest.raises(WrongFieldError, match="response_format: it cannot be combined with tools"):
         call_grammar(grammars, GENERAL, ToolUse(tools(), False, True), content)
 
 

@@ -126,7 +126,8 @@ def head_of(model: ir.Model) -> Head:
         chain.append(value)
     if node is None or node.op_type not in ("MatMul", "Gemm") or node.inputs[0] is None:
         raise ExportError(
-            f"no projection leads to the logits, so the last position cannot be cut out; take {option(logits='all')}"
+            "no projection leads to the logits, so those of the last position cannot be computed alone; take "
+            f"{option(logits='all')}"
         )
     return Head(node.inputs[0], node, tuple(chain))
 
@@ -135,6 +136,7 @@ def _input(model: ir.Model, name: str) -> ir.Value:
     match = next((value for value in model.graph.inputs if value.name == name), None)
     if match is None:
         raise ExportError(
-            f"the trace takes no {name}, so the last position cannot be cut out; take {option(logits='all')}"
+            f"the trace takes no {name}, so logits of the last position cannot be computed alone; take "
+            f"{option(logits='all')}"
         )
     return match

@@ -56,7 +56,7 @@ def check_head(traced: TracedModel, acting: Iterable[ModelAdapter]) -> str:
     """
     head = traced.tree.output_embedding
     if head is None:
-        raise RewriteError("the model has no language-model head that its class names, so there is no state before it")
+        raise RewriteError("the model's class names no language-model head, so a run cannot end before it")
     adapted = [adapter.name for adapter in acting if head in adapter.factors]
     if adapted:
         raise RewriteError(
@@ -163,8 +163,8 @@ def _keep_texts_apart(graph: fx.Graph, traced: TracedModel) -> None:
     attends = isinstance(past, Cache) and not keeps_state(tensors_of(past))
     if mask is None or ids is None or not attends or others != {node for node, _ in layers}:
         raise RewriteError(
-            f"{_PACKED}, of a model all of whose layers are attention that takes the padding mask; set packing=False "
-            "and padding_free=False"
+            f"{_PACKED}, and a model whose layers are all attention with a padding mask; set packing=False and "
+            "padding_free=False"
         )
     made: dict[int, fx.Node] = {}
     with graph.inserting_after(next(reversed(inputs.values()))):

@@ -272,7 +272,7 @@ class _Matcher:
 def _compiled(expression: str) -> regex.Pattern[str]:
     """Compile an expression with `regex`, with its meaning in Python's `re`."""
     if len(expression) > _LONGEST:
-        raise ValueError(f"it has {len(expression):,} characters, and {_LONGEST:,} are the most")
+        raise ValueError(f"it has {len(expression):,} characters; the maximum is {_LONGEST:,}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # about nested sets, reserved for a future meaning

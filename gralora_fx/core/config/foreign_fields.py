@@ -61,7 +61,7 @@ def check_known(fields: Mapping[str, Any], known: Collection[str], origin: str, 
         raise ConfigError(
             f"{origin}: {listed(said)} {verb} not supported in a {method} configuration: the adapter might compute "
             "something other than what it was trained for; merge it with the program that wrote it and use the merged "
-            "model, or train without it. What changes no output can be removed from the file"
+            "model, or train without it. Fields that change no output can be removed from the file"
         )
 
 

@@ -196,7 +196,7 @@ def _together(path: str, nodes: Sequence[fx.Node], others: Collection[fx.Node]) 
     if any(_has_effect(node) for node in rest) or any(is_mutable(node.target) for node in nodes):
         taken |= set(rest)
     if strange := [node for node in span if node in taken and node in others]:
-        raise NoBlock(path, f"{strange[0].name}, of another block, is computed between its own operations")
+        raise NoBlock(path, f"{strange[0].name} of another block is computed between its operations")
     for node in span:
         if node not in taken:  # it reads no value of the block
             nodes[0].prepend(node)

@@ -181,7 +181,7 @@ def _check_packing(name: str | Path, asked: BaseQuantization | None, *, packed: 
     """Check that a quantization is given for a float checkpoint that is to be packed."""
     if packed and asked is None:
         raise ConfigError(
-            f"{name} is in floats, which have to be rounded to be held in few bits; take "
+            f"{name} has float weights, which must be rounded to be kept in few bits; take "
             f"{option(base_quantization='nf4')}"
         )
 

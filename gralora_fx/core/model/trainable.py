@@ -311,7 +311,7 @@ class GraphDropout(nn.Dropout):
     def p(self, value: float) -> None:
         if value:
             raise RewriteError(
-                f"the graph's dropout is that of the model and its adapters, and cannot be set to {value}; set it to "
-                "0, or set the probabilities before the model is traced"
+                f"the graph's dropout probabilities are those of the model and its adapters; {value} cannot be set. "
+                "Set 0, or set the probabilities before the model is traced"
             )
         self._state.set_dropout(False)

@@ -34,19 +34,19 @@ def weighted_sum(
             raise ConfigError(f"the weight of adapter {adapter.name!r} must be a finite number, but got {weight!r}")
         if adapter.copies:
             raise RewriteError(
-                f"adapter {adapter.name!r} trains copies in {', '.join(adapter.copies)}, which have no weighted sum; "
+                f"adapter {adapter.name!r} trains copies in {', '.join(adapter.copies)}, which cannot be summed; "
                 "leave it out, or merge it instead"
             )
         adapter.method.check_lora_form(f"adapter {adapter.name!r}", "a weighted sum", RewriteError)
         if at := [planned.parameter for planned in adapter.plan.selected if planned.parameter is not None]:
             raise RewriteError(
-                f"adapter {adapter.name!r} adapts parameters ({listed(at, 2)}), of which there is no weighted sum, as "
+                f"adapter {adapter.name!r} adapts parameters ({listed(at, 2)}), which cannot be summed, as "
                 "in PEFT; make both active (set_adapter), or merge them"
             )
     if len({adapter.config.acts_from for adapter in adapters}) > 1:
         raise RewriteError(
-            f"adapters {listed(repr(adapter.name) for adapter in adapters)} act from other tokens on "
-            f"({ACTING}), and a sum acts from one of them; make them active together (set_adapter)"
+            f"adapters {listed(repr(adapter.name) for adapter in adapters)} act from different tokens on "
+            f"({ACTING}), and a sum could act from only one of them; make them active together (set_adapter)"
         )
     updates: dict[str, list[Update]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):

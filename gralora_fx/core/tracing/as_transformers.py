@@ -212,7 +212,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         """Return the token embeddings as a module over the parameter that the graph reads."""
         path = self.traced.tree.input_embedding
         if path is None:
-            raise TraceError(f"{class_name(self.traced)} has no input embeddings that its class names")
+            raise TraceError(f"the class {class_name(self.traced)} names no input embeddings")
         return _module_at(self.traced.tree, path, self._viewed.parameters())
 
     def get_output_embeddings(self) -> nn.Module | None:

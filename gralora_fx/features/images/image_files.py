@@ -230,7 +230,7 @@ def _converted(image: Image, limits: ImageLimits) -> Image:
         upright = ImageOps.exif_transpose(image)
     except Exception as error:
         raise ServingError(
-            f"the image's EXIF data does not say how it is turned ({first_line(error)}); save it again without"
+            f"the image's EXIF orientation cannot be read ({first_line(error)}); save the image without EXIF data"
         ) from error
     if upright.mode in ("I", "F"):
         raise ServingError(f"what is black and white in the mode {upright.mode} is not known; convert it to RGB")

@@ -85,7 +85,7 @@ class ImageRows(GivenRows):
         if source is None:
             return
         if not isinstance(source, Mapping) or EMBEDS not in source:
-            raise ServingError(f"what images put in the place of tokens begins with {EMBEDS}, but got {shown(source)}")
+            raise ServingError(f"inputs in place of token ids start with {EMBEDS}, but got {shown(source)}")
         places = source.get(GIVEN_PLACES)
         source = {name: value for name, value in source.items() if name != GIVEN_PLACES}
         if unknown := [str(name) for name in source if name not in self._taken]:

@@ -112,5 +112,5 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
         fp.close()
         address = _allowed(urljoin(req.full_url, newurl), self._hosts)
         if urlsplit(address).hostname != urlsplit(req.full_url).hostname:
-            raise ServingError(f"{shown(req.host)} sends on to another host for the image; give the image's own URL")
+            raise ServingError(f"{shown(req.host)} redirects to another host; give the image's own URL")
         return super().redirect_request(req, fp, code, msg, headers, address)

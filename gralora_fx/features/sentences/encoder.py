@@ -283,8 +283,8 @@ def settings_of_tokenizer(
         backend = getattr(changed, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise CheckpointError(
-                f"{modules.source} has do_lower_case, which {type(tokenizer).__name__} cannot be told; export without "
-                "the tokenizer, and lowercase texts yourself"
+                f"{modules.source} sets do_lower_case, which {type(tokenizer).__name__} does not support; export "
+                "without the tokenizer, and lowercase texts yourself"
             )
         if backend.normalizer is None or "Lowercase(" not in repr(backend.normalizer):
             parts = (

@@ -100,8 +100,8 @@ def read_sentence_modules(directory: Path) -> SentenceModules:
     settings = _object_if_there(directory / SETTINGS_NAME)
     if prompt := settings.get("default_prompt_name"):
         warn_caller(
-            f"{directory / SETTINGS_NAME} has the default prompt {shown(prompt)}, which sentence-transformers puts "
-            "before every text; an export does not, so do it yourself"
+            f"{directory / SETTINGS_NAME} has the default prompt {shown(prompt)}, which sentence-transformers "
+            "prepends to every text; an export does not: prepend it yourself"
         )
     return SentenceModules(
         str(directory),

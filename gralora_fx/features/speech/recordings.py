@@ -166,7 +166,7 @@ class SpeechReader:
         extractor = load_feature_extractor(directory, ServingError)
         if extractor is None:
             raise ServingError(
-                f"{directory} holds no {PREPROCESSOR}, which says how audio becomes what the model reads; export with "
+                f"{directory} holds no {PREPROCESSOR}, which converts audio to the model's inputs; export with "
                 f"{option(tokenizer=...)}, the model's processor, or give input_features"
             )
         if type(getattr(extractor, "sampling_rate", None)) is not int:

@@ -126,7 +126,7 @@ async def read_form(request: Request, kind: type[TranslationRequest]) -> tuple[T
 
 def _checked(fields: dict[str, Any], kind: type[TranslationRequest]) -> TranslationRequest:
     if (form := fields.get("response_format")) in _TIMED:
-        raise ServingError(f"response_format {form} says when something was said, which is not done here; take json")
+        raise ServingError(f"response_format {form} needs timestamps, which are not supported; use json")
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -224,7 +224,7 @@ async def _heard(
     finally:
         answers.cancel()
     if not scores:
-        raise RunError("the model hears no language; give language")
+        raise RunError("the model detects no language; give language")
     return scores[0].token
 
 

@@ -143,7 +143,7 @@ class RowGrammar:
         """Raise unless the answer is complete or something can follow."""
         if self._matcher.is_error() or not (self._goes_on or self._matcher.is_accepting()):
             reason = problem_of(self._matcher.get_error()) or "the model has no token for what comes next"
-            raise DeadEndError(self._field, f"no token can go on with the grammar of the answer ({reason})")
+            raise DeadEndError(self._field, f"no token continues the answer's grammar ({reason})")
 
 
 def problem_of(message: str) -> str:
@@ -267,7 +267,7 @@ def _read(tokenizer: TextTokenizer | None, ends: frozenset[int]) -> Any:
     try:
         from llguidance import LLTokenizer
     except ImportError as error:
-        raise ServingError(f"an answer in a form needs llguidance ({error}): {installation('serve')}") from error
+        raise ServingError(f"structured outputs need llguidance ({error}): {installation('serve')}") from error
     own: int | list[int] | None = tokenizer.eos_token_id
     if own is None:  # llguidance would use token 0
         own = sorted(end for end in ends if end < len(tokenizer))
@@ -282,7 +282,7 @@ def _read(tokenizer: TextTokenizer | None, ends: frozenset[int]) -> Any:
         return LLTokenizer(backend.to_str(), eos_token=own)
     except Exception as error:  # errors of several types, by what the tokenizer has
         raise ServingError(
-            f"no answer in a form can be written with this model's tokenizer, whose tokens are not bytes of text "
+            f"this model's tokenizer does not support structured outputs: its tokens are not bytes of text "
             f"({first_line(error)})"
         ) from error
 

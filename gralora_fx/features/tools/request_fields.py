@@ -171,9 +171,7 @@ class ToolCaller(PlannedRequest):
     def plan(self, engine: TextEngine) -> AnswerPlan:
         """Plan the answers; this compiles constraints, which takes a while."""
         if (constraints := engine.constraints) is None and self.functions():
-            raise WrongFieldError(
-                "tools", "no feature that is installed can say what calls of them have to be; leave it out"
-            )
+            raise WrongFieldError("tools", "no installed feature can constrain tool calls; leave it out")
         if (use := self.tool_use(constraints)) is None:
             return super().plan(engine)
         assert constraints is not None

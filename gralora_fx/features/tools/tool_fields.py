@@ -58,7 +58,7 @@ def call_grammar(constraints: Constraints, form: CallFormat, use: ToolUse, conte
     if content is not None and not use.is_required and form.begins_answer:
         raise WrongFieldError(
             content.field,
-            "it and tools do not go together with this model, whose calls are JSON as the answer would be; give "
+            "it cannot be combined with tools for this model, whose tool calls look like a JSON answer; give "
             "tool_choice 'none' or 'required', or leave one of them out",
         )
     if sum(tool.form.size for tool in use.tools) > _LARGEST:
