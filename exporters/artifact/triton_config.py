@@ -28,23 +28,14 @@ _TYPES = {  # ONNX Runtime's name: Triton's
 
 @dataclass(frozen=True)
 class TritonTensor:
-    """An input or output, as a client sees it.
-
-    Attributes:
-        name: Its name.
-        data_type: Its type, by Triton's name.
-        dims: Its sizes, -1 for any; without the batch if Triton batches.
-        is_optional: Whether a request may leave it out.
-        is_reshaped: Whether the model has no axis besides the batch; Triton then needs one of size 1.
-        label_file: A file with the names of its classes; None for none.
-    """
+    """An input or output, as a client sees it."""
 
     name: str
-    data_type: str
-    dims: tuple[int, ...]
-    is_optional: bool = False
-    is_reshaped: bool = False
-    label_file: str | None = None
+    data_type: str  # its type, by Triton's name
+    dims: tuple[int, ...]  # its sizes, -1 for any; without the batch if Triton batches
+    is_optional: bool = False  # whether a request may leave it out
+    is_reshaped: bool = False  # whether the model has no axis besides the batch; Triton then needs one of size 1
+    label_file: str | None = None  # a file with the names of its classes; None for none
 
     def lines(self) -> Iterator[str]:
         """Return its lines of `config.pbtxt`."""
@@ -61,21 +52,13 @@ class TritonTensor:
 
 @dataclass(frozen=True)
 class TritonConfig:
-    """The contents of `config.pbtxt`.
-
-    Attributes:
-        name: The model's name.
-        max_batch: The most rows of a batch; 0 if Triton does not batch, so that requests keep all axes.
-        inputs: The inputs of a request.
-        outputs: The outputs of a response.
-        parameters: Parameters of the model and of the backend.
-    """
+    """The contents of `config.pbtxt`."""
 
     name: str
-    max_batch: int
-    inputs: tuple[TritonTensor, ...]
-    outputs: tuple[TritonTensor, ...]
-    parameters: Mapping[str, str] = field(default_factory=dict)
+    max_batch: int  # the most rows of a batch; 0 if Triton does not batch, so that requests keep all axes
+    inputs: tuple[TritonTensor, ...]  # the inputs of a request
+    outputs: tuple[TritonTensor, ...]  # the outputs of a response
+    parameters: Mapping[str, str] = field(default_factory=dict)  # parameters of the model and of the backend
 
     def to_text(self) -> str:
         """Return the text of the file."""

@@ -28,16 +28,12 @@ _NOT_FINITE = (
 
 @dataclass(frozen=True)
 class TensorChanges:
-    """The changes of a merge.
+    """The changes of a merge."""
 
-    Attributes:
-        changed: Changes of tensors that the base has, by key.
-        added: Tensors that it does not have, by their new key, with the key of a tensor in whose file they go.
-        untied: Pairs of names that were one parameter and have different values now.
-    """
-
-    changed: dict[str, NewTensor] = field(default_factory=dict)
+    changed: dict[str, NewTensor] = field(default_factory=dict)  # changes of tensors that the base has, by key
+    # tensors that it does not have, by their new key, with the key of a tensor in whose file they go
     added: dict[str, tuple[NewTensor, str]] = field(default_factory=dict)
+    # pairs of names that were one parameter and have different values now
     untied: list[tuple[str, str]] = field(default_factory=list)
 
     @property

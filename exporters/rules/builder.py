@@ -25,16 +25,12 @@ class Builder:
     """Creates nodes to be inserted into a graph later; calling it creates one and returns its first output.
 
     An input may be a whole number or a list of them, which becomes a constant: `build("Squeeze", value, [0])`.
-
-    Attributes:
-        graph: The graph that the nodes are for.
-        nodes: The nodes created so far, in order.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
         """Start without nodes."""
-        self.nodes: list[ir.Node] = []
-        self.graph = graph
+        self.nodes: list[ir.Node] = []  # the nodes created so far, in order
+        self.graph = graph  # the graph that the nodes are for
 
     def __call__(self, op_type: str, *inputs: Operand, domain: str = "", **attributes: Any) -> ir.Value:
         """Make a node with one output."""

@@ -21,12 +21,9 @@ _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 @contract(needs={FOLDED_TRANSPOSES})
 @dataclass(frozen=True)
 class FoldConstants:
-    """Fold constants.
+    """Fold constants."""
 
-    Attributes:
-        should_fold: Whether constants may be folded at a node; None leaves it to the optimizer.
-    """
-
+    # whether constants may be folded at a node; None leaves it to the optimizer
     should_fold: Callable[[ir.Node], bool | None]
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:

@@ -33,17 +33,11 @@ _FLOAT16_OVERFLOW = 65520.0  # the smallest value that rounds to infinity
 
 
 class _Kind(Enum):
-    """Determines the precision of a float value.
+    """Determines the precision of a float value."""
 
-    Attributes:
-        OWN: The model's own precision: weights, and values computed with them.
-        RAISED: float32 because the model casts up, as inside a normalisation or a softmax.
-        FREE: float32, computed without a weight, such as rotary angles; cast where it meets the other kinds.
-    """
-
-    OWN = "own"
-    RAISED = "raised"
-    FREE = "free"
+    OWN = "own"  # the model's own precision: weights, and values computed with them
+    RAISED = "raised"  # float32 because the model casts up, as inside a normalisation or a softmax
+    FREE = "free"  # float32, computed without a weight, such as rotary angles; cast where it meets the other kinds
 
 
 class GraphCast:

@@ -42,11 +42,7 @@ def derived(sources: Sequence[ir.TensorProtocol], key: Hashable, make: Callable[
 
 
 class LazyTensor(ir.LazyTensor):
-    """A tensor whose values are computed at every read, and not kept.
-
-    Attributes:
-        parts: The tensors that it concatenates along its last axis, for readers of one at a time; else empty.
-    """
+    """A tensor whose values are computed at every read, and not kept."""
 
     def __init__(
         self,
@@ -63,6 +59,7 @@ class LazyTensor(ir.LazyTensor):
                 return make()
 
         super().__init__(values, dtype=dtype, shape=shape, name=name)
+        # the tensors that it concatenates along its last axis, for readers of one at a time; else empty
         self.parts = tuple(parts)
 
     def tofile(self, file: Any) -> None:

@@ -67,17 +67,13 @@ class TokenResult:
 
 @dataclass(frozen=True)
 class Verification:
-    """The verification of a kind of export.
+    """The verification of a kind of export."""
 
-    Attributes:
-        inputs: Returns fresh inputs of a trace from a random generator, only few if that is enough.
-        prompts: Returns prompts of a trace from a seed, only few if that is enough; None for a kind without prompts.
-        compare_tokens: Compares greedy tokens.
-    """
-
+    # returns fresh inputs of a trace from a random generator, only few if that is enough
     inputs: Callable[[TracedModel, torch.Generator, bool], Iterator[Case]]
+    # returns prompts of a trace from a seed, only few if that is enough; None for a kind without prompts
     prompts: Callable[[TracedModel, int, bool], Iterator[PromptBatch]] | None = None
-    compare_tokens: Callable[[TokenRun], TokenResult] = lambda _: TokenResult()
+    compare_tokens: Callable[[TokenRun], TokenResult] = lambda _: TokenResult()  # compares greedy tokens
 
     def cases(self, model: TracedModel, seed: int, *, quick: bool) -> list[Case]:
         """Return fresh inputs, completed by the constants of the trace."""

@@ -122,19 +122,14 @@ _OWN = "gralora_"  # prefix of this project's metadata keys
 
 @dataclass(frozen=True)
 class Feature:
-    """A capability in its own folder, as the folder's `feature.toml` describes it; reading that imports nothing.
+    """A capability in its own folder, as the folder's `feature.toml` describes it; reading that imports nothing."""
 
-    Attributes:
-        name: Name of its folder.
-        signs: Names by which a graph shows that it uses the feature: operators of a trace or an ONNX model, such as
-            `"gralora::attention"`, metadata keys of an export's nodes and its manifest, inputs of traces and exports,
-            names of tasks, and model types; or by which a checkpoint does: last parts of its tensors' names, such as
-            `"absmax"`.
-        parts: What it adds, by point: `"module:name"` below its folder, or `"module"` for a module whose import is all.
-    """
-
-    name: str
+    name: str  # name of its folder
+    # names by which a graph shows that it uses the feature: operators of a trace or an ONNX model, such as
+    # `"gralora::attention"`, metadata keys of an export's nodes and its manifest, inputs of traces and exports, names
+    # of tasks, and model types; or by which a checkpoint does: last parts of its tensors' names, such as `"absmax"`
     signs: frozenset[str] = frozenset()
+    # what it adds, by point: `"module:name"` below its folder, or `"module"` for a module whose import is all
     parts: Mapping[str, str] = field(default_factory=dict)
 
     def part(self, point: str) -> Any:

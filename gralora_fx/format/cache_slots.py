@@ -12,28 +12,20 @@ from gralora_fx.format.input_names import PAST_PREFIX, PRESENT_PREFIX
 
 @dataclass(frozen=True)
 class StateKind:
-    """A kind of tensor that a layer keeps between steps; its first axis is the batch.
+    """A kind of tensor that a layer keeps between steps; its first axis is the batch."""
 
-    Attributes:
-        name: The kind's part of the names of inputs and outputs.
-        attribute: The attribute of a layer of transformers' cache: a tensor, or a dict of several by their number.
-        grows: The axis of positions, which a step makes longer. None for a state of fixed size, which a step replaces;
-            it is zeros before the first step.
-        axes: Names of its axes in an export; the last axes may have fixed sizes.
-        sums_up: Whether it accumulates over all positions. Exports in half precision keep it in float32, since rounding
-            errors would add up over a text, and padding takes as long as other positions.
-        is_window: Whether its last axis holds a layer's last inputs. A model may keep one more, the oldest, than a step
-            reads again.
-        beside: The attribute of the cache itself, a list with an item for each layer, where some models keep it.
-    """
-
-    name: str
-    attribute: str
+    name: str  # the kind's part of the names of inputs and outputs
+    attribute: str  # the attribute of a layer of transformers' cache: a tensor, or a dict of several by their number
+    # the axis of positions, which a step makes longer. None for a state of fixed size, which a step replaces; it is
+    # zeros before the first step.
     grows: int | None = None
-    axes: tuple[str, ...] = ("batch_size",)
+    axes: tuple[str, ...] = ("batch_size",)  # names of its axes in an export; the last axes may have fixed sizes
+    # whether it accumulates over all positions. Exports in half precision keep it in float32, since rounding errors
+    # would add up over a text, and padding takes as long as other positions.
     sums_up: bool = False
+    # whether its last axis holds a layer's last inputs. A model may keep one more, the oldest, than a step reads again.
     is_window: bool = False
-    beside: str = ""
+    beside: str = ""  # the attribute of the cache itself, a list with an item for each layer, where some models keep it
 
     def shape(self, like: Sequence[Any], batch: int, length: int) -> tuple[int, ...]:
         """Return the shape for a batch size and a number of positions."""
@@ -70,7 +62,7 @@ class CacheSlot:
     """One tensor of a cache."""
 
     layer: int  # the layer that keeps it
-    kind: StateKind  # its kind
+    kind: StateKind
     number: int = 0  # its number among several of the kind in a layer
     part: str = ""  # in an encoder-decoder's cache `"decoder"` or `"encoder"`; else empty
 

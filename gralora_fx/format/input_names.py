@@ -67,14 +67,10 @@ class InputFacts(Protocol):
     """A frozen record of requirements on one input; parts of the point "input facts" name its class.
 
     A manifest stores its fields under the record's name. Its `str` describes the requirements in words.
-
-    Attributes:
-        input: The input's name.
-        title: The beginning of a line that shows the record.
     """
 
-    input: ClassVar[str]
-    title: ClassVar[str]
+    input: ClassVar[str]  # the input's name
+    title: ClassVar[str]  # the beginning of a line that shows the record
 
     @property
     def trace_options(self) -> Mapping[str, Any]:

@@ -16,15 +16,10 @@ from gralora_fx.errors import ConfigError, RewriteError
 
 
 class LoadedKeys(NamedTuple):
-    """Result of loading tensors; both lists are empty, since keys that do not fit raise an error.
+    """Result of loading tensors; both lists are empty, since keys that do not fit raise an error."""
 
-    Attributes:
-        missing_keys: Keys that were not given.
-        unexpected_keys: Keys that fit nothing.
-    """
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
+    missing_keys: list[str]  # keys that were not given
+    unexpected_keys: list[str]  # keys that fit nothing
 
 
 def get_peft_model_state_dict(

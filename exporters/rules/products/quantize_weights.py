@@ -36,16 +36,13 @@ class QuantizeWeights:
 
     Before: `y = MatMul(x, [Wq Wk Wv])`, if the plan gives `Wv` another format than the others
     After:  `y = Concat(<product of x with [Wq Wk]>, <product of x with Wv>)`
-
-    Attributes:
-        plan: The format of each matrix.
-        tables: Names of embeddings that are a head's weight in another part of the model, so that they are stored as
-            the head is in this one too.
-        others: Functions that quantize the weights of features, given the model and the plan.
     """
 
-    plan: QuantizationPlan
+    plan: QuantizationPlan  # the format of each matrix
+    # names of embeddings that are a head's weight in another part of the model, so that they are stored as the head is
+    # in this one too
     tables: frozenset[str] = frozenset()
+    # functions that quantize the weights of features, given the model and the plan
     others: tuple[Callable[[ir.Model, QuantizationPlan], Quantized], ...] = ()
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:

@@ -51,12 +51,9 @@ class CachedLayers(Protocol):
     """Layers other than attention that keep data of each row: a part of the point "rows".
 
     It is made from the model before any rewriting.
-
-    Attributes:
-        readers: Operators that may read the cache.
     """
 
-    readers: Collection[str]
+    readers: Collection[str]  # operators that may read the cache
 
     def drop_padding_mask(self, mask: ir.Value, ids: ir.Value) -> None:
         """Remove the part of the layers that hides padding, since all tokens of a row count."""

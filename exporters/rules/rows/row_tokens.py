@@ -143,22 +143,14 @@ def last_tokens(build: Builder, query: ir.Value) -> ir.Value:
 
 
 class RowLengths:
-    """Values that follow from the lengths of rows.
-
-    Attributes:
-        counts: `[batch]` int64, how many tokens of each row count.
-        length: The length of the batch.
-        column: `[length]`, the positions in a row.
-        flat: `[batch * length]`, which count.
-        tokens: `[1, tokens]`, their indices.
-    """
+    """Values that follow from the lengths of rows."""
 
     def __init__(self, build: Builder, input_ids: ir.Value, query: ir.Value) -> None:
         """Compute them from the ids `[batch, length]` and the lengths `[batch]`."""
         self.zero, self.one = build.scalar(0), build.scalar(1)
-        self.counts = build("Cast", query, to=ir.DataType.INT64)
-        self.length = build.size(input_ids, 1)
-        self.column = build("Range", self.zero, self.length, self.one)
+        self.counts = build("Cast", query, to=ir.DataType.INT64)  # `[batch]` int64, how many tokens of each row count
+        self.length = build.size(input_ids, 1)  # the length of the batch
+        self.column = build("Range", self.zero, self.length, self.one)  # `[length]`, the positions in a row
         is_valid = build("Less", self.column, build("Unsqueeze", self.counts, [1]))
-        self.flat = build("Reshape", is_valid, [-1])
-        self.tokens = build("NonZero", self.flat)
+        self.flat = build("Reshape", is_valid, [-1])  # `[batch * length]`, which count
+        self.tokens = build("NonZero", self.flat)  # `[1, tokens]`, their indices

@@ -32,21 +32,15 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """An adapter whose tensors are owned by a module tree, and are looked up there at every access.
-
-    Attributes:
-        name: The adapter's name.
-        plan: The sites and modules that it adapts.
-        factors: Its trainable tensors as they are stored, by site path.
-        copies: Its own copies of base parameters (`modules_to_save`, trained biases), by module path, then by the base
-            parameter's full name.
-        base: How the base compared with the one that it was made for, if it was read from a file.
-    """
+    """An adapter whose tensors are owned by a module tree, and are looked up there at every access."""
 
     name: str
-    plan: RewritePlan
-    factors: FactorTable
+    plan: RewritePlan  # the sites and modules that it adapts
+    factors: FactorTable  # its trainable tensors as they are stored, by site path
+    # its own copies of base parameters (`modules_to_save`, trained biases), by module path, then by the base
+    # parameter's full name
     copies: Mapping[str, CopyTable]
+    # how the base compared with the one that it was made for, if it was read from a file
     base: BaseComparison | None = None
 
     def __repr__(self) -> str:
@@ -213,19 +207,15 @@ class _Table(Mapping[str, _Entry]):
 
 
 class FactorTable(_Table[AdapterTensors]):
-    """An adapter's tensors by site path.
+    """An adapter's tensors by site path."""
 
-    Attributes:
-        method: The adapter's method.
-        paths: Attribute paths in the tree, by site path and field of the method's named tuple.
-    """
-
+    # attribute paths in the tree, by site path and field of the method's named tuple
     paths: Mapping[str, Mapping[str, str]]
 
     def __init__(self, root: nn.Module, method: AdapterMethod, paths: Mapping[str, Mapping[str, str]]) -> None:
         """Map each site to attribute paths in the tree that owns the tensors."""
         super().__init__(root, paths)
-        self.method = method
+        self.method = method  # the adapter's method
         self._last: dict[str, AdapterTensors] = {}
 
     def __getitem__(self, site_path: str) -> AdapterTensors:
@@ -257,13 +247,9 @@ class FactorTable(_Table[AdapterTensors]):
 
 
 class CopyTable(_Table[nn.Parameter]):
-    """An adapter's own copies of a module's parameters, by the base parameters' full names.
+    """An adapter's own copies of a module's parameters, by the base parameters' full names."""
 
-    Attributes:
-        paths: Attribute paths of the copies in the tree, by the same names.
-    """
-
-    paths: Mapping[str, str]
+    paths: Mapping[str, str]  # attribute paths of the copies in the tree, by the same names
 
     def __getitem__(self, base: str) -> nn.Parameter:
         """Return the copy of a base parameter."""

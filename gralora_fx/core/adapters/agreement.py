@@ -16,19 +16,13 @@ _MOST = 3  # layers named in a message
 
 @dataclass(frozen=True)
 class KnownLayers:
-    """A model's linear layers and parameters, known from an export or from the model's class.
+    """A model's linear layers and parameters, known from an export or from the model's class."""
 
-    Attributes:
-        paths: Paths of its linear layers.
-        model_type: The model's `model_type` in transformers, or None.
-        functional: Paths of functional calls, where PEFT has no adapters, and whose weights have other names.
-        parameters: Names of its parameters, stacks of matrices among them.
-    """
-
-    paths: Collection[str]
-    model_type: str | None = None
+    paths: Collection[str]  # paths of its linear layers
+    model_type: str | None = None  # the model's `model_type` in transformers, or None
+    # paths of functional calls, where PEFT has no adapters, and whose weights have other names
     functional: Collection[str] = ()
-    parameters: Collection[str] = ()
+    parameters: Collection[str] = ()  # names of its parameters, stacks of matrices among them
 
 
 def check_agreement(

@@ -27,21 +27,14 @@ INSERTED = "adapters are inserted"
 
 
 class Insertion(NamedTuple):
-    """An adapter at one site.
+    """An adapter at one site."""
 
-    Attributes:
-        site: The site, found in the graph or one it was copied from.
-        names: Attribute paths of the adapter's tensors in the graph module, by field of the method's named tuple.
-        sizes: The adapter's sizes.
-        scale: Factor of its update.
-        dtype: The adapter's dtype where it differs from the layer's.
-    """
-
-    site: LinearSite
+    site: LinearSite  # the site, found in the graph or one it was copied from
+    # attribute paths of the adapter's tensors in the graph module, by field of the method's named tuple
     names: Mapping[str, str]
     sizes: Sizes
-    scale: float
-    dtype: torch.dtype | None = None
+    scale: float  # factor of its update
+    dtype: torch.dtype | None = None  # the adapter's dtype where it differs from the layer's
 
     @property
     def features(self) -> tuple[int, int]:
@@ -67,19 +60,13 @@ class InsertAdapter:
     input:
 
     After:  `x_1 = at_tokens(x, acting); y = linear(x, w, b); h = project(x_1, A); ...`
-
-    Attributes:
-        adapter: Name of the adapter.
-        method: Its method.
-        insertions: Its sites.
-        dropout: Dropout probability of its input.
-        acting: Inserts the mask of the tokens on which it acts (for `at_tokens`); None if it acts on all.
     """
 
-    adapter: str
+    adapter: str  # name of the adapter
     method: AdapterMethod
-    insertions: tuple[Insertion, ...]
-    dropout: float = 0.0
+    insertions: tuple[Insertion, ...]  # its sites
+    dropout: float = 0.0  # dropout probability of its input
+    # inserts the mask of the tokens on which it acts (for `at_tokens`); None if it acts on all
     acting: Inserting | None = None
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:

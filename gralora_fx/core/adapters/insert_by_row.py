@@ -37,16 +37,11 @@ class InsertByRow:
             z_a = accumulate(y_a, project(x_a, A), B, scale); ...; y_1 = set_rows(y, [rows_a, ...], [z_a, ...])`
 
     The rows of each adapter are an input of the graph, `adapter_rows`.
-
-    Attributes:
-        adapters: The adapters.
-        tree: The modules of the source model.
-        main_input: Name of the input whose first axis is the batch.
     """
 
     adapters: tuple[ModelAdapter, ...]
-    tree: ModuleTree
-    main_input: str
+    tree: ModuleTree  # the modules of the source model
+    main_input: str  # name of the input whose first axis is the batch
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Insert the adapters."""
@@ -131,16 +126,12 @@ class InsertByRow:
 
 
 class _ModuleCopy:
-    """A copy of a module's nodes that reads an adapter's parameters and rows.
-
-    Attributes:
-        rows: The node of the rows.
-    """
+    """A copy of a module's nodes that reads an adapter's parameters and rows."""
 
     def __init__(
         self, graph: fx.Graph, tree: ModuleTree, module: str, owned: CopyTable, rows: fx.Node, layout: _Layout
     ) -> None:
-        self.rows = rows
+        self.rows = rows  # the node of the rows
         self._graph, self._module, self._layout = graph, module, layout
         self._tree = tree
         self._owned = {id(tree.parameters[base]): path for base, path in owned.paths.items()}

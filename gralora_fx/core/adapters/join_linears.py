@@ -22,23 +22,14 @@ _LINEAR, _ADDMM = torch.ops.aten.linear.default, torch.ops.aten.addmm.default
 
 
 class _Layer(NamedTuple):
-    """An adapted or packed layer in a graph: its nodes in order, and their operands.
+    """An adapted or packed layer in a graph: its nodes in order, and their operands."""
 
-    Attributes:
-        nodes: The nodes, from the layer's own call to its output with the adapters.
-        x: The layer's input.
-        dropped: The adapter's input after dropout; None without dropout.
-        weight: The weight; for a packed one, the nested operands that unpack it.
-        bias: The bias.
-        terms: For each adapter: A, B, the scale and its rows.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    x: fx.Node
-    dropped: fx.Node | None
-    weight: Any
+    nodes: tuple[fx.Node, ...]  # the nodes, from the layer's own call to its output with the adapters
+    x: fx.Node  # the layer's input
+    dropped: fx.Node | None  # the adapter's input after dropout; None without dropout
+    weight: Any  # the weight; for a packed one, the nested operands that unpack it
     bias: Any
-    terms: tuple[tuple[fx.Node, fx.Node, float, fx.Node | None], ...]
+    terms: tuple[tuple[fx.Node, fx.Node, float, fx.Node | None], ...]  # for each adapter: A, B, the scale and its rows
 
 
 def join_adapted_linears(graph: fx.Graph) -> PassResult[fx.Graph]:

@@ -37,16 +37,11 @@ class RedirectParameters:
     A parameter that another module holds too (a tied head) keeps its node for that module's uses, and a second node is
     added. One that only this module holds is replaced at all its uses, as `nn.MultiheadAttention` uses the weight of
     its `out_proj` without calling the layer.
-
-    Attributes:
-        tree: The modules of the source model.
-        adapter: Name of the adapter.
-        names: Attribute paths of the copies in the graph module, by module path, then by the base parameter's full
-            name.
     """
 
-    tree: ModuleTree
-    adapter: str
+    tree: ModuleTree  # the modules of the source model
+    adapter: str  # name of the adapter
+    # attribute paths of the copies in the graph module, by module path, then by the base parameter's full name
     names: Mapping[str, Mapping[str, str]]
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:

@@ -28,12 +28,9 @@ class UntieWeights:
 
     If both read the layer's own name, the others are redirected to another name of the tied weight. If the weight has
     no other name, the layer reads `separated_path(site)`. A tied weight with a node for each name needs no new node.
-
-    Attributes:
-        sites: The sites to untie.
     """
 
-    sites: tuple[LinearSite, ...]
+    sites: tuple[LinearSite, ...]  # the sites to untie
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Untie the sites."""
@@ -48,14 +45,10 @@ class SetWeights:
     """Replace the weights that the calls of sites read, without changing nodes.
 
     Other readers of the same attribute get the new weight too: see `UntieWeights`.
-
-    Attributes:
-        sites: Sites of the graph.
-        weights: New weights by site path, for some of the sites.
     """
 
-    sites: tuple[LinearSite, ...]
-    weights: Mapping[str, nn.Parameter]
+    sites: tuple[LinearSite, ...]  # sites of the graph
+    weights: Mapping[str, nn.Parameter]  # new weights by site path, for some of the sites
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Replace the weights."""

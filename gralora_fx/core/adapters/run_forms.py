@@ -34,19 +34,13 @@ _PACKED = f"rows that hold several texts (packing, padding_free) need {option(ta
 
 
 class RunForm(NamedTuple):
-    """A variant of a graph: its outputs and extra inputs; the default is the graph itself.
+    """A variant of a graph: its outputs and extra inputs; the default is the graph itself."""
 
-    Attributes:
-        keeps_cache: Whether the cache is among the outputs; otherwise no keys and values are kept for it.
-        ends_at: The layer before which the graph ends, returning that layer's input; None to run all of it.
-        is_packed: Whether the mask numbers the text of each token, and attention stays within a text.
-        takes_starts: Whether an input gives the column from which adapters act that act on some tokens.
-    """
-
-    keeps_cache: bool = True
+    keeps_cache: bool = True  # whether the cache is among the outputs; otherwise no keys and values are kept for it
+    # the layer before which the graph ends, returning that layer's input; None to run all of it
     ends_at: str | None = None
-    is_packed: bool = False
-    takes_starts: bool = False
+    is_packed: bool = False  # whether the mask numbers the text of each token, and attention stays within a text
+    takes_starts: bool = False  # whether an input gives the column from which adapters act that act on some tokens
 
 
 def check_head(traced: TracedModel, acting: Iterable[ModelAdapter]) -> str:

@@ -32,29 +32,18 @@ _MOST = 32  # cached graphs; each has its own nodes and code, over shared tensor
 
 @dataclass(frozen=True)
 class GraphState:
-    """The state of a rewritten graph.
+    """The state of a rewritten graph."""
 
-    Attributes:
-        active: Names of the adapters whose outputs are added, merged ones included.
-        merged: Names of the adapters folded into `weights`.
-        weights: The folded weights by site path.
-        unties: Whether tied weights were untied for folding.
-        passes: The user's passes, which run over every graph.
-        training: Whether the graph is in training mode.
-        drops: Whether training has the dropout of the model and of its adapters.
-        checkpointing: Which blocks are recomputed in the backward pass of training; None for none.
-        by_row: Names of adapters that act only on the rows that a call gives them.
-    """
-
-    active: tuple[str, ...] = ()
-    merged: tuple[str, ...] = ()
-    weights: Mapping[str, nn.Parameter] = field(default_factory=dict)
-    unties: bool = False
-    passes: tuple[GraphPass, ...] = ()
-    training: bool = False
-    drops: bool = True
+    active: tuple[str, ...] = ()  # names of the adapters whose outputs are added, merged ones included
+    merged: tuple[str, ...] = ()  # names of the adapters folded into `weights`
+    weights: Mapping[str, nn.Parameter] = field(default_factory=dict)  # the folded weights by site path
+    unties: bool = False  # whether tied weights were untied for folding
+    passes: tuple[GraphPass, ...] = ()  # the user's passes, which run over every graph
+    training: bool = False  # whether the graph is in training mode
+    drops: bool = True  # whether training has the dropout of the model and of its adapters
+    # which blocks are recomputed in the backward pass of training; None for none
     checkpointing: Checkpointing | None = None
-    by_row: tuple[str, ...] = ()
+    by_row: tuple[str, ...] = ()  # names of adapters that act only on the rows that a call gives them
 
     @property
     def identity(self) -> Hashable:
@@ -72,13 +61,6 @@ class StateGraph:
     """A state and its graph; a later switch does not change it for a thread that runs it.
 
     Passes, pictures and users read and edit the flat graph; the module that runs calls its blocks as submodules.
-
-    Attributes:
-        state: The state.
-        flat: The flat graph, over tensors of the parameter tree and the merged weights.
-        casts: The dtypes of adapters and layers that it was built for.
-        is_lent: Whether something else may hold the merged weights (a caller that was given the graph, autograd, a
-            compiled program), so that their memory must not be written again.
     """
 
     def __init__(
@@ -90,9 +72,11 @@ class StateGraph:
         sources: Iterable[Source],
     ) -> None:
         """Pair a state with its graph."""
-        self.state = state
-        self.flat = flat
-        self.casts = casts
+        self.state = state  # the state
+        self.flat = flat  # the flat graph, over tensors of the parameter tree and the merged weights
+        self.casts = casts  # the dtypes of adapters and layers that it was built for
+        # whether something else may hold the merged weights (a caller that was given the graph, autograd, a compiled
+        # program), so that their memory must not be written again
         self.is_lent = False
         self._base = base
         self._was_edited = False

@@ -29,47 +29,29 @@ _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "e
 
 @dataclass(frozen=True)
 class StoredSite:
-    """An adapter's tensors at one site, in their file.
+    """An adapter's tensors at one site, in their file."""
 
-    Attributes:
-        tensors: Each tensor, by its field in the method's named tuple.
-        features: The layer's widths, `in` and `out`.
-        sizes: The adapter's sizes there.
-        scale: Factor of its update.
-        stack: Number of matrices in the parameter; None for a single one.
-        key: Prefix of its keys; not the site's name if PEFT's keys have only the order of a module's parameters.
-    """
-
-    tensors: Mapping[str, StoredTensor]
-    features: tuple[int, int]
-    sizes: Sizes
-    scale: float
-    stack: int | None = None
-    key: str = ""
+    tensors: Mapping[str, StoredTensor]  # each tensor, by its field in the method's named tuple
+    features: tuple[int, int]  # the layer's widths, `in` and `out`
+    sizes: Sizes  # the adapter's sizes there
+    scale: float  # factor of its update
+    stack: int | None = None  # number of matrices in the parameter; None for a single one
+    key: str = ""  # prefix of its keys; not the site's name if PEFT's keys have only the order of a module's parameters
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """A saved adapter, open for reading.
-
-    Attributes:
-        directory: Its directory.
-        config: Its configuration.
-        method: Its method.
-        sites: Its sites by module path or parameter name, sorted.
-        copies: Trained parameters (`modules_to_save`, biases) by their names in the base.
-        repeats: The base's own values that PEFT saves beside an adapter, by their names in the base.
-        others: Every tensor that belongs to no site, by its key in the file.
-        unnamed: Tensors of parameters whose names are not in the file, by the path in their keys and field.
-    """
+    """A saved adapter, open for reading."""
 
     directory: Path
-    config: AdapterConfig
+    config: AdapterConfig  # its configuration
     method: AdapterMethod
-    sites: Mapping[str, StoredSite]
-    copies: Mapping[str, StoredTensor]
+    sites: Mapping[str, StoredSite]  # its sites by module path or parameter name, sorted
+    copies: Mapping[str, StoredTensor]  # trained parameters (`modules_to_save`, biases) by their names in the base
+    # the base's own values that PEFT saves beside an adapter, by their names in the base
     repeats: Mapping[str, StoredTensor]
-    others: Mapping[str, StoredTensor]
+    others: Mapping[str, StoredTensor]  # every tensor that belongs to no site, by its key in the file
+    # tensors of parameters whose names are not in the file, by the path in their keys and field
     unnamed: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
 
     @property

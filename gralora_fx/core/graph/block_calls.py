@@ -40,18 +40,13 @@ class BlockCall(NamedTuple):
 
 
 class NoBlock(Exception):
-    """A block's operations cannot run together.
-
-    Attributes:
-        path: Path of the block.
-        reason: Why not.
-    """
+    """A block's operations cannot run together."""
 
     def __init__(self, path: str, reason: str) -> None:
         """Store the block's path and the reason."""
         super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
+        self.path = path  # path of the block
+        self.reason = reason  # why not
 
 
 def callable_blocks(flat: fx.GraphModule, found: Sequence[str]) -> tuple[list[str], dict[str, str]]:

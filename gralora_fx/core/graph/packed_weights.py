@@ -19,12 +19,9 @@ _PREFIX = "packed"  # of the buffers of a layer
 
 
 class PackedWeight(ABC):
-    """The source of a lazy parameter whose values are packed in memory.
+    """The source of a lazy parameter whose values are packed in memory."""
 
-    Attributes:
-        tensors: The packed data by name; integers only, so that no conversion of a model changes them.
-    """
-
+    # the packed data by name; integers only, so that no conversion of a model changes them
     tensors: Mapping[str, Tensor]
 
     @abstractmethod

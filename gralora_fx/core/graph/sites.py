@@ -279,12 +279,10 @@ class ParameterSite(LinearSite):
 
     One of 3 dimensions is a stack of matrices. `path` is the parameter's name, `kind` is `"parameter"`, and `calls` are
     the names of the nodes that read the parameter itself (`get_attr`).
-
-    Attributes:
-        is_transposed: Whether its matrices are stored `[in, out]` rather than `[out, in]`, by the attribute
-            `is_transposed` of the module that owns it (gpt-oss).
     """
 
+    # whether its matrices are stored `[in, out]` rather than `[out, in]`, by the attribute `is_transposed` of the
+    # module that owns it (gpt-oss)
     is_transposed: bool = False
 
     @property

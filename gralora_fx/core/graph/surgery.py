@@ -96,13 +96,9 @@ ROOT = "gralora"  # attribute of a tree, below which it has the adapters' tensor
 
 
 class CountedGraph(fx.GraphModule):
-    """A graph module that counts its compilations, so that edits of its graph are noticed.
+    """A graph module that counts its compilations, so that edits of its graph are noticed."""
 
-    Attributes:
-        compilations: The count.
-    """
-
-    compilations: int = 0
+    compilations: int = 0  # the count
 
     def recompile(self) -> Any:
         """Compile the graph."""
@@ -111,15 +107,11 @@ class CountedGraph(fx.GraphModule):
 
 
 class FlatGraph:
-    """A graph module that is compiled when it is first read or run, and whose edits are counted.
-
-    Attributes:
-        module: The graph module.
-    """
+    """A graph module that is compiled when it is first read or run, and whose edits are counted."""
 
     def __init__(self, module: CountedGraph) -> None:
         """Store a graph module that is not compiled yet."""
-        self.module = module
+        self.module = module  # the graph module
         self._compilations = module.compilations
         self._is_compiled = False
         self._compiling = threading.Lock()

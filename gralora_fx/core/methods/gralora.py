@@ -37,19 +37,12 @@ class GraloraSizes(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Tensors of an adapter at one site.
+    """Tensors of an adapter at one site."""
 
-    Attributes:
-        A: `[k, in/k, r]`.
-        B: `[k, r, out/k]`.
-        A_general: `[hybrid_r, in]`, or None.
-        B_general: `[out, hybrid_r]`, or None.
-    """
-
-    A: Tensor
-    B: Tensor
-    A_general: Tensor | None = None
-    B_general: Tensor | None = None
+    A: Tensor  # `[k, in/k, r]`
+    B: Tensor  # `[k, r, out/k]`
+    A_general: Tensor | None = None  # `[hybrid_r, in]`, or None
+    B_general: Tensor | None = None  # `[out, hybrid_r]`, or None
 
     @property
     def sizes(self) -> GraloraSizes:

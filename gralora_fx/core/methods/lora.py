@@ -206,15 +206,10 @@ class LoraSizes(NamedTuple):
 
 
 class LoraFactors(NamedTuple):
-    """Tensors of a LoRA adapter at one site.
+    """Tensors of a LoRA adapter at one site."""
 
-    Attributes:
-        A: `[r, in]`.
-        B: `[out, r]`.
-    """
-
-    A: Tensor
-    B: Tensor
+    A: Tensor  # `[r, in]`
+    B: Tensor  # `[out, r]`
 
     @property
     def features(self) -> tuple[int, int]:

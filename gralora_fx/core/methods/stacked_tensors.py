@@ -14,12 +14,10 @@ class StackedTensors(ABC):
     """Tensors of an adapter at a stack of matrices, made from those at a single one.
 
     They are stored with an axis of the stack before the others, unless the method overrides these functions.
-
-    Attributes:
-        NESTS_PARAMETERS: Whether PEFT has adapters of parameters in this method (`target_parameters`): the keys of
-            several in one module then have their order there instead of their names (see `parameter_keys`).
     """
 
+    # whether PEFT has adapters of parameters in this method (`target_parameters`): the keys of several in one module
+    # then have their order there instead of their names (see `parameter_keys`)
     NESTS_PARAMETERS: ClassVar[bool] = False
     tensors: ClassVar[Callable[..., Any]]
 

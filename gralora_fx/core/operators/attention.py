@@ -138,18 +138,12 @@ class Mask(Call[V]):
     """`gralora::mask`: the additive causal mask. A position attends to itself and earlier ones, and never to padding.
 
     The result is `[batch, 1, length, past + length]`, 0 or the smallest number.
-
-    Attributes:
-        padding: `[batch, past + length]`, 0 where a position is padding.
-        length: Number of new positions.
-        window: Number of positions that a position attends to, itself included; 0 for all.
-        dtype: Dtype of the scores.
     """
 
-    padding: V
-    length: V | int
-    window: int
-    dtype: torch.dtype
+    padding: V  # `[batch, past + length]`, 0 where a position is padding
+    length: V | int  # number of new positions
+    window: int  # number of positions that a position attends to, itself included; 0 for all
+    dtype: torch.dtype  # dtype of the scores
 
     def result(self: Mask[Tensor]) -> Tensor:
         """Compute the reference with PyTorch's own operators."""
@@ -169,16 +163,11 @@ class Documents(Call[V]):
     """`gralora::documents`: the causal mask of rows that hold several texts; a token attends only to its own text.
 
     The result is boolean, `[batch, 1, length, total]`.
-
-    Attributes:
-        numbers: `[batch, total]`, the number of each position's text.
-        length: Number of new positions.
-        window: Number of positions that a position attends to, itself included; 0 for all.
     """
 
-    numbers: V
-    length: V | int
-    window: int
+    numbers: V  # `[batch, total]`, the number of each position's text
+    length: V | int  # number of new positions
+    window: int  # number of positions that a position attends to, itself included; 0 for all
 
     def result(self: Documents[Tensor]) -> Tensor:
         """Compute the reference with PyTorch's own operators."""
@@ -206,16 +195,11 @@ class MaskOfBlocks(Call[V]):
     """`gralora::mask_of_blocks`: the mask of a text with blocks, whose positions all see each other.
 
     A trace has both masks until it is known whether there are blocks (see `tracing.normalize.clean`).
-
-    Attributes:
-        blocks: `[batch, past + length]`, the index of each position's block, -1 for none.
-        plain: The mask of a text without blocks, `[batch, 1, length, past + length]`.
-        whole: The mask with blocks, shaped like `plain`: the result.
     """
 
-    blocks: V
-    plain: V
-    whole: V
+    blocks: V  # `[batch, past + length]`, the index of each position's block, -1 for none
+    plain: V  # the mask of a text without blocks, `[batch, 1, length, past + length]`
+    whole: V  # the mask with blocks, shaped like `plain`: the result
 
     def result(self: MaskOfBlocks[Tensor]) -> Tensor:
         """Compute the reference."""

@@ -53,16 +53,12 @@ class Call(Generic[V]):
 
     A subclass may have a method `shape_only`, which returns a tensor of the result's shape and dtype without values. It
     is for operators that a model calls while it is traced, not for those that only passes insert.
-
-    Attributes:
-        target: The operator, as the target of a graph's node.
-        tensors: Names of the arguments that are tensors or sizes, and so nodes of a graph; they come first.
-        results: Number of tensors that the operator returns: two with a state, which is the second.
     """
 
-    target: ClassVar[Any]
+    target: ClassVar[Any]  # the operator, as the target of a graph's node
+    # names of the arguments that are tensors or sizes, and so nodes of a graph; they come first
     tensors: ClassVar[tuple[str, ...]]
-    results: ClassVar[int]
+    results: ClassVar[int]  # number of tensors that the operator returns: two with a state, which is the second
 
     def result(self: Call[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the operator with PyTorch's own operators; the annotation says how many tensors it returns."""

@@ -15,16 +15,11 @@ class RmsNorm(Call[V]):
     """`gralora::rms_norm`: `x / sqrt(mean(x ** 2) + eps) * weight` over the last axis, as Llama computes it.
 
     The result has the shape of `x`; the norm is computed in float32.
-
-    Attributes:
-        x: `[..., size]`.
-        weight: `[size]`, or None for ones.
-        eps: Added to the mean.
     """
 
-    x: V
-    weight: V | None
-    eps: float
+    x: V  # `[..., size]`
+    weight: V | None  # `[size]`, or None for ones
+    eps: float  # added to the mean
 
     def result(self: RmsNorm[Tensor]) -> Tensor:
         """Compute the reference with PyTorch's own operators."""
@@ -43,18 +38,12 @@ class Rotate(Call[V]):
     """`gralora::rotate`: rotary position embedding of the halves of the last axis, in the form of Llama's code.
 
     The result has the shape of `x`.
-
-    Attributes:
-        x: `[batch, heads, length, size]`, or `[batch, length, heads, size]`.
-        cos: `[batch, length, size]`.
-        sin: As `cos`.
-        axis: Position of the heads axis.
     """
 
-    x: V
-    cos: V
-    sin: V
-    axis: int
+    x: V  # `[batch, heads, length, size]`, or `[batch, length, heads, size]`
+    cos: V  # `[batch, length, size]`
+    sin: V  # as `cos`
+    axis: int  # position of the heads axis
 
     def result(self: Rotate[Tensor]) -> Tensor:
         """Compute the reference with PyTorch's own operators."""
@@ -72,18 +61,12 @@ class Rotary(Call[V]):
     """`gralora::rotary`: rotary position embedding in the form of runtimes; each position rotates pairs by its angles.
 
     The result has the shape of `x`.
-
-    Attributes:
-        x: `[batch, heads, length, size]`.
-        cos: `[batch, length, half]`; the first 2 * half of `size` are rotated.
-        sin: As `cos`.
-        interleaved: Whether pairs are neighbours, rather than one member from each half.
     """
 
-    x: V
-    cos: V
-    sin: V
-    interleaved: bool
+    x: V  # `[batch, heads, length, size]`
+    cos: V  # `[batch, length, half]`; the first 2 * half of `size` are rotated
+    sin: V  # as `cos`
+    interleaved: bool  # whether pairs are neighbours, rather than one member from each half
 
     def result(self: Rotary[Tensor]) -> Tensor:
         """Compute the reference with PyTorch's own operators."""
@@ -105,16 +88,11 @@ class DropPath(Call[V]):
 
     From "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; a generator in the same state gives
     the draws of transformers' models. The result has the shape of `x`.
-
-    Attributes:
-        x: `[batch, ...]`, the output of a residual branch.
-        p: Probability of dropping a sample, in `[0, 1)`.
-        train: Whether to drop; otherwise `x` itself is returned.
     """
 
-    x: V
-    p: float
-    train: bool
+    x: V  # `[batch, ...]`, the output of a residual branch
+    p: float  # probability of dropping a sample, in `[0, 1)`
+    train: bool  # whether to drop; otherwise `x` itself is returned
 
     def result(self: DropPath[Tensor]) -> Tensor:
         """Compute the reference with PyTorch's own operators."""
@@ -127,15 +105,10 @@ class DropPath(Call[V]):
 
 @operator("reshape")
 class Reshape(Call[V]):
-    """`gralora::reshape`: PyTorch's own with constant sizes, as ONNX can store them.
+    """`gralora::reshape`: PyTorch's own with constant sizes, as ONNX can store them."""
 
-    Attributes:
-        x: Any tensor.
-        shape: The new sizes; 0 keeps an axis, and at most one -1 takes the rest.
-    """
-
-    x: V
-    shape: Sequence[int]
+    x: V  # any tensor
+    shape: Sequence[int]  # the new sizes; 0 keeps an axis, and at most one -1 takes the rest
 
     def result(self: Reshape[Tensor]) -> Tensor:
         """Compute the reference with PyTorch's own operators."""
@@ -144,20 +117,12 @@ class Reshape(Call[V]):
 
 @operator("slice")
 class Slice(Call[V]):
-    """`gralora::slice`: `x[..., start:stop:step]` along an axis with constant limits, as ONNX can store them.
+    """`gralora::slice`: `x[..., start:stop:step]` along an axis with constant limits, as ONNX can store them."""
 
-    Attributes:
-        x: Any tensor.
-        axis: The axis.
-        start: Start of the slice.
-        stop: End of the slice.
-        step: Its step.
-    """
-
-    x: V
+    x: V  # any tensor
     axis: int
-    start: int
-    stop: int
+    start: int  # start of the slice
+    stop: int  # end of the slice
     step: int
 
     def result(self: Slice[Tensor]) -> Tensor:

@@ -40,26 +40,20 @@ _UNSUPPORTED = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementa
 
 @dataclass(frozen=True)
 class Viewed:
-    """The callbacks of a view, over a traced model or one with adapters.
+    """The callbacks of a view, over a traced model or one with adapters."""
 
-    Attributes:
-        traced: Returns the traced model.
-        run: Runs the graph; called like the model.
-        parameters: Returns the parameters that `run` reads, by the names of the source model.
-        assign: Receives a generation configuration that is assigned to the view.
-        run_to_head: Runs the graph up to the language model's head, and returns the head's input as
-            `last_hidden_state`.
-        replace_forward: Receives a function that is assigned to the view's `forward`, to run in its place.
-        starts: Returns the column of each prompt from which adapters act, given the prompts' ids and the adapter of
-            each row, for all steps of `generate`; None for adapters that act on all tokens.
-    """
-
-    traced: Callable[[], Traced]
-    run: Callable[..., Any]
+    traced: Callable[[], Traced]  # returns the traced model
+    run: Callable[..., Any]  # runs the graph; called like the model
+    # returns the parameters that `run` reads, by the names of the source model
     parameters: Callable[[], Mapping[str, nn.Parameter]]
+    # receives a generation configuration that is assigned to the view
     assign: Callable[[GenerationConfig], None] | None = None
+    # runs the graph up to the language model's head, and returns the head's input as `last_hidden_state`
     run_to_head: Callable[..., Any] | None = None
+    # receives a function that is assigned to the view's `forward`, to run in its place
     replace_forward: Callable[[Callable[..., Any]], None] | None = None
+    # returns the column of each prompt from which adapters act, given the prompts' ids and the adapter of each row, for
+    # all steps of `generate`; None for adapters that act on all tokens
     starts: Callable[[Tensor, object], Mapping[str, Tensor] | None] | None = None
 
 
@@ -79,12 +73,9 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
 
     Args:
         viewed: The callbacks.
-
-    Attributes:
-        model_tags: Tags for the model's card on the hub.
     """
 
-    model_tags: list[str] | None = None
+    model_tags: list[str] | None = None  # tags for the model's card on the hub
     main_input_name = "input_ids"
     base_model_prefix = ""
     _is_stateful = False

@@ -130,12 +130,9 @@ class StackedTogether:
 
     The first one written is not kept, the others are until they are written: so write the largest first if memory
     matters. Threads compute one at a time, since they hold float entries meanwhile.
-
-    Attributes:
-        compute: Yields for each entry, in order, its arrays in all stacks.
     """
 
-    compute: Callable[[], Iterable[Sequence[NDArray[Any]]]]
+    compute: Callable[[], Iterable[Sequence[NDArray[Any]]]]  # yields for each entry, in order, its arrays in all stacks
     _kept: dict[int, list[NDArray[Any]]] = field(default_factory=dict, init=False)
     _lock: ClassVar[threading.Lock] = threading.Lock()
 

@@ -60,36 +60,21 @@ class Experts(Call[V]):
 
     An expert is `down @ gate(up @ x + up bias) + down bias` (see `ExpertGate`). The result has the shape and dtype of
     `hidden`.
-
-    Attributes:
-        hidden: `[tokens, size]`.
-        index: `[tokens, k]`, the experts of each token; the number of experts means none, as in transformers.
-        weights: `[tokens, k]`, factors of the experts' outputs.
-        up: `[experts, outputs, size]`; outputs are twice the width if there is a gate.
-        down: `[experts, size, width]`.
-        up_bias: `[experts, outputs]`, or None.
-        down_bias: `[experts, size]`, or None.
-        is_transposed: Whether `up` is `[experts, size, outputs]` and `down` is `[experts, width, size]`.
-        activation: See `ExpertGate`, as for the others.
-        layout: See there.
-        alpha: See there.
-        offset: See there.
-        limit: See there.
     """
 
-    hidden: V
-    index: V
-    weights: V
-    up: V
-    down: V
-    up_bias: V | None
-    down_bias: V | None
-    is_transposed: bool
-    activation: str
-    layout: str
-    alpha: float
-    offset: float
-    limit: float
+    hidden: V  # `[tokens, size]`
+    index: V  # `[tokens, k]`, the experts of each token; the number of experts means none, as in transformers
+    weights: V  # `[tokens, k]`, factors of the experts' outputs
+    up: V  # `[experts, outputs, size]`; outputs are twice the width if there is a gate
+    down: V  # `[experts, size, width]`
+    up_bias: V | None  # `[experts, outputs]`, or None
+    down_bias: V | None  # `[experts, size]`, or None
+    is_transposed: bool  # whether `up` is `[experts, size, outputs]` and `down` is `[experts, width, size]`
+    activation: str  # see `ExpertGate`, as for the others
+    layout: str  # see there
+    alpha: float  # see there
+    offset: float  # see there
+    limit: float  # see there
 
     @property
     def gate(self) -> ExpertGate:

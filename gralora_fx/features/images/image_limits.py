@@ -14,17 +14,13 @@ _HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.IGNORECAS
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Bounds of images that are read.
+    """Bounds of images that are read."""
 
-    Attributes:
-        max_image_bytes: The most bytes of an image's file.
-        max_image_pixels: The most pixels of an image; those of a request have at most four times as many together.
-        max_images: The most images of a request.
-    """
-
+    # the most bytes of an image's file
     max_image_bytes: Annotated[
         int, Option("Refuse an image whose file has more bytes than this.", metavar="BYTES", least=1)
     ] = 20_000_000
+    # the most pixels of an image; those of a request have at most four times as many together
     max_image_pixels: Annotated[
         int,
         Option(
@@ -33,6 +29,7 @@ class ImageLimits:
             least=1,
         ),
     ] = 40_000_000
+    # the most images of a request
     max_images: Annotated[int, Option("Refuse a request with more images than this.", metavar="N", least=1)] = 16
 
     def __post_init__(self) -> None:
@@ -74,13 +71,10 @@ def _host_problem(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class ServedImages(ImageLimits):
-    """What images the service reads.
+    """What images the service reads."""
 
-    Attributes:
-        allow_image_host: Hosts that images are fetched from, each with `:port` if that is not the usual one. All other
-            URLs than `data:` are refused.
-    """
-
+    # hosts that images are fetched from, each with `:port` if that is not the usual one. All other URLs than `data:`
+    # are refused.
     allow_image_host: Annotated[
         tuple[str, ...],
         Option(

@@ -12,12 +12,9 @@ from gralora_fx.errors import ConfigError
 
 @dataclass(frozen=True)
 class PromptImages:
-    """Images of a prompt.
+    """Images of a prompt."""
 
-    Attributes:
-        image: The paths of their files.
-    """
-
+    # the paths of their files
     image: Annotated[
         tuple[str, ...],
         Option(

@@ -124,12 +124,9 @@ def check_image_size(image_size: object) -> None:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """The size of images that an export takes.
+    """The size of images that an export takes."""
 
-    Attributes:
-        image_size: `HxW` or `dynamic`; None for what the model allows.
-    """
-
+    # `HxW` or `dynamic`; None for what the model allows
     image_size: Annotated[
         str | None,
         Option(

@@ -19,17 +19,11 @@ from gralora_fx.features.llm_int8.stored import EightBitTensor, quantized
 
 @operator("unpack_eight_bits")
 class UnpackEightBits(Call[V]):
-    """`gralora::unpack_eight_bits`: the values of a weight in eight bits, `code * step of the row`.
+    """`gralora::unpack_eight_bits`: the values of a weight in eight bits, `code * step of the row`."""
 
-    Attributes:
-        codes: `[out, in]`, int8.
-        steps: `[out]`, float32 as int32, which no conversion of a model's floats changes.
-        is_turned: Whether the result is `[in, out]`.
-    """
-
-    codes: V
-    steps: V
-    is_turned: bool
+    codes: V  # `[out, in]`, int8
+    steps: V  # `[out]`, float32 as int32, which no conversion of a model's floats changes
+    is_turned: bool  # whether the result is `[in, out]`
 
     def result(self: UnpackEightBits[Tensor]) -> Tensor:
         """Compute the reference with PyTorch operators."""

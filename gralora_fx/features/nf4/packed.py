@@ -24,27 +24,16 @@ _LARGEST_BLOCK = 1024  # bitsandbytes unpacks larger ones with torch.compile
 
 @operator("unpack_four_bits")
 class UnpackFourBits(Call[V]):
-    """`gralora::unpack_four_bits`: the values of a weight in four bits, `table[code] * scale of the block`.
+    """`gralora::unpack_four_bits`: the values of a weight in four bits, `table[code] * scale of the block`."""
 
-    Attributes:
-        codes: `[ceil(out * in / 2)]`, uint8: two codes a byte, the first in the upper half.
-        scales: `[blocks]`, the float32 scales as int32, which no conversion of a model's floats changes.
-        table: `[16]`, the float32 values of the codes as int32.
-        shape: `[out, in]`.
-        block_size: Consecutive values with one scale.
-        stored: Dtype to which the values are rounded, as bitsandbytes does for half-precision products.
-        dtype: Dtype of the result.
-        is_turned: Whether the result is `[in, out]`.
-    """
-
-    codes: V
-    scales: V
-    table: V
-    shape: Sequence[int]
-    block_size: int
-    stored: torch.dtype
-    dtype: torch.dtype
-    is_turned: bool
+    codes: V  # `[ceil(out * in / 2)]`, uint8: two codes a byte, the first in the upper half
+    scales: V  # `[blocks]`, the float32 scales as int32, which no conversion of a model's floats changes
+    table: V  # `[16]`, the float32 values of the codes as int32
+    shape: Sequence[int]  # `[out, in]`
+    block_size: int  # consecutive values with one scale
+    stored: torch.dtype  # dtype to which the values are rounded, as bitsandbytes does for half-precision products
+    dtype: torch.dtype  # dtype of the result
+    is_turned: bool  # whether the result is `[in, out]`
 
     def result(self: UnpackFourBits[Tensor]) -> Tensor:
         """Return the weight, by a kernel if one is installed, else with PyTorch operators; both are bit-identical."""
@@ -109,7 +98,7 @@ class PackedFourBits(PackedWeight):
 
     tensors: Mapping[str, Tensor]  # the tensor arguments of the operator
     shape: tuple[int, int]  # `[out, in]`
-    quantization: FourBits  # its quantization
+    quantization: FourBits
     is_turned: bool  # whether the layer's weight is `[in, out]`
 
     def unpacked(self, tensors: Mapping[str, Any]) -> Any:

@@ -28,16 +28,13 @@ TASKS = (
 
 @dataclass(frozen=True)
 class RecordingOptions:
-    """A recording to transcribe.
+    """A recording to transcribe."""
 
-    Attributes:
-        audio: Path of the recording.
-        language: The spoken language; None to detect it.
-    """
-
+    # path of the recording
     audio: Annotated[
         str | None, Option("Write this recording down, a WAV file, with a model of speech.", metavar="FILE")
     ] = None
+    # the spoken language; None to detect it
     language: Annotated[
         str | None,
         Option(

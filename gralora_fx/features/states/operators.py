@@ -21,20 +21,13 @@ class CausalConv(Call[V]):
 
     Like ONNX Runtime's `CausalConvWithState`. The results are a tensor like `x`, and the last `kernel - 1` inputs of
     the sequence, including those of `state`, for the next call. Inputs of padding before a sequence must be zeros.
-
-    Attributes:
-        x: `[batch, channels, length]`.
-        weight: `[channels, 1, kernel]`; its last column is of the position itself.
-        bias: `[channels]`, or None.
-        state: `[batch, channels, kernel - 1]`, the inputs before `x`, or None for zeros.
-        silu: Whether the result is `z * sigmoid(z)` of the convolution `z`.
     """
 
-    x: V
-    weight: V
-    bias: V | None
-    state: V | None
-    silu: bool
+    x: V  # `[batch, channels, length]`
+    weight: V  # `[channels, 1, kernel]`; its last column is of the position itself
+    bias: V | None  # `[channels]`, or None
+    state: V | None  # `[batch, channels, kernel - 1]`, the inputs before `x`, or None for zeros
+    silu: bool  # whether the result is `z * sigmoid(z)` of the convolution `z`
 
     def result(self: CausalConv[Tensor]) -> tuple[Tensor, Tensor]:
         """Compute the reference with PyTorch operators."""
@@ -58,20 +51,13 @@ class GatedRmsNorm(Call[V]):
     """`gralora::gated_rms_norm`: `x / sqrt(mean(x ** 2) + eps) * weight * f(gate)` over the last axis.
 
     Like ONNX Runtime's `GatedRMSNorm`; the result has the shape and dtype of `x`, and is computed in float32.
-
-    Attributes:
-        x: `[..., size]`.
-        weight: `[size]`.
-        gate: Like `x`.
-        eps: Added to the mean.
-        silu: Whether `f(z)` is `z * sigmoid(z)` rather than `sigmoid(z)`.
     """
 
-    x: V
-    weight: V
-    gate: V
-    eps: float
-    silu: bool
+    x: V  # `[..., size]`
+    weight: V  # `[size]`
+    gate: V  # like `x`
+    eps: float  # added to the mean
+    silu: bool  # whether `f(z)` is `z * sigmoid(z)` rather than `sigmoid(z)`
 
     def result(self: GatedRmsNorm[Tensor]) -> Tensor:
         """Compute the reference with PyTorch operators."""
@@ -91,18 +77,12 @@ class PromptClamp(Call[V]):
 
     transformers clamps the time steps of Mamba2's layers so: those of several tokens, and that of a single one with no
     state before it.
-
-    Attributes:
-        x: `[batch, length, size]`.
-        state: `[batch, ...]`, a recurrence's sum over earlier tokens; zeros for none.
-        least: The lower limit.
-        largest: The upper limit.
     """
 
-    x: V
-    state: V
-    least: float
-    largest: float
+    x: V  # `[batch, length, size]`
+    state: V  # `[batch, ...]`, a recurrence's sum over earlier tokens; zeros for none
+    least: float  # the lower limit
+    largest: float  # the upper limit
 
     def result(self: PromptClamp[Tensor]) -> Tensor:
         """Compute the reference with PyTorch operators."""
@@ -135,27 +115,21 @@ class LinearAttention(Call[V]):
     https://arxiv.org/abs/2412.06464. A position with key 0, decay 0 and beta 0 leaves the state as it is.
 
     The results are `[batch, length, heads, value size]`, as `value`, and the next state.
-
-    Attributes:
-        query: `[batch, length, query heads, key size]`. Consecutive heads share a query, or a state, where they differ
-            in number; `heads` of the result is the larger number.
-        key: `[batch, length, key heads, key size]`; key heads divide those of the state.
-        value: `[batch, length, state heads, value size]`.
-        decay: Logarithm of the state's decay, 0 or less: `[batch, length, state heads]`, or with an axis of key size
-            behind for one of each key. None for no decay.
-        beta: `[batch, length, state heads]`, the rate at which a value that the state predicts is replaced. None to add
-            values up.
-        state: `[batch, state heads, key size, value size]`, or None for zeros in float32.
-        scale: Factor of the result.
     """
 
+    # `[batch, length, query heads, key size]`. Consecutive heads share a query, or a state, where they differ in
+    # number; `heads` of the result is the larger number.
     query: V
-    key: V
-    value: V
+    key: V  # `[batch, length, key heads, key size]`; key heads divide those of the state
+    value: V  # `[batch, length, state heads, value size]`
+    # logarithm of the state's decay, 0 or less: `[batch, length, state heads]`, or with an axis of key size behind for
+    # one of each key. None for no decay.
     decay: V | None
+    # `[batch, length, state heads]`, the rate at which a value that the state predicts is replaced. None to add values
+    # up.
     beta: V | None
-    state: V | None
-    scale: float
+    state: V | None  # `[batch, state heads, key size, value size]`, or None for zeros in float32
+    scale: float  # factor of the result
 
     def result(self: LinearAttention[Tensor]) -> tuple[Tensor, Tensor]:
         """Compute the reference with PyTorch operators, in float32 or better, for any length."""

@@ -83,17 +83,11 @@ def kind_of(value: Any) -> str:
 
 
 class CacheLayout(Enum):
-    """The layout of a model's cache between steps.
+    """The layout of a model's cache between steps."""
 
-    Attributes:
-        NONE: No cache.
-        DECODER: A decoder's tensors for its own positions, by layer: keys and values, or states.
-        ENCODER_DECODER: Those of the decoder's positions, and those of the encoder's output.
-    """
-
-    NONE = "none"
-    DECODER = "decoder"
-    ENCODER_DECODER = "encoder-decoder"
+    NONE = "none"  # no cache
+    DECODER = "decoder"  # a decoder's tensors for its own positions, by layer: keys and values, or states
+    ENCODER_DECODER = "encoder-decoder"  # those of the decoder's positions, and those of the encoder's output
 
 
 def cache_layout(inputs: Mapping[str, Any]) -> CacheLayout:
