@@ -310,7 +310,6 @@ def write_other_files(
 
 
 def _write_index(base: SavedWeights, shards: list[NewShard], stage: Path) -> None:
-    """Write the index of tensors by file, with the new totals."""
     if all(len(shard.tensors) == len(shard.old.tensors) and not shard.more_bytes for shard in shards):
         shutil.copyfile(base.directory / INDEX_NAME, stage / INDEX_NAME)
         return

@@ -263,10 +263,7 @@ def _lora_config(config: AdapterConfig, ranks: Mapping[str, int]) -> LoraConfig:
 
 
 def _targets(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
-    """Return the fields that select layers: the configuration's own if they select the saved ones, else their paths.
-
-    `all-linear` and None depend on the model, so their layers are listed by path.
-    """
+    """Return the fields that select layers: the configuration's own if they select the saved ones, else paths."""
     if config.target_parameters:
         modules = [path for path in paths if not names_parameter(config, path)]
         shared = {"target_parameters": config.target_parameters}

@@ -65,7 +65,6 @@ class RoundingCheck:
     why_not: str = ""  # why it could not be determined
 
     def __str__(self) -> str:
-        """Format both numbers."""
         return f"{self.where}: {self.difference:.1e}, {self.why_not or f'float32 itself rounds {self.rounding:.1e}'}"
 
 
@@ -256,7 +255,6 @@ def _token_lines(title: str, checks: Mapping[str, TokenCheck | None]) -> Iterato
 
 
 def _row(check: TensorCheck, state: str) -> str:
-    """Format a line of the table of outputs."""
     name = f" {state}" if state else check.name
     agreement = "" if check.argmax_agreement is None else f"{100 * check.argmax_agreement:.1f} %"
     return f"{name:<28}{check.max_abs_error:>12.2e}{check.max_rel_error:>12.2e}{agreement:>14}"

@@ -71,5 +71,4 @@ __getattr__ = first_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
-    """List the public names."""
     return sorted(__all__)

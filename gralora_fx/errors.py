@@ -86,7 +86,6 @@ class GraloraError(Exception):
     field: str | None = None
 
     def __init__(self, message: str = "") -> None:
-        """Word the remedies of a text."""
         super().__init__(Message(message))
 
     def about(self, field: str) -> Self:

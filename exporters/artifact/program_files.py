@@ -109,10 +109,7 @@ def _attention_sizes(pasts: Mapping[CacheSlot, ir.Value]) -> tuple[int, int]:
 
 
 def _model_type(config: PreTrainedConfig) -> str:
-    """Return onnxruntime-genai's name for a model that keeps states, which it recognises by name alone.
-
-    The name is derived from the class, or for a text model within another from its `model_type`.
-    """
+    """Return onnxruntime-genai's name for a model with states, from its class or a text model's `model_type`."""
     named = getattr(config, "architectures", None) or [str(config.model_type)]
     if str(config.model_type).endswith("_text"):
         return str(config.model_type)

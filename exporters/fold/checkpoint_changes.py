@@ -211,7 +211,6 @@ class StackFolds:
     """Edits of a base's tensors that fold the parameters of an adapter."""
 
     def __init__(self, base: SavedWeights, names: Names, adapter: StoredAdapter, not_finite: str) -> None:
-        """Prepare; nothing is read yet."""
         self.base, self.names, self.adapter, self.not_finite = base, names, adapter, not_finite
         self._update = kept_updates(adapter)
 

@@ -87,7 +87,6 @@ class BaseWeights:
     """The safetensors files of a base model; a tensor is read on demand."""
 
     def __init__(self, base: str | Path, rounding: BaseQuantization | None = None) -> None:
-        """Read the headers."""
         self._rounding = rounding
         self.directory = resolve_directory(base, CheckpointError)
         self._stored = read_weights(self.directory).tensors
@@ -193,7 +192,6 @@ def holds(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:
 
 
 def _first_input(weight: ProductWeight) -> NDArray[Any]:
-    """Return the weight's values for its first input feature, `[out]`."""
     if weight.transposed:
         return read_rows(weight.value, 0, 1)[0]  # type: ignore[no-any-return]
     step = max(1, _READ_AT_ONCE // (weight.in_features * dtype_of(weight.value).itemsize))

@@ -118,7 +118,6 @@ def find_locations(export: Export, adapter: StoredAdapter) -> list[WeightLocatio
 
 
 def _locate(export: Export, adapter: StoredAdapter, path: str) -> list[WeightLocation]:
-    """Return the locations of a layer's weight."""
     if export.record is not None:
         locations = recorded_locations(export, path)
         if not locations:

@@ -85,10 +85,7 @@ def encoder_decoder_inputs(
 
 
 def compare_encoder_decoder(run: TokenRun) -> TokenResult:
-    """Compare the greedy tokens of an encoder-decoder: all have to be PyTorch's.
-
-    The tokens continue the largest batch of inputs that starts with an empty cache.
-    """
+    """Compare an encoder-decoder's greedy tokens on the largest batch with an empty cache: all must be PyTorch's."""
     empty = [case for _, case in run.cases if PAST in case and not case[PAST].get_seq_length()]
     case = max(empty, key=lambda case: len(case["decoder_input_ids"]))
     source = {name: value for name, value in case.items() if name not in ("decoder_input_ids", PAST)}

@@ -163,9 +163,6 @@ def _drawn(traced: TracedModel) -> Tensor:
 
 
 def _count(traced: TracedModel) -> int:
-    """Return how many texts have as many tokens as the widest layer has inputs, within bounds.
-
-    Estimating the products of so many inputs takes about as many positions.
-    """
+    """Return how many texts have as many tokens as the widest layer has inputs, within bounds."""
     widest = max((site.in_features for site in traced.sites if site.calls), default=0)
     return min(max(-(-widest // _DRAWN), _FEWEST), _MOST)

@@ -132,7 +132,6 @@ def _tapped(model: TracedModel, layers: dict[str, Sensitivity], tables: dict[str
 
 
 def _insert(node: fx.Node, tap: Any, *arguments: Any) -> None:
-    """Insert a tap between a node and all its readers."""
     with node.graph.inserting_after(node):
         noted = node.graph.call_function(tap, arguments)
     node.replace_all_uses_with(noted, delete_user_cb=lambda user: user is not noted)

@@ -28,7 +28,6 @@ class Builder:
     """
 
     def __init__(self, graph: ir.Graph) -> None:
-        """Start without nodes."""
         self.nodes: list[ir.Node] = []  # the nodes created so far, in order
         self.graph = graph  # the graph that the nodes are for
 

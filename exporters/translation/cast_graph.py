@@ -234,7 +234,6 @@ def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> n
 
 
 def _scope(node: fx.Node) -> str:
-    """Return the path of the module that a node was traced in, ending in a dot."""
     paths = [path for path, _ in module_stack(node)]
     return f"{paths[-1]}." if paths and paths[-1] else ""
 

@@ -70,10 +70,7 @@ def input_names(inputs: Mapping[str, Any]) -> list[str]:
 
 
 def name_outputs(model: ir.Model) -> PassResult[ir.Model]:
-    """Name a plain module's outputs `output`, or `output_0` and so on; a transformers model's have names.
-
-    They become `result` if an input has such a name.
-    """
+    """Name a plain module's outputs `output`, or `output_0` and so on (`result` if an input is called so)."""
     outputs = model.graph.outputs
     taken = {value.name for value in model.graph.inputs}
     stem = "output" if taken.isdisjoint({"output", *(f"output_{index}" for index in range(len(outputs)))}) else "result"

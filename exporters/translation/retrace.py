@@ -108,7 +108,6 @@ def _as_fake(value: Any, mode: Any) -> Any:
 
 
 def _from(first: fx.Node) -> set[fx.Node]:
-    """Return a node and all nodes after it."""
     nodes = list(first.graph.nodes)
     return set(nodes[nodes.index(first) :])
 
@@ -143,7 +142,6 @@ def functionalize(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _joined(spans: list[tuple[int, int, fx.Node]]) -> list[tuple[int, int, list[fx.Node]]]:
-    """Merge spans that overlap."""
     joined: list[tuple[int, int, list[fx.Node]]] = []
     for begin, end, root in sorted(spans, key=lambda span: span[:2]):
         if joined and begin <= joined[-1][1]:

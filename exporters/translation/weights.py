@@ -52,8 +52,6 @@ class LazyTensor(ir.LazyTensor):
         make: Callable[[], ir.TensorProtocol],
         parts: Sequence[ir.TensorProtocol] = (),
     ) -> None:
-        """Compute nothing yet."""
-
         def values() -> ir.TensorProtocol:
             with torch.no_grad():
                 return make()
@@ -80,7 +78,6 @@ class StackedTensor(LazyTensor):
     def __init__(
         self, name: str | None, dtype: ir.DataType, shape: ir.Shape, entries: Callable[[], Iterator[NDArray[Any]]]
     ) -> None:
-        """Compute nothing yet."""
         super().__init__(name, dtype, shape, lambda: ir.tensor(np.stack(list(entries())), dtype=dtype))
         self.entries = entries
 

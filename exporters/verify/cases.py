@@ -299,10 +299,7 @@ def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: 
 
 
 def random_answers(model: TracedModel, seed: int) -> list[Case]:
-    """Return inputs to measure an encoder-decoder on: 16 random texts, or 4 other inputs, with answers from the start.
-
-    There is no padding, and the cache is empty.
-    """
+    """Return inputs to measure an encoder-decoder on: 16 random texts, or 4 other inputs; no padding, no cache."""
     generator, length = torch.Generator().manual_seed(seed), min(_ANSWER, longest_text(model))
     example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
     cases: list[Case] = []

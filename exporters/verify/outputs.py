@@ -142,10 +142,7 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
 
 
 def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
-    """Return the logits at each row's last non-padding position, `[batch, 1, vocabulary]`.
-
-    Logits are `[batch, length, vocabulary]`, the mask `[batch, past + length]`.
-    """
+    """Return the logits `[batch, 1, vocabulary]` at each row's last position that the mask `[batch, total]` keeps."""
     window = mask[:, mask.shape[1] - logits.shape[1] :]
     last = window.shape[1] - 1 - window.flip(1).argmax(1)
     return logits[torch.arange(logits.shape[0]), last].unsqueeze(1)

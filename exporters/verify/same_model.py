@@ -125,7 +125,6 @@ def _all(entries: Mapping[str, AdapterEntry]) -> str:
 
 
 def _one(name: str, entry: AdapterEntry) -> str:
-    """Describe an adapter: name, sizes, base and digest."""
     config = entry.config
     fields = method_described(config, f"the adapter {name!r}").config.SIZE_FIELDS
     sizes = ", ".join(f"{field}={config[field]}" for field in fields if config.get(field) not in ({}, None))

@@ -39,10 +39,7 @@ _LARGEST = 0.01  # maximum difference attributed to rounding: a model further of
 
 
 def tolerance_of(precision: str, arithmetic: str = "fp32") -> float:
-    """Return the largest difference from a model with the same weights that arithmetic explains.
-
-    A larger one is an error. Quantization adds nothing: the reference has the same quantized weights.
-    """
+    """Return the largest difference that arithmetic explains; quantization adds none, since weights are the same."""
     return max(_TOLERANCES[precision], _OF_ARITHMETIC[arithmetic])
 
 
@@ -137,7 +134,6 @@ class Tally:
     """Tally of comparisons, described in `cases`: the largest differences, and how many tokens are equal."""
 
     def __init__(self, check: ToleranceCheck, label: str = "") -> None:
-        """Start empty."""
         self.cases: list[str] = []
         self.passed = True
         self._check, self._label = check, label

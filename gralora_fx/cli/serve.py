@@ -132,7 +132,6 @@ def serve(
 
 
 def _check_idle(reason: str, options: Mapping[str, object]) -> None:
-    """Check that options are left out."""
     if given := [name for name, value in options.items() if value is not None]:
         raise ConfigError(f"{given[0]} {reason}; leave it out")
 

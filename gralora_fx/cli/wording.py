@@ -158,7 +158,6 @@ def _with_base(sources: Mapping[str, str | Sequence[str] | None]) -> Mapping[str
 
 
 def _command(usage: Invocation, more: Mapping[str, str | Sequence[str] | None]) -> str:
-    """Return a usage as a shell command."""
     parts = [usage.command]
     for name, given in {**usage.arguments, **more}.items():
         values = [given] if isinstance(given, str) else given or ()

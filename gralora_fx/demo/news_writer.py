@@ -121,7 +121,6 @@ def _loss(model: Callable[..., Any], pieces: Tensor) -> Tensor:
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-pair tokenizer on texts."""
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pairs.decoder = decoders.ByteLevel()

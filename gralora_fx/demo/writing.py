@@ -41,7 +41,6 @@ class Stages:
     """The stages of one model, shown on a console, with the seconds of each."""
 
     def __init__(self, console: Console) -> None:
-        """Start without stages."""
         self.console = console
         self.seconds: dict[str, float] = {}
 

@@ -50,10 +50,7 @@ def check_takes_adapters(
 
 
 def check_can_act(tokens: tuple[int, ...], adapter: object, kind: str, *, has_copies: bool) -> None:
-    """Check that an adapter as data of an export may act from certain tokens on, which the engine implements.
-
-    It needs a decoder with a cache, and no parameters that the adapter trains whole.
-    """
+    """Check that an export takes activated adapters: it has a cache, and the adapter trains no parameter whole."""
     if tokens and kind != DECODER_KIND:
         raise ExportError(
             f"{adapter} acts from tokens on, which needs a decoder with a cache, whose base reads what is before them; "

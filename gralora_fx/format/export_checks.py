@@ -19,10 +19,7 @@ _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.onnx", "*.onnx
 def check_files(
     directory: str | Path, manifest: Manifest, *, digests: bool, error: type[GraloraError] = ExportError
 ) -> int:
-    """Compare the files of an export directory with its manifest.
-
-    Files that the manifest does not name are allowed, such as a README; with `digests`, none that would be read.
-    """
+    """Compare an export's files with its manifest; others are allowed, but with `digests` none that would be read."""
     folder = Path(directory)
     files = manifest.files
     if files is None:

@@ -26,7 +26,6 @@ class FieldError(Exception):
     """
 
     def __init__(self, place: str, value: object) -> None:
-        """Store the place and the value."""
         problem = "is missing" if value is MISSING else f"is {value!r:.80}, which no export writes"
         super().__init__(f"{place} {problem}")
         self.place, self.value = place, value

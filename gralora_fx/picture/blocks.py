@@ -49,7 +49,6 @@ class BlockMap:
     """
 
     def __init__(self, site_paths: Collection[str]) -> None:
-        """Find the blocks of a model."""
         self._layers: set[str] = set()
         self._find_layers("", site_paths)
         outermost = {path for path in self._layers if not any(above in self._layers for above in ancestors(path))}

@@ -79,10 +79,7 @@ _NARROW, _WIDE = frozenset("iljtfrI.,:;'|!()[] "), frozenset("mwMW@%—→")
 
 
 def dark_style() -> str:
-    """Return CSS rules for dark screens.
-
-    White text stays white: it stands on dark colours of the scale.
-    """
+    """Return CSS rules for dark screens; white text stays white, since it is on dark colours of the scale."""
     rules = [
         f'{":not(text)" if light == ZERO else ""}[fill="{light}"]{{fill:{dark}}}[stroke="{light}"]{{stroke:{dark}}}'
         for light, dark in DARK.items()

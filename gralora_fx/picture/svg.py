@@ -107,14 +107,12 @@ def _title_frame(group: Element, source: DotSource, key: str) -> None:
 
 
 def _extent(group: Element) -> tuple[float, float, float, float]:
-    """Return left, right, top and bottom of a box."""
     points = _points(group[0])
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return min(xs), max(xs), min(ys), max(ys)
 
 
 def _points(shape: Element) -> list[tuple[float, float]]:
-    """Return the points of a polygon, or of a path of lines and curves."""
     text = shape.get("points") or shape.get("d", "").translate({ord("M"): None, ord("C"): " "})
     return [(float(x), float(y)) for x, y in (pair.split(",") for pair in text.split())]
 
@@ -148,7 +146,6 @@ def _assembled(root: Element, graph: Element, facts: ModelFacts, source: DotSour
 
 
 def _draw_head(facts: ModelFacts, source: DotSource, width: float) -> tuple[Element, float, float]:
-    """Draw the head above the graph."""
     title, line = Line(facts.name, 15, "bold"), Line(headline(facts), 11)
     widths = [text_width(row.text, row.size, bold=bool(row.style)) for row in (title, line)]
     width = max(width, _LEAST_WIDTH, *(2 * _MARGIN + needed for needed in widths))

@@ -60,10 +60,7 @@ class FuseDotProductAttention:
     """
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Replace them, in place; the result lists the decomposed layers as skipped.
-
-        The summary is an `AttentionReport`.
-        """
+        """Replace them, in place; decomposed layers are skipped, the summary is an `AttentionReport`."""
         found = list(DotProductAttentionNode.all_in(model.graph))
         if not found:
             return PassResult(0)

@@ -50,10 +50,7 @@ class FuseAttention:
     has_attention: bool = True
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Replace them, in place; the result lists the decomposed layers as skipped.
-
-        The summary is a `CachedAttentionReport`.
-        """
+        """Replace them, in place; decomposed layers are skipped, the summary is a `CachedAttentionReport`."""
         nodes = [node for node, _ in AttentionNode.all_in(model.graph)]
         if next(MaskNode.all_in(model.graph), None) is not None:
             from gralora_fx.exporters.rules.attention.decomposed_attention import decompose_masks

@@ -148,10 +148,7 @@ def _is_mask(mask: fx.Node, scores: fx.Node) -> bool:
 
 
 def _is_of_keys(hidden: fx.Node, scores: fx.Node) -> bool:
-    """Return whether a mask hides the same keys from every query.
-
-    If `masked_fill` hides all keys from a query, all get equal weight; the operator would not do that.
-    """
+    """Return whether a mask hides the same keys from every query, and never all of them."""
     source: Any = hidden
     while is_call(source, aten.expand.default, aten.expand_as.default):
         source = source.args[0]

@@ -209,10 +209,7 @@ def _before_split(swapped: ir.Value, tensor: ir.Value) -> ir.Value | None:
 
 
 def concat_initializers(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
-    """Concatenate initializers along their last axis into a new one, computed when it is written.
-
-    Graphs that hold the same tensors share the concatenation.
-    """
+    """Concatenate initializers along their last axis, lazily; graphs over the same tensors share the result."""
     name = _joint_name([str(value.name) for value in values])
     parts = [value.const_value for value in values if value.const_value is not None]
     return add_initializer(graph, derived(parts, ("concat", name), lambda: concat_tensor(name, parts)))

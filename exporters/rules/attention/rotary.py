@@ -220,7 +220,6 @@ class RotaryTables:
     """
 
     def __init__(self, graph: ir.Graph) -> None:
-        """Start without tables."""
         self._graph = graph
         self._memo: dict[tuple[Any, ...], ir.Value] = {}
 

@@ -138,10 +138,7 @@ class ColumnProducts:
 
 
 class _Named(Builder):
-    """A builder that marks a product's nodes (see `quantized_products`).
-
-    Values are named after the product: a generated name in a branch may be taken outside it.
-    """
+    """A builder that marks a product's nodes (see `quantized_products`), and names values after the product."""
 
     def __init__(self, graph: ir.Graph, name: str) -> None:
         super().__init__(graph)

@@ -59,10 +59,7 @@ class ConstantMatrix(NamedTuple):
         return f"{self.value.name}_transposed" if is_taken else str(self.value.name)
 
     def column_groups(self) -> Iterator[NDArray[Any]]:
-        """Yield groups of columns of the matrix `[K, N]`, in order; of a concatenated one, part by part.
-
-        A copy of the whole matrix would be the largest array in memory.
-        """
+        """Yield groups of columns of the matrix `[K, N]`, in order, since a copy of it all would be large."""
         for part in (self.tensor,) if self.is_transposed else parts_of(self.tensor):
             values = part.numpy().T if self.is_transposed else part.numpy()
             for start in range(0, values.shape[1], _COLUMNS):

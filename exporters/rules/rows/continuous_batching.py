@@ -48,10 +48,7 @@ _LOOKED_THROUGH = frozenset({"Add", "Cast", "Identity", "Reshape", "Sub", "Unsqu
 
 
 class CachedLayers(Protocol):
-    """Layers other than attention that keep data of each row: a part of the point "rows".
-
-    It is made from the model before any rewriting.
-    """
+    """Layers other than attention that keep data of each row: a part of "rows", made from the unchanged model."""
 
     readers: Collection[str]  # operators that may read the cache
 

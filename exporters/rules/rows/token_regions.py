@@ -60,10 +60,7 @@ def _attention_around(attention: dict[Dims, list[ir.Node]], dims: Dims) -> Itera
 
 
 def token_dims(value: ir.Value | None) -> Dims | None:
-    """Return batch and length of a token tensor `[batch, length, features]`; None for anything else.
-
-    Its number of features is fixed; that tells it from a tensor `[batch, features, length]`.
-    """
+    """Return batch and length of a token tensor `[batch, length, features]` of fixed features; None for others."""
     if value is None or value.shape is None or len(value.shape) != 3:
         return None
     batch, length, features = value.shape

@@ -138,10 +138,7 @@ def leave_autocast(context: Any) -> None:
 
 @contextmanager
 def without_new_symbols(mode: Any) -> Iterator[None]:
-    """Let the block compute data-dependent sizes without unbacked symbols that a trace would have to bind.
-
-    Pending symbols of earlier calls are dropped too.
-    """
+    """Let the block compute data-dependent sizes without new unbacked symbols; pending ones are dropped."""
     if mode.shape_env is None:
         yield
         return

@@ -63,7 +63,6 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop."""
         self._shown.__exit__(None, None, None)
         self._ended.set()
         if self._thread is not None:
@@ -127,17 +126,13 @@ def is_silenced() -> bool:
 
 
 class StageProgress:
-    """Shows stages: live on a terminal, as occasional lines elsewhere.
-
-    A context manager. It shows nothing if the stages are shown already, or if the environment silences it.
-    """
+    """Shows stages: live on a terminal, as lines elsewhere; nothing if they are shown already or silenced."""
 
     def __init__(self, console: Console | None = None, *, silence: float | None = None) -> None:
         """Choose where and how often to show stages."""
         self._console, self._silence = console, silence
 
     def __enter__(self) -> None:
-        """Show the stages of this thread."""
         self._display: AbstractContextManager[object] = nullcontext()
         if not is_displayed() and not is_silenced():
             # the current stderr, so that the display goes on while the libraries' output is suppressed; in a notebook

@@ -16,7 +16,6 @@ class LiveStages:
     """Stages on a terminal: each with its time, progress of the running one, and the total of several at the end."""
 
     def __init__(self, console: Console) -> None:
-        """Show stages on a console."""
         self._console = console
         self._begin = time.perf_counter()
         self._outermost = 0
@@ -26,7 +25,6 @@ class LiveStages:
         self._shown = displayed_by(self)
 
     def __enter__(self) -> None:
-        """Begin to show the stages of this thread."""
         self._shown.__enter__()
 
     def __exit__(self, kind: object, *_: object) -> None:

@@ -112,10 +112,7 @@ def displayed_by(display: Display) -> Iterator[None]:
 
 @contextmanager
 def timed(name: str, seconds: MutableMapping[str, float] | None = None, shown: str = "") -> Iterator[None]:
-    """Show a stage, log its start and end at level INFO, and record its time in `seconds` unless it fails.
-
-    `shown` is its name on a display; empty for `name`.
-    """
+    """Show a stage (as `shown`, or its name), log its start and end at INFO, and record its seconds if it succeeds."""
     display = _display.get()
     _log.info("%s ...", name)
     if display is not None:

@@ -186,7 +186,6 @@ def _pieces(parts: Iterable[Part]) -> Iterator[Part]:
 
 
 def _write(part: Part, target: int) -> None:
-    """Write one part."""
     if part.edit is None:
         assert part.source is not None
         with part.source.opened() as handle:

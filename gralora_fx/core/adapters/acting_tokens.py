@@ -32,7 +32,6 @@ class ActingTokens:
     """
 
     def __init__(self, mask: fx.Node, ids: fx.Node) -> None:
-        """Store the nodes; no value is masked yet."""
         self.mask, self.ids = mask, ids
         self._made: dict[fx.Node, fx.Node] = {}
 

@@ -135,7 +135,6 @@ def _of(value: Tensor, rows: Rows | None) -> Tensor:
 
 
 def _size(value: Tensor, rows: Rows | None) -> int:
-    """Return the number of elements in some rows of a tensor."""
     if rows is None:
         return value.numel()
     count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)

@@ -44,7 +44,6 @@ class ModelAdapter:
     base: BaseComparison | None = None
 
     def __repr__(self) -> str:
-        """Return a line without tensors."""
         return f"ModelAdapter({self.name!r}, {self.plan!r})"
 
     @classmethod
@@ -190,15 +189,12 @@ class _Table(Mapping[str, _Entry]):
         self._root = root
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without tensors."""
         return {key: value for key, value in self.__dict__.items() if key not in ("_root", "_last")}
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys, in order."""
         return iter(self.paths)
 
     def __len__(self) -> int:
-        """Return the number of keys."""
         return len(self.paths)
 
     def __contains__(self, key: object) -> bool:
@@ -219,7 +215,6 @@ class FactorTable(_Table[AdapterTensors]):
         self._last: dict[str, AdapterTensors] = {}
 
     def __getitem__(self, site_path: str) -> AdapterTensors:
-        """Return the tensors at a site."""
         factors = self.method.tensors(**{field: self.tensor(path) for field, path in self.paths[site_path].items()})
         last = self._last.get(site_path)
         if last is None or any(a is not b for a, b in zip(last, factors, strict=True)):
@@ -252,7 +247,6 @@ class CopyTable(_Table[nn.Parameter]):
     paths: Mapping[str, str]  # attribute paths of the copies in the tree, by the same names
 
     def __getitem__(self, base: str) -> nn.Parameter:
-        """Return the copy of a base parameter."""
         return tensor_in(self._root, self.paths[base])  # type: ignore[return-value]
 
 

@@ -109,7 +109,6 @@ def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Pat
 
 
 def _check_weights_file(path: Path) -> None:
-    """Check that an adapter's safetensors file exists."""
     if not path.is_file():
         if (path.parent / _PICKLE_NAME).is_file():
             from gralora_fx.base.sources.other_formats import of_adapter_pickle  # only for an error

@@ -326,10 +326,7 @@ _hooks: list[Any] = []  # torch's handle of the hook, once there is one; a hook 
 
 
 def _watch_first_step(owner: AdapterGraph, name: str) -> None:
-    """Register a warning, at the first step of an optimizer, for an adapter's sites that got no gradient.
-
-    Later steps cost nothing more. Only torch's own optimizers are seen.
-    """
+    """Register a warning, at a torch optimizer's first step, for an adapter's sites that got no gradient."""
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
     _untrained.setdefault(owner, set()).add(name)

@@ -40,10 +40,7 @@ def check_agreement(
 def check_target_names(
     config: AdapterConfig, sites: Collection[str], origin: object, *, trained: Collection[str] = ()
 ) -> None:
-    """Raise if no name of `target_modules` fits the layers that have tensors.
-
-    If only some fit, nothing is raised: PEFT accepts names that a model lacks, and planning warns of them.
-    """
+    """Raise if no name of `target_modules` fits a layer with tensors; planning warns of single names that fit none."""
     rule = _rule(config, None)
     unmet = [] if rule is None or not sites else [*_unmet_names(config, rule, {*sites, *trained})]
     _check(unmet if rule is not None and len(unmet) == len(rule.names) else [], origin)
@@ -139,10 +136,7 @@ def _is_saved(config: AdapterConfig, name: str) -> bool:
 def _without_tensors(
     config: AdapterConfig, rule: TargetRule, sites: Collection[str], known: Iterable[str]
 ) -> Iterator[str]:
-    """Describe layers of the model that are selected and have no tensors.
-
-    `all-linear` leaves one layer out, the output embedding or the head, which only the model tells.
-    """
+    """Describe layers of the model that are selected and have no tensors; `all-linear` leaves the head out."""
     own = set(sites)
     missing = [
         path

@@ -77,7 +77,6 @@ class Base:
         return {id(slot.parameter): (slot.module, slot.key) for slot in self.slots}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for pickle."""
         from gralora_fx.core.tracing.graph_record import pack_module
 
         return {"tree": pack_module(self._plain_tree()), "traced": self.traced, "trainable": self.trainable}
@@ -94,7 +93,6 @@ class Base:
         self.slots = self.find_slots(self.traced)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
-        """Return a copy with its own tensors."""
         other = object.__new__(type(self))
         memo[id(self)] = other
         other.traced = copy.deepcopy(self.traced, memo)

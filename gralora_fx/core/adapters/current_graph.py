@@ -41,7 +41,6 @@ class CurrentGraph:
     """
 
     def __init__(self, traced: TracedModel) -> None:
-        """Start with a traced model and no adapter."""
         self._begin(Base(traced))
         self._state = GraphState(training=traced.training, checkpointing=traced.checkpointing)
 
@@ -106,7 +105,6 @@ class CurrentGraph:
             return self._parts()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the state, and rebuild the graph."""
         self._begin(state["base"])
         sites = {site.path: site for site in self.base.traced.adaptable}
         adapters = [adapter.over(sites, self.base.tree) for adapter in state["adapters"]]
@@ -114,7 +112,6 @@ class CurrentGraph:
         self.current = self._build(state["state"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a copy with its own tensors."""
         other = object.__new__(type(self))
         memo[id(self)] = other
         with self._lock:
@@ -255,10 +252,7 @@ class CurrentGraph:
         return dataclasses.replace(self.state, active=(), merged=(), weights={}, unties=False, by_row=tuple(rows))
 
     def _make(self, **changes: Any) -> None:
-        """Switch to the current state with some fields changed; an error changes nothing.
-
-        Graphs of the most recent states are cached, so that switching back builds none.
-        """
+        """Switch to the current state with some fields changed, cached if possible; an error changes nothing."""
         state = dataclasses.replace(self.state, **changes)
         cached = self._cached(state) if state.is_repeatable else None
         self.current = cached if cached is not None and not cached.is_edited else self._build(state)
@@ -270,7 +264,6 @@ class CurrentGraph:
         return current if current is not None and self.base.is_current and self._is_valid(current) else None
 
     def _remember(self) -> None:
-        """Cache the current graph."""
         self._cache.put(self.current, self._suspended)
 
     def _build(self, state: GraphState) -> StateGraph:
@@ -303,7 +296,6 @@ class ReadWriteLock:
     """
 
     def __init__(self) -> None:
-        """Start with no readers and no writer."""
         self._changed = threading.Condition()
         self._reading: dict[int, int] = {}  # number of reads by thread
         self._writer: int | None = None
@@ -317,7 +309,6 @@ class ReadWriteLock:
             self._reading[me] = self._reading.get(me, 0) + 1
 
     def __exit__(self, *_: object) -> None:
-        """Stop reading."""
         me = threading.get_ident()
         with self._changed:
             self._reading[me] -= 1

@@ -26,10 +26,7 @@ _Owner = TypeVar("_Owner", bound=HasAdapters)
 
 
 def check_first_step(optimizer: Optimizer, untrained: MutableMapping[_Owner, set[str]]) -> None:
-    """Warn of adapters that an optimizer trains for the first time and that lack gradients somewhere.
-
-    These adapters are removed from `untrained`, the adapters that no optimizer has trained yet.
-    """
+    """Warn of `untrained` adapters that lack gradients at an optimizer's first step, and remove them from the set."""
     if all(group.get("lr") == 0 for group in optimizer.param_groups):  # torch allocates optimizer state so
         return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -77,7 +77,6 @@ class FoldedAdapters(Mapping[str, dict[str, Any]]):
         self._entries = dict(entries)
 
     def __getitem__(self, name: str) -> dict[str, Any]:
-        """Return the description of an adapter."""
         entry = self._entries[name]
         if isinstance(entry, _Folded):
             entry = self._entries[name] = entry.described()
@@ -85,11 +84,9 @@ class FoldedAdapters(Mapping[str, dict[str, Any]]):
         return described
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
         return iter(self._entries)
 
     def __len__(self) -> int:
-        """Return the number of adapters."""
         return len(self._entries)
 
     def __repr__(self) -> str:

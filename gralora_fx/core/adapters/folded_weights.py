@@ -180,10 +180,7 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
 
 
 def overlapping(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Return the names of tensors that share an element with others, each with the others' names.
-
-    The same tensor under two names does not count as two.
-    """
+    """Return the tensors that share an element with others, each with the others' names; not one under two names."""
     spans = sorted(
         (span for name, tensor in tensors.items() if (span := _span(name, tensor))), key=lambda span: span[:3]
     )

@@ -138,10 +138,7 @@ class _ModuleCopy:
         self._made: dict[fx.Node, fx.Node] = {}
 
     def check(self, inside: Collection[fx.Node]) -> None:
-        """Raise if a module cannot be computed by row.
-
-        It cannot if it updates buffers, the trace has a fixed batch size, or other code reads its parameters.
-        """
+        """Raise if a module updates buffers, has a fixed batch size, or shares its parameters with other code."""
         named = f"adapter_names: modules_to_save has {self._module}"
         if self._layout.is_fixed:
             raise RewriteError(f"{named}, and the trace has a fixed number of rows; trace the model with dynamic=True")

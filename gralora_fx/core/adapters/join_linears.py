@@ -132,7 +132,6 @@ def _joins(layer: _Layer, first: _Layer, places: Mapping[fx.Node, int], writes: 
 
 
 def _replace(graph: fx.Graph, layers: Sequence[_Layer]) -> None:
-    """Replace layers by one node."""
     first = layers[0]
     place = first.nodes[-1] if len(layers) == 1 else first.nodes[0]
     terms = [(index, *term) for index, layer in enumerate(layers) for term in layer.terms]
@@ -156,7 +155,6 @@ def _replace(graph: fx.Graph, layers: Sequence[_Layer]) -> None:
 
 
 def _read(operands: Any) -> list[fx.Node]:
-    """Yield the nodes in nested operands."""
     nodes: list[fx.Node] = []
     fx.map_arg(operands, nodes.append)
     return nodes

@@ -42,10 +42,7 @@ class UntieWeights:
 @contract(needs={OWN_WEIGHTS, _UNTIED})
 @dataclass(frozen=True)
 class SetWeights:
-    """Replace the weights that the calls of sites read, without changing nodes.
-
-    Other readers of the same attribute get the new weight too: see `UntieWeights`.
-    """
+    """Replace the weights that calls of sites read; other readers of them get the new ones (see `UntieWeights`)."""
 
     sites: tuple[LinearSite, ...]  # sites of the graph
     weights: Mapping[str, nn.Parameter]  # new weights by site path, for some of the sites
@@ -76,7 +73,6 @@ def is_separated(graph_module: fx.GraphModule, site: LinearSite) -> bool:
 
 
 def _untie(graph_module: fx.GraphModule, site: LinearSite, by_name: Mapping[str, fx.Node]) -> bool:
-    """Untie one site; return whether anything changed."""
     site_calls = [call for name in site.calls for call in calls_at(by_name[name], site.path)]
     calls, targets = {call.node for call in site_calls}, {str(call.weight.target) for call in site_calls}
     sources = [node for node in graph_module.graph.find_nodes(op="get_attr") if str(node.target) in targets]

@@ -44,10 +44,7 @@ class RunForm(NamedTuple):
 
 
 def check_head(traced: TracedModel, acting: Iterable[ModelAdapter]) -> str:
-    """Return the path of the language model's head; raise without one, or if an adapter changes it.
-
-    A loss computed with the head's own weight would leave that adapter out.
-    """
+    """Return the language model's head; raise without one, or if an adapter of it would be left out of the loss."""
     head = traced.tree.output_embedding
     if head is None:
         raise RewriteError("the model's class names no language-model head, so a run cannot end before it")

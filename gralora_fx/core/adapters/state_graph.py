@@ -71,7 +71,6 @@ class StateGraph:
         casts: tuple[tuple[torch.dtype, torch.dtype], ...],
         sources: Iterable[Source],
     ) -> None:
-        """Pair a state with its graph."""
         self.state = state  # the state
         self.flat = flat  # the flat graph, over tensors of the parameter tree and the merged weights
         self.casts = casts  # the dtypes of adapters and layers that it was built for
@@ -188,7 +187,6 @@ class GraphCache:
     """
 
     def __init__(self) -> None:
-        """Start empty."""
         self._graphs: OrderedDict[Hashable, StateGraph] = OrderedDict()
 
     def get(self, state: GraphState) -> StateGraph | None:

@@ -213,7 +213,6 @@ class ServiceSettings:
     more: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check the counts and the key."""
         check_options(self, ConfigError)
         if self.max_memory is not None and (read_size(self.prefix_cache) or 0) > (self.memory_bytes or 0):
             raise ConfigError(

@@ -43,7 +43,6 @@ class NoBlock(Exception):
     """A block's operations cannot run together."""
 
     def __init__(self, path: str, reason: str) -> None:
-        """Store the block's path and the reason."""
         super().__init__(f"{path}: {reason}")
         self.path = path  # path of the block
         self.reason = reason  # why not

@@ -46,7 +46,6 @@ class GraphBlock(fx.GraphModule):
         return object.__new__(cls)
 
     def __init__(self, container: nn.Module, running: Callable[[], fx.GraphModule]) -> None:
-        """Replace a container, over the same tensors."""
         nn.Module.__init__(self)
         _share(self, container, (*_OWN, "_modules"))
         self.__dict__["_running"] = running

@@ -35,7 +35,6 @@ class ModuleTree:
         return sum({id(parameter): parameter.numel() for parameter in self.parameters.values()}.values())
 
     def __repr__(self) -> str:
-        """Return a line without tensors."""
         return f"ModuleTree({len(self.types)} modules, {len(self.linear)} linear layers)"
 
     @classmethod

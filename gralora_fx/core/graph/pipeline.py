@@ -106,7 +106,6 @@ class Pipeline(Generic[Graph]):
     error: type[GraloraError] = RewriteError  # the error raised for a failing pass
 
     def __post_init__(self) -> None:
-        """Check the passes' order by their contracts."""
         holding, ended_by = set(self.given), dict[str, str]()
         for graph_pass in self.passes:
             name, declared = name_of(graph_pass), getattr(graph_pass, "contract", Contract())

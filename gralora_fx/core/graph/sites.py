@@ -195,10 +195,7 @@ def _layer_of(weight: object, tree: ModuleTree) -> str | None:
 def _computed_calls(
     graph_module: fx.GraphModule, tree: ModuleTree, known: Collection[str]
 ) -> dict[str, list[LinearCall]]:
-    """Return calls of linear layers whose weight is computed in the graph, by the layer's path.
-
-    A layer that uses several computed weights in one call is left out.
-    """
+    """Return calls of linear layers with one weight that is computed in the graph, by the layer's path."""
     by_path: dict[str, list[LinearCall]] = {}
     runs: list[tuple[str, str]] = []
     for node in graph_module.graph.nodes:

@@ -110,7 +110,6 @@ class FlatGraph:
     """A graph module that is compiled when it is first read or run, and whose edits are counted."""
 
     def __init__(self, module: CountedGraph) -> None:
-        """Store a graph module that is not compiled yet."""
         self.module = module  # the graph module
         self._compilations = module.compilations
         self._is_compiled = False
@@ -131,10 +130,7 @@ class FlatGraph:
 
 
 def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
-    """Return a plain module with the contents of a graph module, at the same paths.
-
-    Containers are new; layers that the graph calls as modules are copies over the same tables of tensors.
-    """
+    """Return a plain module with a graph module's tensors, layers and containers at the same paths."""
     tree = nn.Module()
     for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         tree.__dict__[table] = graph_module.__dict__[table]

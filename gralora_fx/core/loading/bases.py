@@ -107,10 +107,7 @@ def load_base(
     others: Sequence[str] = (),
     base_quantization: BaseQuantization | Any = None,
 ) -> LoadedBase:
-    """Load the base model for a task and an adapter, with random values for missing tensors.
-
-    The random values are the same in every run.
-    """
+    """Load the base model for a task and an adapter; missing tensors get random values, the same in every run."""
     configs: dict[str, AdapterConfig] = {}
     num_labels: int | None = None
     supplied: set[str] = set()
@@ -153,10 +150,7 @@ def load_base(
 def inferred_task(
     task: str | None, names: Iterable[str | None], *, is_asked: bool
 ) -> tuple[str | None, Mapping[str, Any]]:
-    """Return the task, and arguments of `trace` for it.
-
-    If no task was given, the files of an adapter or a base may determine it.
-    """
+    """Return the task, given or inferred from the files of an adapter or a base, and arguments of `trace` for it."""
     may_be_any = not is_asked and task in _BARE
     for infer in parts("inferred tasks", None if may_be_any else {task or ""}):
         if (found := infer([name for name in names if name is not None])) is not None:

@@ -18,11 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The loading report of transformers, by the model's parameter names.
-
-    Tied tensors, tensors that the model's class ignores, and integer buffers, which are computed, do not count as
-    missing.
-    """
+    """The loading report of transformers; tied and ignored tensors and integer buffers do not count as missing."""
 
     name: str  # local directory or hub id of the checkpoint
     class_name: str  # class of the model

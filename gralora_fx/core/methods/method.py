@@ -50,7 +50,7 @@ class AdapterTensors(Protocol):
 
     def _asdict(self) -> dict[str, Tensor | None]: ...
 
-    def __iter__(self) -> Iterator[Tensor | None]: ...  # noqa: D105
+    def __iter__(self) -> Iterator[Tensor | None]: ...
 
 
 class LowRankTensors(AdapterTensors, Protocol):

@@ -256,7 +256,6 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
         return {**state, "_modules": modules}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the model's tensors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._modules = {_TREE: self._state.base.tree, **self._modules}
 

@@ -33,10 +33,7 @@ _SHARED = {
 
 @contextmanager
 def without_trainer() -> Iterator[None]:
-    """Create models within the block without PEFT as a base class, so that PEFT is not imported.
-
-    For processes that only export; transformers' Trainer does not recognise such models.
-    """
+    """Create models within the block without PEFT as a base class, which only Trainer needs."""
     token = _is_for_trainer.set(False)
     try:
         yield

@@ -297,7 +297,6 @@ class GraphDropout(nn.Dropout):
     """
 
     def __init__(self, state: AdapterGraph) -> None:
-        """Store the graph."""
         nn.Module.__init__(self)
         self.inplace = False
         self._state = state

@@ -35,10 +35,7 @@ class RmsNorm(Call[V]):
 
 @operator("rotate")
 class Rotate(Call[V]):
-    """`gralora::rotate`: rotary position embedding of the halves of the last axis, in the form of Llama's code.
-
-    The result has the shape of `x`.
-    """
+    """`gralora::rotate`: rotary embedding of the halves of the last axis, as in Llama's code; shaped like `x`."""
 
     x: V  # `[batch, heads, length, size]`, or `[batch, length, heads, size]`
     cos: V  # `[batch, length, size]`

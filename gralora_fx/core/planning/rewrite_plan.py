@@ -113,7 +113,6 @@ class RewritePlan:
                 raise RewriteError(f"{planned.site.path} of the plan is not a site of this model; plan it again")
 
     def __repr__(self) -> str:
-        """Return a line; `print(plan)` shows the table."""
         return f"RewritePlan({type(self.config).__name__}, {self.totals})"
 
     def __str__(self) -> str:

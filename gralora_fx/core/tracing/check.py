@@ -34,10 +34,7 @@ def check(draft: Captured) -> Captured:
 
 
 def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str | None:
-    """Describe how a graph differs from the eager model in evaluation mode; None if it does not.
-
-    Both run with the same random seed.
-    """
+    """Describe how a graph differs from the eager model in evaluation mode, with the same seed; None if it does not."""
     if not draft.has_values:
         return None
     model, sample = draft.model, draft.sample if sample is None else sample

@@ -73,10 +73,7 @@ def _chosen_keys(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _with_noted_sizes(forward: Callable[..., Any], equal: Sequence[tuple[_Axis, _Axis]]) -> Callable[..., Any]:
-    """Return a step's forward that first tells the tracer which sizes are equal.
-
-    Otherwise every layer adds a guard for its own cache, and the tracer proves the same facts each time.
-    """
+    """Return a step's forward that first tells the tracer which sizes are equal, which spares guards for each layer."""
 
     @functools.wraps(forward)
     def noted(*args: Any, **inputs: Any) -> Any:

@@ -183,10 +183,7 @@ def _enlarged(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def called_as(draft: Draft) -> Iterator[None]:
-    """Let a model take exactly its draft's inputs within the block, and return a cache if it takes one.
-
-    Modes and buffers, which may change meanwhile, are restored when the block ends.
-    """
+    """Let a model take exactly its draft's inputs within the block; modes and buffers are restored after it."""
     model = draft.model
     forward = forward_with(model, tuple(draft.sample), draft.constants)
     with (
@@ -239,10 +236,7 @@ def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
 
 @contextmanager
 def _every_layer_runs_once(model: nn.Module) -> Iterator[None]:
-    """Turn off gradient checkpointing and layerdrop within the block; warn that training will lack layerdrop.
-
-    Layerdrop skips whole layers, which is decided in Python and not part of a graph.
-    """
+    """Turn off gradient checkpointing and layerdrop within the block; warn that training will lack layerdrop."""
     with ExitStack() as changed:
         for part in model.modules():
             if getattr(part, "gradient_checkpointing", False) is True:
@@ -280,7 +274,6 @@ def _of_transformers(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[No
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore modes and buffers when the block ends."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
         with kept_modes(model):

@@ -81,7 +81,6 @@ def line_of(stack_trace: str | None) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and its causes."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -96,7 +95,6 @@ def _first_argument(frame: FrameType) -> object:
 
 
 def _is_code(file: Path) -> bool:
-    """Return whether a file is a model's or a user's rather than part of the tracing machinery."""
     if file.name.startswith("<") or file.is_relative_to(_TORCH) or file.is_relative_to(_OWN):
         return False
     is_exporter = "transformers" in file.parts and "exporters" in file.parts

@@ -150,7 +150,6 @@ class ToConvert(nn.Module):
     """A module whose conversion methods convert a trace."""
 
     def __init__(self, traced: Convertible) -> None:
-        """Store the trace."""
         super().__init__()
         self.traced = traced
 
@@ -254,7 +253,6 @@ def _structure(graph_module: fx.GraphModule) -> list[Any]:
 
 
 def _devices(graph: fx.Graph) -> set[torch.device]:
-    """Return the devices that the nodes of a graph name."""
     values = (value for node in graph.nodes for value in (*node.args, *node.kwargs.values()))
     return {value for value in values if isinstance(value, torch.device)}
 

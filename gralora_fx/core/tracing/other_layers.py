@@ -16,10 +16,7 @@ def drop_path(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 def same_padding(features: Tensor, conv_layer: nn.Conv2d) -> Tensor:
-    """Pad features as TensorFlow does, by arithmetic on sizes where MobileNets branch on them.
-
-    With the zeros, a convolution returns `ceil(size / stride)` values on an axis.
-    """
+    """Pad features as TensorFlow does, by arithmetic on sizes instead of MobileNet's branches."""
     amounts: list[Any] = []
     for axis in (1, 0):  # the last axis first
         size, stride, kernel = features.shape[2 + axis], conv_layer.stride[axis], conv_layer.kernel_size[axis]

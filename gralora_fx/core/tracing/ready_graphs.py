@@ -183,7 +183,6 @@ class _Named(nn.Module):
 
 
 def _check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
-    """Run a given graph on its example inputs."""
     if any(parameter.is_meta for parameter in graph_module.parameters()):
         return
     buffers = [(buffer, buffer.clone()) for buffer in graph_module.buffers()]

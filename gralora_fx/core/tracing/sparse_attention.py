@@ -41,10 +41,7 @@ def only_chosen(mask: Tensor, chosen: Tensor) -> Tensor:
 
 @contextmanager
 def symbolic_counts(model: nn.Module) -> Iterator[None]:
-    """Let indexers choose at most as many keys as there are, in graphs of any size, within the block.
-
-    Python's `min` would compare the sizes, which fixes the comparison in the graph.
-    """
+    """Let indexers choose at most as many keys as there are without comparing sizes, within the block."""
     owners = {type(part).__module__ for part in model.modules() if type(part).__name__.endswith(INDEXER)}
     with ExitStack() as changed:
         for owner in sorted(owners):
@@ -100,10 +97,7 @@ def chosen(
 
 @contextmanager
 def known_positions(model: nn.Module) -> Iterator[None]:
-    """Let indexers that keep all tokens' positions compute those of earlier ones from the mask, within the block.
-
-    So the positions need no place in the cache.
-    """
+    """Let indexers compute the positions of earlier tokens from the mask instead of the cache, within the block."""
     forward = model.forward
 
     @functools.wraps(forward)

@@ -14,13 +14,9 @@ _CACHED = 2**28  # bytes of features that are kept
 
 
 class FeatureCache:
-    """Features of images that were read lately, by the digest of their pixels and the adapter that read them.
-
-    Adapters are held weakly, so that one that is unloaded takes no memory here.
-    """
+    """Features of recently read images, by digest of their pixels and (weakly held) adapter."""
 
     def __init__(self) -> None:
-        """Begin without any."""
         self._lock = threading.Lock()
         self._found: OrderedDict[Any, tuple[Outputs, Any]] = OrderedDict()
         self._bytes = 0

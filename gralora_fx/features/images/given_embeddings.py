@@ -31,10 +31,7 @@ def called_with_images(model: PreTrainedModel, names: Collection[str]) -> Iterat
 
 @contextmanager
 def _texts_alone(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model that puts images before the texts in its cache, as GIT does, know that there are none.
-
-    It widens the padding mask of a step by as many positions as an image has.
-    """
+    """Tell a model that caches images before texts, as GIT does, that there are none, by a wider padding mask."""
     with ExitStack() as changed:
         for part in model.modules():
             if isinstance(getattr(part, "image_patch_tokens", None), int):

@@ -172,10 +172,7 @@ def _check_pillow() -> None:
 
 
 def _opener(data: bytes) -> Callable[[io.BytesIO], Any] | None:
-    """Return what opens a file, by its first bytes; None for a format that is not read.
-
-    Pillow's own `open` would try other formats, and has a limit of its own, at which it warns.
-    """
+    """Return the Pillow function that opens a file, by its first bytes; None for a format that is not read."""
     from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

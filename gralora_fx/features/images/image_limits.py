@@ -33,7 +33,6 @@ class ImageLimits:
     max_images: Annotated[int, Option("Refuse a request with more images than this.", metavar="N", least=1)] = 16
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         check_options(self, ConfigError)
 
     def check_count(self, count: int) -> None:

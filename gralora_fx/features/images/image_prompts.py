@@ -66,7 +66,6 @@ class ImagePrompts:
 
     @cached_property
     def _processor(self) -> Any:
-        """The model's processor, of transformers."""
         processor = load_processor(self._export.directory, ServingError)
         if processor is None:
             raise ServingError(
@@ -77,12 +76,10 @@ class ImagePrompts:
 
     @cached_property
     def _session(self) -> Any:
-        """A session over what reads pixels."""
         return self._export.companion_session(VISION_ENCODER)
 
     @cached_property
     def _inputs(self) -> dict[str, Any]:
-        """Its inputs by name."""
         return {value.name: value for value in self._session.get_inputs()}
 
     @cached_property
@@ -98,7 +95,6 @@ class ImagePrompts:
 
     @cached_property
     def _token(self) -> int:
-        """The token that stands for an image."""
         config = self._export.config
         token = config.get("image_token_id", config.get("image_token_index"))
         if token is None:

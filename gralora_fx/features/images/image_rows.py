@@ -67,7 +67,6 @@ class ImageRows(GivenRows):
     prompts_with = staticmethod(with_images)
 
     def __init__(self, session: Any) -> None:
-        """Begin without rows."""
         self._taken = {value.name: value for value in optional_arguments(session)}
         self._rows: dict[int, Mapping[str, NDArray[Any]]] = {}
         self._places: dict[int, NDArray[np.bool_]] = {}  # of a row: which of its first tokens are given
@@ -117,10 +116,7 @@ class ImageRows(GivenRows):
         return stop < len(types) and bool(types[stop - 1]) and bool(types[stop])
 
     def names(self, row: int) -> Mapping[int, int] | None:
-        """Return digests of what stands in the place of a row's tokens, by position.
-
-        Text has its ids, as long as it counts on from what is before it.
-        """
+        """Return digests of what stands in the place of a row's tokens, by position; text has its ids."""
         own, places = self._rows[row], self._places[row]
         by_position = {name: self._by_position(name, array)[0] for name, array in own.items()}
         if (grid := by_position.get(GRID)) is not None:

@@ -30,7 +30,6 @@ class ImageSizes:
     multiple_of: int = 1  # of height and width, if they vary
 
     def __str__(self) -> str:
-        """Return the sizes in words."""
         if self.fixed is not None:
             return f"{pixels(self.fixed)} only" + (f" ({self.reason})" if self.reason else "")
         multiples = f", in multiples of {self.multiple_of}" if self.multiple_of > 1 else ""
@@ -138,7 +137,6 @@ class ImageOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        """Check the size."""
         self._size()
 
     def check(self, task: str | None) -> None:

@@ -28,10 +28,7 @@ _LARGE = 8192  # a height and a width for which no size in a model is empty
 
 
 def trace_images(draft: Draft) -> Captured:
-    """Trace a model that takes images, with their height and width dynamic where that equals the eager model.
-
-    Many vision models are made for one image size; with dynamic height and width some cannot be traced.
-    """
+    """Trace a model that takes images, with dynamic height and width where the graph then equals the eager model."""
     held = dataclasses.replace(draft, held=(IMAGES,))
     if not _takes_images(draft.sample):  # patches, or one image of any size
         return trace_both_modes(draft if getattr(draft.sample.get(IMAGES), "ndim", 0) == 3 else held)
@@ -178,10 +175,7 @@ def _expression(size: Any) -> Any:
 def _at_image_size(
     model: nn.Module, inputs: dict[str, Any], constants: dict[str, Any], image_size: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return example inputs and constants for a requested image size.
-
-    A model with a table of positions is told to interpolate it, if the size is not its own.
-    """
+    """Return example inputs and constants for a requested image size; a table of positions is interpolated."""
     check_image_size(image_size)
     if not _takes_images(inputs):
         raise TraceError(
@@ -201,7 +195,6 @@ def _may_interpolate(model: nn.Module) -> bool:
 
 
 def _own_size(model: nn.Module) -> tuple[int, int] | None:
-    """Return the image size in a model's configuration."""
     config = getattr(model, "config", None)
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
     if isinstance(size, int):

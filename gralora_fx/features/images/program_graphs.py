@@ -154,7 +154,6 @@ def _choice(model: ir.Model) -> ir.Node:
 
 
 def _copy(model: ir.Model) -> ir.Model:
-    """Copy a model over the same tensors."""
     copy = model.clone()
     copy.meta.update(model.meta)
     return copy

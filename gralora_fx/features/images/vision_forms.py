@@ -42,7 +42,6 @@ class VisionForm(ABC):
     features: Features  # computes the outputs of the part from its inputs, by name
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Take a model that reads images."""
         self.model = model
 
     @abstractmethod
@@ -316,10 +315,7 @@ def _joined(features: Any) -> Tensor:
 
 @contextmanager
 def of_one_image(model: nn.Module) -> Iterator[None]:
-    """Let features not be split by image, whose sizes a trace does not know, within the block.
-
-    Positions of a text are hidden, too: transformers' exporter would compute them of pixels.
-    """
+    """Let features not be split by image, and hide positions of a text, within the block."""
     split: Callable[..., Any] = Tensor.split
 
     def whole(tensor: Tensor, sizes: Any, dim: int = 0) -> Any:

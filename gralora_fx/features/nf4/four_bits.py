@@ -41,7 +41,6 @@ class FourBits(BaseQuantization):
     skip_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check every field."""
         for name, value, choices in (
             ("kind", self.kind, KINDS),
             ("block_size", self.block_size, BLOCK_SIZES),

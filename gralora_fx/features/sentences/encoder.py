@@ -104,10 +104,7 @@ _MODE_NAMES = {"mean": "the mean of its token embeddings", "lasttoken": "the emb
 
 @contextmanager
 def followed_by(model: nn.Module, modules: SentenceModules) -> Iterator[None]:
-    """Append a sentence encoder's modules to a model's forward while the block runs.
-
-    Paths of the model's own modules do not change, so that adapters find them.
-    """
+    """Append a sentence encoder's modules to a model's forward within the block; paths of its own modules stay."""
     assert isinstance(model, PreTrainedModel)
     device = "cpu" if model.device.type == "meta" else model.device
     model.add_module(_NAME, _Steps(modules).to(device, model.dtype))

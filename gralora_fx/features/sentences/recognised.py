@@ -22,10 +22,7 @@ _FILES = (MODULES_NAME, "*sentence*.json", "*_*/config.json", "*_*/model.safeten
 
 
 def inferred_task(names: Iterable[str]) -> tuple[str, dict[str, Any]] | None:
-    """Return a sentence encoder's task and the directory whose `modules.json` lists the modules; None for others.
-
-    Like optimum, any model with such a directory counts.
-    """
+    """Return a sentence encoder's task and the directory of its `modules.json`; None for other directories."""
     directories = map(find_sentence_directory, names)
     directory = next((path for path in directories if path is not None), None)
     return None if directory is None else (SENTENCE_TASK, {"sentence_modules": directory})

@@ -126,7 +126,6 @@ def _check_order(steps: Sequence[Pooling | Normalize | Dense], path: Path) -> No
 
 
 def _size(options: Mapping[str, Any], name: str, directory: Path) -> int | None:
-    """Return an optional positive size."""
     size = options.get(name)
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise TraceError(f"{name} is {shown(size)} in {directory}, not a positive number; repair or copy its files")

@@ -31,7 +31,6 @@ class NGrams:
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
-        """Start with a prompt."""
         self._tokens = list(tokens)
         grams = zip(*(self._tokens[start:] for start in range(ORDER)), strict=False)
         # where the text goes on after each, the last time; the last of all has nothing after it yet
@@ -75,7 +74,6 @@ class StepCosts:
     """Step time by number of tokens read, from the most recent timed steps."""
 
     def __init__(self) -> None:
-        """Start without times."""
         self._times: dict[int, deque[float]] = {}
         self._last: dict[int, int] = {}
         self._steps = 0
@@ -130,7 +128,6 @@ class Speculation:
     """
 
     def __init__(self) -> None:
-        """Start without measurements."""
         self._costs = StepCosts()
         self._likely = [matched / (matched + 3) for matched in range(LONGEST + 1)]
         self._excess = 0.0  # extra cost of the last step over one without drafts, in such steps

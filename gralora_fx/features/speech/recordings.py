@@ -33,7 +33,6 @@ class Audio:
     rate: int  # samples per second
 
     def __post_init__(self) -> None:
-        """Check the samples and their rate."""
         if not _SLOWEST <= self.rate <= _FASTEST:
             raise ServingError(f"the audio's sampling rate is {self.rate} Hz; give one of {_SLOWEST} to {_FASTEST} Hz")
         if not self.samples.size:
@@ -162,7 +161,6 @@ class SpeechReader:
     """The feature extractor of an export, with its sample rate and maximum length of a recording."""
 
     def __init__(self, directory: Path, inputs: Mapping[str, Any]) -> None:
-        """Load it."""
         extractor = load_feature_extractor(directory, ServingError)
         if extractor is None:
             raise ServingError(

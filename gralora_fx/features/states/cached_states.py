@@ -65,10 +65,7 @@ def keep(cache: Any, slot: CacheSlot, state: Tensor) -> None:
 
 @contextmanager
 def longer_states(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
-    """Record which convolution states kept in the block are as wide as the kernel: one input more than is read.
-
-    The state is attributed to the innermost running module with a single convolution of that width.
-    """
+    """Record, within the block, which convolution states keep one input more than the next step reads."""
     longer: set[tuple[int, int]] = set()
     running: list[nn.Conv1d] = []  # the convolutions of the modules that run, the innermost last
     update = DynamicCache.update_conv_state

@@ -42,7 +42,6 @@ class RowStates:
     """Rewrites a graph's operators with a state; shared values are computed once."""
 
     def __init__(self, graph: ir.Graph, tokens: RowTokens) -> None:
-        """Start a rewrite."""
         self._graph, self._tokens = graph, tokens
         self._shared: dict[tuple[str, int, int], ir.Value] = {}
         self._rows: RowTokens | None = None
@@ -118,7 +117,6 @@ class StateRows:
     readers = frozenset({"Concat", *_OF_STATES, *STATE_OPERATORS})
 
     def __init__(self, model: ir.Model) -> None:
-        """Find the layers."""
         self._model = model
         self._nodes = [node for node in model.graph if node.op_type in STATE_OPERATORS]
 

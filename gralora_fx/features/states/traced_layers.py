@@ -236,10 +236,7 @@ def delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the gated delta rule, https://arxiv.org/abs/2412.06464; with a decay per key, Kimi's delta attention.
-
-    Arguments and results are those of the function that it replaces.
-    """
+    """Compute the gated delta rule, https://arxiv.org/abs/2412.06464, or per key Kimi's delta attention."""
     if use_qk_l2norm_in_kernel:
         query, key = _unit(query), _unit(key)
     y, state = LinearAttention.compute_with_state(

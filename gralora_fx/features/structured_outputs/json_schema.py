@@ -254,7 +254,6 @@ class _Walk:
 
 
 def _children(schema: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the direct subschemas."""
     for name in _MAPS:
         if isinstance(inner := schema.get(name), dict):
             yield from inner.values()

@@ -92,10 +92,7 @@ def split_constants(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[s
 
 
 def check_leaves(inputs: Mapping[str, Any]) -> None:
-    """Check that a graph can take or hold every leaf of the inputs.
-
-    Dataclasses are registered with `torch.export`, as a user would have to do.
-    """
+    """Check that a graph can take or hold every leaf of the inputs; dataclasses are registered with `torch.export`."""
     register_dataclasses(inputs)
     for path, leaf in leaf_paths(inputs):
         if isinstance(leaf, np.ndarray):

@@ -27,10 +27,7 @@ BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
 
 
 def main_input(model: PreTrainedModel) -> str:
-    """Return the name of the input that holds a text or another signal.
-
-    If the class's own main input is none of the usual names, this is the first usual name that the forward takes.
-    """
+    """Return the name of the main input, a text or another signal: the class's own, or the first usual one it takes."""
     name: str = model.main_input_name
     if name == IDS:
         return name

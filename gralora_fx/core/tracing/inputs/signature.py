@@ -81,10 +81,7 @@ def signature_of(
 
 
 def _answered_by_config(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a transformers model whose defaults are in its configuration.
-
-    Decorators in transformers accept `return_dict` and the `output_...` flags for any forward.
-    """
+    """Return the arguments whose defaults are in the configuration: `return_dict` and the `output_...` flags."""
     names = {name for name, default in defaults.items() if default is None}
     names |= {"return_dict", *(name for name in dir(config) if name.startswith("output_"))}
     answers = {name: getattr(config, name, None) for name in sorted(names)}

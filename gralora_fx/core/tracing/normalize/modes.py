@@ -77,10 +77,7 @@ def is_in_training(graph: fx.Graph) -> bool:
 
 
 def find_rng_op(graph: fx.Graph) -> str | None:
-    """Return an operator that draws random numbers in either mode, with the line of its call; None if there is none.
-
-    A model that does so only in training, like some routers, has no mode argument for it in a training trace.
-    """
+    """Return an operator that draws random numbers in evaluation too, with the line of its call, or None."""
     for node in graph.nodes:
         tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
         if torch.Tag.nondeterministic_seeded in tags and _KEY not in node.meta.get("custom", {}) and _is_on(node):
