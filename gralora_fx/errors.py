@@ -170,12 +170,7 @@ def bulleted(problems: Iterable[object], most: int = 20) -> str:
 
 
 def warn_caller(message: str, *, also: tuple[str, ...] = ()) -> None:
-    """Warn at the nearest line outside this package on the call stack.
-
-    Args:
-        message: The message.
-        also: Other packages to skip.
-    """
+    """Warn at the nearest line of the call stack outside this package and those of `also`."""
     level, frame = 1, sys._getframe()
     within = (__package__, "contextlib", "importlib", *also)  # a public name is imported on first use
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in within:

@@ -49,16 +49,7 @@ def describe(
     flavour: str,
     logits: str,
 ) -> Manifest:
-    """Return the manifest of an export, without its files and its verification.
-
-    Args:
-        conversion: The conversion of the model.
-        models: All ONNX models of the export, by the names of their files.
-        companions: The conversions of companions, by the names of their files.
-        programs: Names of the files of models that other programs run in its place.
-        flavour: The kind of export.
-        logits: The positions whose logits it returns.
-    """
+    """Return the manifest of an export without its files and verification; the mappings are by file name."""
     model, options, log = conversion.model, conversion.options, conversion.log
     traced = base_trace(model)
     graphs = {name: onnx_model.graph for name, onnx_model in models.items()}

@@ -186,13 +186,7 @@ def staged(directory: str | Path, check: Callable[[str | Path], Path] = check_ou
 
 
 def require_space(directory: str | Path, needed: int) -> None:
-    """Check that the disk has room before anything is written.
-
-    An earlier export is kept until the new one is complete, so its space does not count as free.
-
-    Raises:
-        ExportError: Fewer bytes are free.
-    """
+    """Check that the disk has room; an earlier export's space does not count, since it is kept until the end."""
     path = Path(directory).absolute()
     while not path.exists():
         path = path.parent

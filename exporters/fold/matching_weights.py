@@ -154,13 +154,9 @@ class BaseWeights:
 
 
 def find_values(weights: Iterable[ProductWeight], values: NDArray[Any]) -> Iterator[tuple[ProductWeight, int]]:
-    """Yield the weights that hold a matrix, alone or beside others, with its first output feature there.
+    """Yield the weights that hold a matrix `[out, in]`, each with its first output feature there.
 
-    Shapes are compared first, then the values of one input feature, then all.
-
-    Args:
-        weights: Where to look; quantized ones are left out.
-        values: `[out, in]`.
+    Quantized ones are left out. Shapes are compared first, then one input feature, then all.
     """
     outputs, inputs = values.shape
     for weight in weights:
@@ -171,13 +167,7 @@ def find_values(weights: Iterable[ProductWeight], values: NDArray[Any]) -> Itera
 
 
 def holds(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:
-    """Return whether a weight holds a matrix, rounded to its dtype, at an output feature; compared in pieces.
-
-    Args:
-        weight: A float weight.
-        start: Output feature of the weight at which the matrix begins.
-        values: `[out, in]`.
-    """
+    """Return whether a float weight holds `values [out, in]`, rounded to its dtype, from output feature `start` on."""
     stored, first, features = values, start, slice(None)
     if weight.transposed:
         stored, first, features = values.T, 0, slice(start, start + len(values))

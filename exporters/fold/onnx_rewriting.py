@@ -89,11 +89,7 @@ class OnnxRewriting:
         self._edit(location.file, location.value, edit, (location.path, location.arrangement))
 
     def files(self, data: Iterable[Path]) -> list[NewFile]:
-        """Return the new data files: changed tensors in place, added ones at the end, all else copied.
-
-        Raises:
-            MergeError: Another initializer lies in the bytes that change, and would change with them.
-        """
+        """Return the new data files: changed tensors in place, added ones at the end; raise if others share bytes."""
         self._check_apart()
         return [NewFile(path.name, list(_with_copies(path, self._parts.get(path, ())))) for path in data]
 
@@ -177,11 +173,7 @@ def plan_rewriting(
     replacements: Replacements,
     stacks: Sequence[StackLocation] = (),
 ) -> tuple[OnnxRewriting, list[QuantizedEdit]]:
-    """Return the rewriting of files, and the edits of quantized weights.
-
-    Raises:
-        MergeError: Weights share bytes.
-    """
+    """Return the rewriting of files, and the edits of quantized weights; raise if weights share bytes."""
     layers: dict[tuple[str, int], list[LayerEdit]] = {}
     weights: dict[tuple[str, int], ProductWeight] = {}
     folds = (

@@ -151,12 +151,9 @@ def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
 def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return outputs without the positions that the attention mask hides, whose values are undefined.
 
-    Keys and values keep unmasked positions; states are kept; a decoder's logits keep the last positions; other outputs
-    keep the unmasked positions of the masked text, which is the encoder's in an encoder-decoder.
-
-    Args:
-        outputs: Output tensors by name: `[batch, length, ...]`, keys and values `[batch, heads, length, size]`.
-        inputs: The inputs from which they were computed.
+    Keys and values `[batch, heads, length, size]` keep unmasked positions; states are kept; a decoder's logits keep the
+    last positions; other outputs `[batch, length, ...]` keep the unmasked positions of the masked text, which is the
+    encoder's in an encoder-decoder.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.ndim != 2 or bool(mask.all()):

@@ -217,10 +217,7 @@ def _check_finite(name: str, where: str, expected: Tensor, actual: Tensor) -> No
 
 
 def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
-    """Return KL(p || q) of the distributions of two sets of logits `[rows, vocabulary]`, in nats: `[rows]`, float64.
-
-    Rows are processed one at a time with numpy, as in `draw`.
-    """
+    """Return KL(p || q) of two sets of logits `[rows, vocabulary]`, in nats: `[rows]` float64, row by row."""
     found = []
     with np.errstate(invalid="ignore"):
         for pair in zip(expected.numpy(), actual.numpy(), strict=True):

@@ -277,13 +277,7 @@ def with_heads(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
 
 
 def replace_folded(graph: fx.Graph, new: fx.Node, old: fx.Node) -> None:
-    """Let the readers of a product of three axes read its counterpart of four.
-
-    Args:
-        graph: The graph; new nodes are inserted at the old node.
-        new: `[batch, heads, length, size]`.
-        old: The same with folded heads.
-    """
+    """Let readers of a product with folded heads read its counterpart `[batch, heads, length, size]`."""
     for user in list(old.users):
         if refolded(user) is old and all(map(same_size, shape(user), shape(new))) and len(shape(user)) == 4:
             user.replace_all_uses_with(new)

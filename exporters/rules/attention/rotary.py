@@ -301,11 +301,7 @@ class LowerRotary:
 def rotated(build: Builder, rotary: RotaryNode, x: ir.Value, tables: RotaryTables) -> ir.Value:
     """Build the runtime's operator for a rotary operator.
 
-    Args:
-        build: Makes the node.
-        rotary: The rotary operator.
-        x: The input to rotate: `[batch, heads, length, size]`, or the same as `[batch, length, heads * size]`.
-        tables: The tables of the graph.
+    `x` is `[batch, heads, length, size]`, or the same as `[batch, length, heads * size]`.
     """
     heads, size, half = static_dim(rotary.x, 1), static_dim(rotary.x, 3), static_dim(rotary.cos, 2)
     attributes: dict[str, int] = {"interleaved": rotary.interleaved}

@@ -98,12 +98,7 @@ class Head:
     chain: tuple[ir.Value, ...]  # its output and the elementwise results after it, up to the logits
 
     def read(self, build: Builder, positions: ir.Value) -> None:
-        """Let the head read some positions instead of all.
-
-        Args:
-            build: The builder whose nodes computed them; they are inserted.
-            positions: `[batch, 1, size]`.
-        """
+        """Let the head read `positions [batch, 1, size]`, computed by a builder's nodes, instead of all."""
         build.insert_before(self.node)
         self.node.replace_input_with(0, positions)
         for member in self.chain:

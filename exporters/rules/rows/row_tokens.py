@@ -131,12 +131,7 @@ def longest_row(build: Builder, tokens: RowTokens) -> RowTokens:
 
 
 def last_tokens(build: Builder, query: ir.Value) -> ir.Value:
-    """Return `[batch, 1]`, the index of each row's last token, `max(cumsum(query) - 1, 0)`; any for an idle row.
-
-    Args:
-        build: Makes the nodes.
-        query: `[batch]` int32, how many tokens of each row count.
-    """
+    """Return `[batch, 1]`, the index of each row's last token, `max(cumsum(query) - 1, 0)`; any for an idle row."""
     ends = build("CumSum", build("Cast", query, to=ir.DataType.INT64), 0)
     last = build("Max", build("Sub", ends, 1), 0)
     return build("Unsqueeze", last, [1])

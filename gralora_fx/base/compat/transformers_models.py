@@ -75,18 +75,10 @@ def unquantized_modules(model: PreTrainedModel, names: Sequence[str] | None) -> 
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply groups of rows, each by its own matrix.
+    """Multiply groups of rows `x [rows, in]`, each by its own matrix of `weight [groups, in, out]`: `[rows, out]`.
 
-    Tensors with values take one product per non-empty group, which computes only the gradients needed; in a compiled
-    graph it is transformers' operator.
-
-    Args:
-        x: `[rows, in]`, the groups one after the other.
-        weight: `[groups, in, out]`.
-        ends: `[groups]`, the end of each group.
-
-    Returns:
-        `[rows, out]`, in the weight's dtype.
+    `ends [groups]` are the groups' ends. Tensors with values take one product per non-empty group, which computes only
+    the gradients needed; in a compiled graph it is transformers' operator.
     """
     x = x.to(weight.dtype)
     if type(x) not in (Tensor, nn.Parameter):

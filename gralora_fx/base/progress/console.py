@@ -36,14 +36,7 @@ class Heartbeat:
         silence: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start outside any stage.
-
-        Args:
-            console: Where to print.
-            first: Seconds until the first line may come; None for `FIRST`.
-            silence: Minimum seconds between two lines; None for `SILENCE`.
-            clock: Returns the time in seconds.
-        """
+        """Print to a console after `first` seconds, then at least `silence` seconds apart; `clock` tells them."""
         self._console, self._clock = console, clock
         self._silence = SILENCE if silence is None else silence
         self._ended = threading.Event()

@@ -82,12 +82,10 @@ def acting_of(config: AdapterConfig) -> Inserting | None:
 
 
 def starts_in(ids: Tensor, acting: Mapping[str, tuple[int, ...]], rows: Mapping[str, Rows] | None) -> dict[str, Tensor]:
-    """Return the column of each prompt from which each adapter acts; the number of tokens where it never does.
+    """Return the column of each prompt `[batch, tokens]` from which each adapter acts; the number of tokens if never.
 
-    Args:
-        ids: `[batch, tokens]`.
-        acting: For each adapter by name, the token sequence at which it starts to act.
-        rows: The rows of each adapter, to warn of those where it never acts; None for all rows.
+    `acting` has the tokens at which an adapter starts, `rows` each adapter's rows, to warn of those where it never
+    acts.
     """
     part, found = _part(), {}
     for name, tokens in acting.items():
@@ -102,14 +100,9 @@ def starts_in(ids: Tensor, acting: Mapping[str, tuple[int, ...]], rows: Mapping[
 def given_starts(
     starts: object, acting: Iterable[str], rows: Mapping[str, Rows] | None, batch: int, past: int
 ) -> tuple[Tensor, ...]:
-    """Check the starts given to a call, and return one tensor per adapter for the graph, relative to the cache's end.
+    """Check the starts given to a call: integers `[batch]`, or such a tensor for each adapter by name.
 
-    Args:
-        starts: `[batch]`, integers; or such a tensor for each adapter by name.
-        acting: Names of the adapters, in the order of their masks.
-        rows: The rows of each; None for all.
-        batch: Number of rows.
-        past: Number of cached columns.
+    Return one tensor per adapter, in the order of the masks, relative to the end of the `past` cached columns.
     """
     by_name: dict[str, Tensor] = {}
     for name in acting:

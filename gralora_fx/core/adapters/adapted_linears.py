@@ -144,17 +144,7 @@ def _size(value: Tensor, rows: Rows | None) -> int:
 def _add_gradients(
     into: Tensor | None, read: Tensor, rows: Tensor, A: Tensor, B: Tensor, hidden: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of A and B, and add the input's gradient to `into`.
-
-    Args:
-        into: The gradient of `read` so far, `[T, in]`; None if it is not needed.
-        read: The input, `[..., in]`.
-        rows: The gradient of the output, `[T, out]`.
-        A: The first factor, as for `project`.
-        B: The second factor, as for `accumulate`.
-        hidden: The result of `project`.
-        scale: Factor of the update.
-    """
+    """Return the gradients of A and B, given that of the output, `rows [T, out]`; add the input's to `into [T, in]`."""
     if A.ndim == 2:
         of_hidden = torch.mm(rows, B).mul_(scale)
         if into is not None:

@@ -58,12 +58,7 @@ def loss_of_rows(
 
 
 def split_rows(value: Tensor, rows: Mapping[str, Rows]) -> dict[str, Tensor]:
-    """Return the rows of each adapter, with one `torch.split` if they are contiguous.
-
-    Args:
-        value: `[batch, ...]`.
-        rows: The result of `rows_by_adapter`.
-    """
+    """Return the rows of each adapter in `[batch, ...]`, with one `torch.split` if they are contiguous."""
     if any(isinstance(chosen, Tensor) for chosen in rows.values()):
         return {name: value[chosen] for name, chosen in rows.items()}
     starts = {name: chosen.start for name, chosen in rows.items()}  # type: ignore[union-attr]

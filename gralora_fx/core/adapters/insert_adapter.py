@@ -104,15 +104,7 @@ class InsertAdapter:
         return redirect_readers(node, result, after)
 
     def output(self, graph: fx.Graph, insertion: Insertion, call: LinearCall, x: fx.Node, y: fx.Node) -> fx.Node:
-        """Insert the nodes that add the adapter to a call's output, and return the last one.
-
-        Args:
-            graph: The graph, at the insertion point.
-            insertion: The adapter at the call's site.
-            call: The call.
-            x: The layer's input, or some of its rows, or the input masked to some tokens.
-            y: The layer's own output for `x`.
-        """
+        """Insert the nodes that add the adapter to a call's output `y` of the input `x`, and return the last one."""
         tracer = GraphAppendingTracer(graph)
         weight, bias = _proxy(call.weight, tracer), None if call.added is None else _proxy(call.added, tracer)
         x_and_y = _proxy(x, tracer), _proxy(y, tracer)

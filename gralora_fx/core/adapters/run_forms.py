@@ -128,13 +128,7 @@ def in_form(flat: fx.GraphModule, form: RunForm, traced: TracedModel) -> Counted
 
 
 def texts_of(positions: Tensor) -> Tensor:
-    """Return the number of each token's text in its row, from 1 on; a text starts where positions do not continue.
-
-    transformers separates texts in the same way.
-
-    Args:
-        positions: `[batch, length]`.
-    """
+    """Return each token's text number in its row, from 1 on; a text starts where positions `[batch, length]` break."""
     return 1 + (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).long().cumsum(-1)
 
 

@@ -32,11 +32,7 @@ _OWN = (*_TENSORS, *_HOOKS, "training", "_is_full_backward_hook")  # attributes 
 
 
 class GraphBlock(fx.GraphModule):
-    """A block of a rewritten model in the module tree, where FSDP2 shards it and users add hooks.
-
-    Its graph and its results are those of the model's current state. The modules that run share its tensors and its
-    hooks.
-    """
+    """A block of a rewritten model in the module tree, with the current state's graph; FSDP2 shards it."""
 
     _running: Callable[[], fx.GraphModule]
     _compiled_with: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -65,24 +61,14 @@ class GraphBlock(fx.GraphModule):
         return self._running().code
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Run the block with `torch.compile` in every state; blocks that compute the same share the compiled code.
-
-        Args:
-            *args: As of `torch.compile`.
-            **kwargs: As of `torch.compile`.
-        """
+        """Run the block with `torch.compile` in every state; blocks that compute the same share the compiled code."""
         self.__dict__["_compiled_with"] = (args, kwargs)
 
     def recompile(self) -> Any:
         """Do nothing, since the code is the running block's; graph modules call this after edits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block in the current state.
-
-        Args:
-            *args: The inputs of its graph: activations, then tensors of adapters.
-            **kwargs: The same by name.
-        """
+        """Run the block in the current state on its activations, then tensors of adapters."""
         running = self._running()
         return type(running).forward(running, *args, **kwargs)  # without its hooks, which have run
 
@@ -159,17 +145,9 @@ def running_module(
     checkpointing: Checkpointing | None,
     passes: Sequence[Pass[fx.Graph]] = (),
 ) -> fx.GraphModule:
-    """Return a module equivalent to a flat graph that calls blocks as submodules.
+    """Return a module equivalent to a flat graph that calls blocks as submodules; raise `NoBlock` if one cannot run.
 
-    Args:
-        flat: The flat graph, over the tensors of the tree or replacements.
-        tree: The tree, with the blocks.
-        paths: Paths of the blocks.
-        checkpointing: Which blocks are recomputed in the backward pass; None for none.
-        passes: Passes over each block's graph and over the graph that calls them.
-
-    Raises:
-        NoBlock: The operations of a block cannot run together.
+    `passes` run over each block's graph and over the graph that calls them.
     """
     graph, calls = call_blocks(flat, paths)
     for own in (graph, *(call.graph for call in calls)):

@@ -90,10 +90,9 @@ def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybri
 
 @without_gradients
 def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
-    """Return a plain LoRA pair of scale 1 whose update is the sum of several, exactly (up to rounding `scale * B`).
+    """Return the sum of several updates, exactly, as LoRA of scale 1: `A [R, in]`, `B [out, R]`, float32 or better.
 
-    Returns:
-        `A [R, in]` and `B [out, R]`, in float32 or better, with R the sum of the ranks, or `r` if that is more.
+    R is the sum of the ranks, or `r` if that is more; only `scale * B` is rounded.
     """
     import torch
 

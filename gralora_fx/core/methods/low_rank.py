@@ -36,9 +36,7 @@ def drop_inputs(x: Tensor, probability: float) -> Tensor:
 def at_tokens(x: Tensor, acting: Tensor) -> Tensor:
     """Return a layer's input with zeros at tokens on which the adapter does not act, so that it adds nothing there.
 
-    Args:
-        x: `[batch, tokens, in]`, or `[batch * tokens, in]`.
-        acting: `[batch, tokens]`, true where it acts.
+    `x` is `[batch, tokens, in]` or `[batch * tokens, in]`, and `acting` `[batch, tokens]`.
     """
     return torch.where(acting.reshape(*x.shape[:-1], 1), x, 0)
 
@@ -103,27 +101,16 @@ def swapped(hidden: Tensor) -> Tensor:
 
 
 def take_rows(x: Tensor, rows: Rows, batch: int | None = None) -> Tensor:
-    """Return some rows of a batch: a view for a slice.
-
-    Args:
-        x: `[batch, ...]`; or `[batch * n, ...]`, n consecutive entries for each row.
-        rows: The rows.
-        batch: Batch size, if each row has several entries in the first axis.
-    """
+    """Return some rows of `[batch, ...]`, a view for a slice; of `[batch * n, ...]`, given `batch`, n entries each."""
     return x[rows] if batch is None else torch.unflatten(x, 0, (batch, -1))[rows].flatten(0, 1)
 
 
 def set_rows(
     y: Tensor, rows: Sequence[Rows], values: Sequence[Tensor], batch: int | None = None, *, in_place: bool = True
 ) -> Tensor:
-    """Return a batch with some rows replaced: written in place where no gradient is recorded.
+    """Return a batch (as for `take_rows`) with disjoint rows replaced by values.
 
-    Args:
-        y: `[batch, ...]`, or `[batch * n, ...]` as for `take_rows`.
-        rows: The rows of each value, disjoint.
-        values: The values.
-        batch: As for `take_rows`.
-        in_place: False never overwrites, for a `y` with other readers.
+    It is written in place where no gradient is recorded, unless `in_place` is false, for a `y` with other readers.
     """
     if batch is not None:
         parts = [torch.unflatten(value, 0, (-1, y.shape[0] // batch)) for value in values]

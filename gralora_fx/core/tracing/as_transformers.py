@@ -224,11 +224,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return {}
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Shift labels right, for collators that make an encoder-decoder's decoder inputs.
-
-        Args:
-            labels: Token ids `[batch, length]`, -100 where there is no loss.
-        """
+        """Shift labels `[batch, length]` right, for collators that make an encoder-decoder's decoder inputs."""
         return decoder_inputs(labels, self.config, self.traced.shift_labels)
 
     def _check_positions(self, mask: Tensor | None) -> None:

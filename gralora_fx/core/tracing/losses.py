@@ -26,13 +26,7 @@ def counts_items(loss_function: Callable[..., Tensor] | None) -> bool:
 
 
 def decoder_inputs(labels: Tensor, config: PreTrainedConfig, shift: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Return labels shifted right, as encoder-decoders feed their decoder in training.
-
-    Args:
-        labels: `[batch, length]`, -100 where there is no loss.
-        config: The model's configuration.
-        shift: The model's own function; None to shift them after the start token.
-    """
+    """Return labels `[batch, length]` shifted right by `shift`, the model's own function, or after the start token."""
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         start = getattr(config, "bos_token_id", None)

@@ -14,11 +14,7 @@ from gralora_fx.errors import TraceError
 
 
 def named_blocks(flat: fx.GraphModule, tree: ModuleTree, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return the paths of the modules that patterns name; `*` stands for one part of a path.
-
-    Raises:
-        TraceError: A pattern names no module, a block is within another one, or a module cannot be a block.
-    """
+    """Return the modules that patterns name, where `*` is one part of a path; raise for any that cannot be a block."""
     blocks, refused = callable_blocks(flat, _matching_modules(tree, patterns))
     for path, reason in refused.items():
         raise TraceError(f"blocks: {path} cannot be a block: {reason}; leave it out")

@@ -29,12 +29,7 @@ from gralora_fx.format.input_names import PAST
 
 
 def only_chosen(mask: Tensor, chosen: Tensor) -> Tensor:
-    """Return a mask that hides every key that was not chosen for a query.
-
-    Args:
-        mask: `[batch, 1, length, total]`, added to scores.
-        chosen: `[batch, length, count]`, the indices of keys.
-    """
+    """Add to a mask `[batch, 1, length, total]` what hides the keys not among `chosen [batch, length, count]`."""
     hidden = torch.ones_like(mask, dtype=torch.bool).scatter(-1, chosen.unsqueeze(1).long(), False)
     return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 

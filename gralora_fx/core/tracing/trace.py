@@ -32,13 +32,7 @@ _CONTAINERS = (_LIST, "torch.nn.modules.container.Sequential")
 
 
 def blocks_of(flat: fx.GraphModule, tree: ModuleTree, patterns: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the paths of a graph's blocks: the modules that patterns name, or the repeated ones for None.
-
-    A repeated module is left out if the graph reads no tensor of it, or if its nodes cannot be moved together.
-
-    Raises:
-        TraceError: A module that a pattern names cannot be a block.
-    """
+    """Return the paths of a graph's blocks: the modules that patterns name, or for None repeated ones that can be."""
     if patterns is None:
         return _repeated_blocks(flat, tree)
     if not patterns:

@@ -65,14 +65,7 @@ def example_of(model: PreTrainedModel, name: str, generator: torch.Generator) ->
 def drawn_patches(
     size: tuple[int, int], merge: int, shape: Sequence[int], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Draw the patches of an image, and its grid `[1, 3]`, as a tower takes them that reads images of any size.
-
-    Args:
-        size: Its height and width in tokens.
-        merge: Patches on a side of a token.
-        shape: Of a patch: its values, or its channels, height and width.
-        generator: Draws them.
-    """
+    """Draw the patches of an image of `size` tokens (`merge` patches a side), and its grid `[1, 3]`."""
     grid = torch.tensor([[1, size[0] * merge, size[1] * merge]])
     return {IMAGES: torch.randn(int(grid.prod()), *shape, generator=generator), GRID_THW: grid}
 
@@ -86,13 +79,7 @@ def drawn_places(size: tuple[int, int], merge: int, values: int, generator: torc
 
 
 def examples_beside(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Return example inputs of a step with images, at every second position: the ids, and what is beside them.
-
-    Args:
-        model: The decoder, or a model that reads images beside a text.
-        ids: `[batch, length]`.
-        mask: `[batch, past + length]`.
-    """
+    """Return a step's example ids and inputs with images at every second position, given `ids [batch, length]`."""
     _check_is_known(model)
     generator = torch.Generator().manual_seed(1)
     batch, length = ids.shape

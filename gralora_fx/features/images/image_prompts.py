@@ -121,14 +121,7 @@ class ImagePrompts:
         )
 
     def read(self, inputs: GenerateInputs, adapter: AdapterNames, limit: PromptLimit) -> Prompts:
-        """Read what `generate` was given.
-
-        Args:
-            inputs: A text or a chat, or a list of them, and the images of a single prompt in order; of a list of
-                prompts a list for each, or None. None where they are in chats, as transformers and OpenAI write them.
-            adapter: The adapter of all, or of each.
-            limit: The most tokens of a prompt.
-        """
+        """Read the prompts and images that `generate` was given, for the adapters of each, up to a number of tokens."""
         for name in (EMBEDS, "input_ids", "attention_mask"):
             inputs.check_unused("images are given with prompts as text or chats", name)
         prompts, images = inputs.prompts, inputs.media
@@ -157,12 +150,8 @@ class ImagePrompts:
     ) -> tuple[list[int], Given | None]:
         """Return the ids of a prompt, and what stands in the place of those of its images; None without any.
 
-        Args:
-            prompt: A text with the placeholders of the model's processor, or a chat whose parts
-                `{"type": "image"}` stand for images.
-            images: The images in order, as `PIL.Image.Image` in RGB.
-            adapter: The adapter that reads them.
-            described: What the template of chats is to describe to the model.
+        A text has the placeholders of the model's processor, a chat parts `{"type": "image"}`, which `described` tells
+        its template; the images are in order, as `PIL.Image.Image` in RGB.
         """
         text = self._written(prompt, len(images), described)
         bos = self._processor.tokenizer.bos_token

@@ -32,12 +32,7 @@ _SPECS = {each.name: each for each in STEP_INPUTS}
 
 
 def with_images(prompts: Prompts, embeds: Any) -> Prompts:
-    """Return prompts with what images put in the place of their tokens.
-
-    Args:
-        prompts: The prompts.
-        embeds: Embeddings `[tokens, hidden]`, or a dict of them and what goes with them, of the prompt or of each.
-    """
+    """Return prompts with embeddings `[tokens, hidden]`, or a dict of them and other inputs, for each or the one."""
     given = [embeds] if prompts.is_single else list(embeds) if isinstance(embeds, (list, tuple)) else None
     if given is None or len(given) != len(prompts.rows):
         raise ServingError(
@@ -175,14 +170,10 @@ class ImageRows(GivenRows):
 def given_of(
     places: NDArray[np.bool_], outputs: Sequence[Outputs], grids: NDArray[np.int64] | None, merge: int
 ) -> Given:
-    """Return what a row is given of the images of its prompt, each array of all tokens of the prompt.
+    """Return what a row is given of its prompt's images, each array of all tokens of the prompt.
 
-    Args:
-        places: Which tokens stand for images `[tokens]`.
-        outputs: What was made of each image, in order.
-        grids: Frames, height and width in patches of each image `[images, 3]`; None of a model without positions of
-            them.
-        merge: Patches on a side of a token.
+    `places [tokens]` are those that stand for images, `outputs` what was made of each image, `grids [images, 3]`
+    frames, height and width in patches (None without positions of them), and `merge` patches on a side of a token.
     """
     features = np.concatenate([each[IMAGE_FEATURES] for each in outputs])
     embeds = np.zeros((1, len(places), features.shape[1]), features.dtype)
@@ -198,15 +189,10 @@ def given_of(
 
 
 def grid_positions(places: NDArray[np.bool_], grids: NDArray[np.int64], merge: int) -> NDArray[np.int64]:
-    """Return the positions in time, height and width of a prompt's tokens `[3, tokens]`, as Qwen2-VL's models count.
+    """Return positions in time, height and width of a prompt's tokens `[3, tokens]`, as Qwen2-VL's models count.
 
-    Text counts on from the largest position before it, alike in all three; the tokens of an image count its rows and
-    columns from there.
-
-    Args:
-        places: Where tokens of images stand `[tokens]`.
-        grids: Frames, height and width in patches of each image `[images, 3]`.
-        merge: Patches on a side of a token.
+    Text counts on from the largest position before it, alike in all three; the tokens of an image (`places [tokens]`)
+    count its rows and columns from there. `grids [images, 3]` are in patches, `merge` of them on a side of a token.
     """
     positions = np.empty((3, len(places)), np.int64)
     sizes = iter([(frames, height // merge, width // merge) for frames, height, width in grids.tolist()])

@@ -46,12 +46,7 @@ class ImageSizes:
         return self.fitting((1, 1))
 
     def problem(self, shape: Sequence[int], sizes: Sequence[Any]) -> str | None:
-        """Return what is wrong with images of a shape, and what to do; None if they are taken.
-
-        Args:
-            shape: `[batch, channels, height, width]`.
-            sizes: The graph's own; any number of channels is taken where they have none.
-        """
+        """Return what is wrong with images `[batch, channels, height, width]`, and a remedy; None if they are taken."""
         if len(shape) != 4:
             return f"has shape {list(shape)}, but images are [batch, channels, height, width]; add or drop axes"
         channels = next(iter(sizes[1:2]), None)

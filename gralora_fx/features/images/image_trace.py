@@ -135,12 +135,7 @@ def _sizes_of(draft: Captured, own: tuple[int, int], step: int) -> ImageSizes:
 
 
 def least_sizes(graph: fx.Graph, name: str) -> tuple[int, int]:
-    """Return the smallest height and width of an image for which no axis of any value in a graph is empty.
-
-    Args:
-        graph: A traced graph, every node with its traced value.
-        name: The input `[batch, channels, height, width]`, its height and width dynamic.
-    """
+    """Return the smallest height and width of an image for which no axis of any traced value in a graph is empty."""
     image = next(node for node in graph.find_nodes(op="placeholder") if node.target == name).meta["val"]
     height, width = (_expression(size) for size in image.shape[2:])
     sizes = {expression for node in graph.nodes for expression in _expressions(node.meta.get("val"))}

@@ -12,11 +12,7 @@ from gralora_fx.errors import ExportError
 
 
 def processor_beside(tokenizer: Any, places: Sequence[str | Path]) -> Any | None:
-    """Return the processor to save with what reads pixels: the one that was given, or that lies beside the tokenizer.
-
-    Raises:
-        ExportError: It needs packages that are not installed, or cannot be loaded.
-    """
+    """Return the processor to save: the one given, or the one beside the tokenizer; raise if it cannot be loaded."""
     if hasattr(tokenizer, "image_processor"):
         return tokenizer
     if not places:

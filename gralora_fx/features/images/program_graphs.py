@@ -25,14 +25,10 @@ _POSITIONS = "position_ids"
 
 
 def program_graphs(config: Any, models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
-    """Return the graphs by the names of their files.
+    """Return the graphs that other programs run, by file name; none for models that these programs cannot drive.
 
-    There are none of a model whose text has more of images than embeddings, where adapters have to be given, and where
-    the programs would give other pixels than what reads them takes, or could not lay out its features.
-
-    Args:
-        config: The model's configuration.
-        models: The models of the export, by the names of their files.
+    Such models have more of images in their texts than embeddings, adapters that must be given, or pixels or features
+    in a form that the programs do not make.
     """
     model, token = models[MODEL], image_token(config)
     names = [str(value.name) for value in model.graph.inputs]

@@ -48,13 +48,7 @@ class TilePacking:
         return 1 + rows * columns
 
     def packed(self, features: NDArray[Any], newline: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-        """Return the features of an image in the order of its tokens `[tokens, hidden]`.
-
-        Args:
-            features: `[tiles, positions, hidden]`, the whole image first; or of the whole alone.
-            newline: `[1, hidden]`.
-            size: Height and width of the image.
-        """
+        """Return features `[tiles, positions, hidden]` of an image, the whole first, as `[tokens, hidden]`."""
         whole, tiles = features[0], features[1:]
         if not len(tiles):
             return np.concatenate([whole, newline])

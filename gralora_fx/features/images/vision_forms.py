@@ -58,11 +58,7 @@ class VisionForm(ABC):
 
 
 def form_of(model: PreTrainedModel) -> VisionForm:
-    """Return how the part of a model that reads pixels is called.
-
-    Raises:
-        TraceError: It is not known.
-    """
+    """Return how the part of a model that reads pixels is called; raise `TraceError` if that is unknown."""
     base: Any = getattr(model, "model", model)
     if hasattr(base, "visual_indicator_token_ids"):
         raise TraceError("tokens around its images have embeddings of their own (visual_indicator_token_ids)")

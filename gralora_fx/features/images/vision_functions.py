@@ -16,12 +16,7 @@ from gralora_fx.features.images import vision_grids
 
 @contextmanager
 def grids_by_arithmetic(model: nn.Module, count: Any) -> Iterator[None]:
-    """Let the code of a model call such functions within the block.
-
-    Args:
-        model: The model.
-        count: How many patches its one image has, maybe a symbol.
-    """
+    """Let a model's code call functions of grids by arithmetic in the block; its one image has `count` patches."""
     modules = {sys.modules[type(part).__module__] for part in model.modules()}
     with ExitStack() as changed:
         for name, function in _functions(count).items():

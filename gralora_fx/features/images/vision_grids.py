@@ -21,14 +21,10 @@ class Windows(NamedTuple):
 
 
 def places(grid: Tensor, count: Any, merge: int) -> Tensor:
-    """Return the row and column of every patch of an image `[patches, 2]`.
+    """Return the row and column of every patch of an image, `[patches, 2]`, by blocks of `merge` x `merge` patches.
 
-    Patches follow each other by blocks of `merge` x `merge`, as processors of Qwen's kind write them.
-
-    Args:
-        grid: `[1, 3]`: one frame, and its height and width in patches.
-        count: How many patches there are, maybe a symbol.
-        merge: Patches on a side of a block.
+    Processors of Qwen's kind write them so. `grid [1, 3]` is one frame with height and width in patches, and `count`
+    how many there are, maybe a symbol.
     """
     width, area = grid[0, 2], merge * merge
     patch = torch.arange(count, device=grid.device)
@@ -52,14 +48,7 @@ def blocks(grid: Tensor, patches: Tensor, merge: int) -> tuple[Tensor, Tensor, A
 
 
 def windows(grid: Tensor, merge: int, side: int, merged: Any) -> Windows:
-    """Return the windows of an image's merged patches, row by row.
-
-    Args:
-        grid: `[1, 3]`: one frame, and its height and width in patches.
-        merge: Patches on a side of a merged one.
-        side: Merged patches on a side of a window.
-        merged: How many merged patches there are, maybe a symbol.
-    """
+    """Return the windows of `side` merged patches a side of an image, row by row; `grid` is `[1, 3]`, in patches."""
     height, width = grid[0, 1] // merge, grid[0, 2] // merge
     across = (width + side - 1) // side
     index = torch.arange(merged, device=grid.device)

@@ -38,11 +38,7 @@ from gralora_fx.features.images.vision_layers import traceable_layers
 
 
 def vision_part(traced: TracedModel) -> dict[str, TracedModel]:
-    """Return the trace of what reads pixels, by the name of its file; none of a model that reads texts alone.
-
-    Raises:
-        TraceError: There is such a part, and it cannot be traced.
-    """
+    """Return the trace of what reads pixels by its file's name; none for texts alone, a `TraceError` if it fails."""
     source = traced.source
     if isinstance(source, str):
         if getattr(traced.config, "vision_config", None) is not None:

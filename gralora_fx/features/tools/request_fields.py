@@ -157,11 +157,7 @@ class ToolCaller(PlannedRequest):
         return self.parallel_tool_calls is not False
 
     def tool_use(self, constraints: Constraints | None) -> ToolUse | None:
-        """Return the tools that the answer may call; None if it calls none.
-
-        Raises:
-            WrongFieldError: A tool's arguments are no schema, two tools share a name, or a choice names none of them.
-        """
+        """Return the tools that the answer may call, checked; None if it calls none."""
         choice = self.tool_choice
         mode, named = choice.named() if isinstance(choice, ToolChoice) else (choice or "auto", dict[str, str]())
         named = {f"tool_choice.{field}": name for field, name in named.items()}

@@ -149,25 +149,13 @@ def cached_slots(inputs: Mapping[str, Any]) -> list[CacheSlot]:
 
 
 def positions(mask: Tensor, length: int | None = None) -> Tensor:
-    """Return the position ids of the last `length` columns of each row, not counting padding.
-
-    Args:
-        mask: `[batch, total]`, 0 at padding.
-        length: Number of columns; None for all.
-    """
+    """Return position ids of the last `length` columns (None for all) of a mask `[batch, total]`, without padding."""
     counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return counted if length is None else counted[:, counted.shape[1] - length :]
 
 
 def default_of_step(name: str, ids: Tensor, inputs: Mapping[str, Any], *, counts_padding: bool) -> Tensor | None:
-    """Return the default mask or positions of a decoder's step; None for another input.
-
-    Args:
-        name: Name of the input.
-        ids: `[batch, length]`.
-        inputs: The given inputs, with a cache.
-        counts_padding: Whether positions count the padding before them.
-    """
+    """Return the default mask or positions of a decoder's step for `ids [batch, length]`; None for another input."""
     mask = inputs.get("attention_mask")
     if mask is None:
         mask = ids.new_ones(ids.shape[0], (cached_length(inputs[PAST]) or 0) + ids.shape[1])
@@ -176,11 +164,7 @@ def default_of_step(name: str, ids: Tensor, inputs: Mapping[str, Any], *, counts
 
 
 def check_step_shapes(inputs: Mapping[str, Any]) -> None:
-    """Check that a decoder step's mask and cache fit its tokens, since the graph's own error would be obscure.
-
-    Raises:
-        TraceError: The mask is not `[batch, past + length]`, or the cache's batch size is not that of the tokens.
-    """
+    """Check that a step's mask `[batch, past + length]` and cache fit its tokens; the graph's own error is obscure."""
     ids, mask, cache = (inputs.get(name) for name in ("input_ids", "attention_mask", PAST))
     if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and isinstance(cache, DynamicCache)):
         return

@@ -162,14 +162,11 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
 def decoder_step(
     model: PreTrainedModel, source: Mapping[str, Tensor], *, past: int = _PAST, length: int = _LENGTH
 ) -> dict[str, Any]:
-    """Return the inputs of one call: the encoder's inputs, and `length` new decoder positions after `past` cached ones.
+    """Return the inputs of one call: the source, `decoder_input_ids [batch, length]`, and an `EncoderDecoderCache`.
 
-    The cache holds the decoder's own keys and values. Those of the encoder's output are computed in every call of a
-    trace, which holds encoder and decoder in one graph; an export splits the two and caches them.
-
-    Returns:
-        The source, `decoder_input_ids [batch, length]` and an `EncoderDecoderCache` with keys and values
-        `[batch, heads, past, size]` per layer.
+    The cache holds the decoder's own keys and values, `[batch, heads, past, size]`. Those of the encoder's output are
+    computed in every call of a trace, which holds encoder and decoder in one graph; an export splits the two and caches
+    them.
     """
     generator = torch.Generator().manual_seed(0)
     size = getattr(model.config.get_text_config(decoder=True), "vocab_size", 100)
