@@ -106,11 +106,7 @@ def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
 
 @without_gradients
 def as_update(difference: Array) -> Update:
-    """Return a change of a whole weight as an equal plain LoRA of rank `min(in, out)`, with an identity factor.
-
-    Args:
-        difference: `[out, in]`, added to the weight.
-    """
+    """Return a change `[out, in]` of a whole weight as an equal LoRA of rank `min(in, out)`, one factor an identity."""
     outs, ins = difference.shape
     if outs <= ins:
         return Update(LoraFactors(difference, identity(outs, difference)), 1.0)

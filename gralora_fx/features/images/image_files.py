@@ -30,17 +30,10 @@ _FORMATS = "PNG, JPEG, WebP, GIF or BMP"
 def images_of(
     values: Sequence[Any], limits: ImageLimits, hosts: Collection[str] = (), names: Sequence[str] = ()
 ) -> list[Image]:
-    """Open the images of a request.
+    """Open the images of a request, each as `image_of` takes it; `names` are what errors call them, such as fields.
 
-    Args:
-        values: Each as `image_of` takes it.
-        limits: Their bounds.
-        hosts: Hosts that images are fetched from.
-        names: What each is called in an error, such as its field; `image 1` and so on by default.
-
-    Raises:
-        WrongFieldError: One is not what `image_of` takes, or they have too many pixels together.
-        ServingError: They are too many.
+    Raise a `WrongFieldError` for one that is not taken, or too many pixels together, a `ServingError` for too many
+    images.
     """
     limits.check_count(len(values))
     images: list[Image] = []

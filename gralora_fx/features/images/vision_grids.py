@@ -34,13 +34,7 @@ def places(grid: Tensor, count: Any, merge: int) -> Tensor:
 
 
 def blocks(grid: Tensor, patches: Tensor, merge: int) -> tuple[Tensor, Tensor, Any]:
-    """Return where patches of one frame go that are merged by blocks, their weights, and how many blocks there are.
-
-    Args:
-        grid: `[1, 3]`: one frame, and its height and width in patches.
-        patches: The row and column of every patch `[patches, 2]`.
-        merge: Patches on a side of a block.
-    """
+    """Return where one frame's `patches [patches, 2]` go when merged by blocks, their weights, and how many blocks."""
     row, column = patches.unbind(1)
     block = row // merge * (grid[0, 2] // merge) + column // merge
     place = block * merge * merge + row % merge * merge + column % merge
