@@ -64,7 +64,7 @@ def fold_onnx(
 ) -> FoldReport:
     """Fold a saved adapter into an exported model, by changing only the weights in its files.
 
-    The result is what an export of the merged model would be, within rounding. Weights are read, changed in float32 or
+    The result equals an export of the merged model, within rounding. Weights are read, changed in float32 or
     better and written a few megabytes at a time; nothing is traced. The weight of each layer is found where the
     export's manifest says, else by the initializers' names, else by the values of the base. A weight that is shared
     with an embedding is copied first. The directory is written atomically, and `onnx_dir` is not changed.

@@ -108,7 +108,7 @@ class VerifyReport(Report):
         provider: Where it was run, if a provider was requested; None for the CPU provider.
         least_scale: The least value that a difference is relative to: 1, or less for a provider whose arithmetic is
             less exact than float32.
-        adapters: For an export that takes adapters as data, the comparison with each; the rest is that of the base.
+        adapters: For an export that takes adapters as data, the comparison with each; the other fields are of the base.
         rows: Greedy tokens of a decoder's graph whose rows have their own lengths, all adapters in one batch; None if
             there is no such graph, or it was not compared.
         companions: Greedy tokens of prompts that companions of the decoder read too; None without companions.

@@ -100,7 +100,7 @@ class CastGraph:
 
     What a half-precision model computes in float32 stays in float32: its casts are in the graph, though they change
     nothing in a float32 one. Weights are cast from the values of their sources, so a folded weight is rounded once.
-    Outputs are float32 but for those of a cache; `float32_inputs` does the same for the inputs of the ONNX model. A
+    Outputs are float32 except those of a cache; `float32_inputs` does the same for the inputs of the ONNX model. A
     state that sums up a text stays in float32 from step to step.
     """
 

@@ -158,7 +158,7 @@ def to_lora(
 ) -> None:
     """Write a GraLoRA adapter as an equal LoRA adapter.
 
-    PEFT and whatever serves LoRA read it. With --rank it is a smaller one, the nearest of that rank.
+    PEFT and servers of LoRA read it. With --rank it is the nearest adapter of that smaller rank.
     """
     if rank is not None:
         check_integer("--rank", rank, 1)

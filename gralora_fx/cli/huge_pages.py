@@ -28,7 +28,7 @@ def use_huge_pages() -> None:
     os.environ[VARIABLE] = ":".join([*([tunables] if tunables else []), f"{TUNABLE}=1"])
     sys.stderr.write(f"starting over to have memory in huge pages: {VARIABLE}={os.environ[VARIABLE]}\n")
     sys.stderr.flush()
-    with contextlib.suppress(OSError):  # if the interpreter may not be restarted, run as it is
+    with contextlib.suppress(OSError):  # if the interpreter may not be restarted, go on
         os.execv(sys.executable, sys.orig_argv)
 
 

@@ -120,7 +120,7 @@ class ModelAdapter:
         return Update(factors, planned.scale, planned.stack)
 
     def gradients(self, site_path: str) -> dict[str, Tensor | None]:
-        """Return the gradients of a site's tensors, by field of the method's named tuple; None where there is none."""
+        """Return the gradients of a site's tensors, by field of the method's named tuple; None if there is none."""
         fields = self.factors[site_path]._asdict().items()
         return {field: tensor.grad for field, tensor in fields if tensor is not None and tensor.is_leaf}
 

@@ -113,7 +113,7 @@ class Base:
             )
 
     def _hold_packed(self) -> None:
-        """Put buffers in the tree in the place of the trace's packed weights."""
+        """Put buffers in the tree in place of the trace's packed weights."""
         self.packed = {}
         if any(is_lazy(parameter) for parameter in self.traced.tree.parameters.values()):
             from gralora_fx.core.graph.packed_weights import hold_packed, packed_parameters
@@ -142,7 +142,7 @@ class Base:
         install_blocks(self.tree, kinds, self._running_block)
 
     def _plain_tree(self) -> nn.Module:
-        """Return the tree with plain containers in the place of block modules."""
+        """Return the tree with plain containers in place of block modules."""
         if not self.traced.blocks:
             return self.tree
         from gralora_fx.core.graph.block_modules import without_blocks

@@ -130,7 +130,7 @@ class CurrentGraph:
     ) -> Any:
         """Run the graph of one state, even if another thread switches adapters meanwhile.
 
-        `form` selects a variant of the graph, and `rows` gives each adapter its rows in the place of the active
+        `form` selects a variant of the graph, and `rows` gives each adapter its rows in place of the active
         adapters.
         """
         if torch.compiler.is_compiling():

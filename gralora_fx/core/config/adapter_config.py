@@ -80,7 +80,7 @@ class AdapterConfig(ABC):
     revision: str | None
     inference_mode: bool
     base_quantization: Any = None  # a field only of methods that list it
-    target_parameters: list[str] | None = None  # likewise
+    target_parameters: list[str] | None = None  # as the field before it
 
     def __new__(cls, *_: Any, **fields: Any) -> Self:
         """Create an object of the class that the fields select (see `form_of`)."""

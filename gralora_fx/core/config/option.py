@@ -46,7 +46,7 @@ class Option:
 class DeclaredOption:
     """An option with its field in a record."""
 
-    name: str  # name of the field, which is that of the Python argument
+    name: str  # name of the field and of the Python argument
     type: Any
     default: Any
     option: Option  # the rest of the declaration

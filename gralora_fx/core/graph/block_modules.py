@@ -128,7 +128,7 @@ def install_blocks(tree: nn.Module, kinds: Mapping[str, str], running: Callable[
 
 
 def without_blocks(tree: nn.Module) -> nn.Module:
-    """Return a copy of a tree's containers over the same tensors, with plain containers in the place of blocks."""
+    """Return a copy of a tree's containers over the same tensors, with plain containers in place of blocks."""
     is_block = isinstance(tree, GraphBlock)
     plain = nn.Module() if is_block else object.__new__(type(tree))
     _share(plain, tree, _OWN if is_block else tree.__dict__)

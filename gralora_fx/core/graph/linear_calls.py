@@ -41,7 +41,7 @@ def is_unpacked(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Origin:
-    """The parameter of which a value is a view."""
+    """A view's parameter."""
 
     node: fx.Node  # the `get_attr` node
     is_transposed: bool = False  # whether the view is its 2-D transpose

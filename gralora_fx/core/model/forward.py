@@ -29,7 +29,7 @@ class Model(Protocol):
 
 
 def compute(model: Model, *args: Any, by_adapter: bool = False, **kwargs: Any) -> Any:
-    """Run the graph, and compute the loss of labels, or that of each adapter's rows."""
+    """Run the graph, and compute the loss of labels, or one loss for each adapter's rows."""
     names = kwargs.get(ADAPTER_NAMES)
     if by_adapter and model.training and torch.is_grad_enabled():
         from gralora_fx.core.adapters.adapter_rows import check_trained

@@ -179,7 +179,7 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
             **kwargs: Inputs by name; with `labels` (or `start_positions` and `end_positions`) the result has `.loss`,
                 by transformers' own function for the model's class. With `num_items_in_batch` the loss is a sum divided
                 by it, as Trainer needs to accumulate gradients. With `adapter_names`, a list with the name of an
-                adapter for each row, rows have these adapters in the place of the active ones, in training too;
+                adapter for each row, rows have these adapters in place of the active ones, in training too;
                 `"__base__"` is a row without one.
 
         Returns:

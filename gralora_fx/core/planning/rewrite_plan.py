@@ -29,7 +29,7 @@ class PlannedSite:
 
     @property
     def r(self) -> int:
-        """Its rank: 0 for a method without one; for GraLoRA, that of the block rows."""
+        """Its rank: 0 for a method without one; for GraLoRA, the rank of a block row."""
         return getattr(self.sizes, "r", 0)
 
     @property

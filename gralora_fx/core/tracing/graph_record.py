@@ -51,7 +51,7 @@ class _Operator:
 
 @dataclass(frozen=True)
 class _NodeRecord:
-    """A node, with references in the place of its node arguments."""
+    """A node, with references in place of its node arguments."""
 
     op: str
     name: str
@@ -218,7 +218,7 @@ def _record(node: fx.Node) -> _NodeRecord:
 
 
 def _named(entry: Any) -> Any:
-    """Return a module stack's entry with the class's name in the place of the class, which may be local."""
+    """Return a module stack's entry with the class's name in place of the class, which may be local."""
     if not isinstance(entry, tuple) or not isinstance(entry[1], type):
         return entry
     return entry[0], f"{entry[1].__module__}.{entry[1].__qualname__}", *entry[2:]

@@ -77,7 +77,7 @@ def source_class(traced: Traced) -> type[Any] | None:
 
 
 def main_input(traced: Traced) -> str:
-    """Return the name of a model's main input, such as that of token ids."""
+    """Return the name of a model's main input, such as `input_ids`."""
     name = getattr(source_class(traced), "main_input_name", None)
     return name if name in traced.input_names else next(iter(traced.input_names), "input_ids")
 

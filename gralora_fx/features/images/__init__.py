@@ -1,1 +1,1 @@
-"""Images: models that read pixels, and decoders that take what images put in the place of tokens."""
+"""Images: models that read pixels, and decoders that take image embeddings in place of tokens."""

@@ -1,4 +1,4 @@
-"""How a model that reads images is called for a trace: without any, or with what they put in the place of tokens."""
+"""How a model that reads images is called for a trace: without any, or with embeddings in place of their tokens."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def _texts_alone(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterator[None]:
-    """Let a decoder take what images put in the place of its tokens beside their ids, within the block.
+    """Let a decoder take embeddings in place of some of its tokens, beside the ids, within the block.
 
     Where an id is negative, the embedding is the one that is given.
 
-    Whatever else reads ids, such as the embeddings that layers of Gemma 4 have of their own, reads that of padding
-    there, as it does of a token that stands for an image.
+    Other readers of ids, such as the embeddings of each layer of Gemma 4, read the id of padding there, as for tokens of
+    an image.
     """
     forward, embedding = model.forward, embedding_of(model)
 
@@ -81,7 +81,7 @@ def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterat
 
 
 def _stands_in(model: PreTrainedModel) -> int:
-    """Return the id that layers which read ids see in the place of an image."""
+    """Return the id that layers which read ids see in place of an image."""
     text = model.config.get_text_config()
     return int(text.pad_token_id or 0) if text.model_type.startswith("gemma4") else 0
 

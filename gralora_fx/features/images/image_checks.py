@@ -68,7 +68,7 @@ class ImageChecks:
 
 
 def _drawn(part: TracedModel, generator: torch.Generator) -> list[dict[str, Tensor]]:
-    """Draw inputs of what reads pixels: images of several sizes, or several numbers of tiles."""
+    """Draw inputs of the vision encoder: images of several sizes, or several numbers of tiles."""
     example = part.graph_inputs
     pixels = example[IMAGES]
     if pixels.ndim == 3:  # one image, whose sides have no common divisor but that of images

@@ -127,8 +127,8 @@ def images_of_chat(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str
 def read_image(data: bytes, limits: ImageLimits) -> Image:
     """Read a file as an image in RGB, upright, on white where it is transparent.
 
-    The format is that of the file's first bytes. Of an animation or of several pages there is no one picture, so they
-    are refused, as OpenAI's service does; pictures beside the first of a JPEG are other forms of it.
+    The format is recognised by the file's first bytes. Animations and files of several pages are refused, as by
+    OpenAI's service; further pictures in a JPEG are other forms of the first.
 
     Args:
         data: The bytes of a file: PNG, JPEG, WebP, GIF or BMP.

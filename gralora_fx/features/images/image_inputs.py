@@ -31,7 +31,7 @@ _COMPARED = frozenset(
     )
 )
 _TEXT_ALONE = f"{option(task='text-generation-with-past')} exports the decoder of its texts"
-# by the configuration's `model_type`: why embeddings in the place of ids are not all that a text has of its images
+# by the configuration's `model_type`: why embeddings in place of ids are not all that a text has of its images
 _REFUSED = {
     "chameleon": "its images are ids of its own vocabulary",
     "deepseek_ocr2": "its prompts are read by an encoder whose masks tell images from queries",

@@ -1,4 +1,4 @@
-"""Prompts with images: what the processor makes of them, what reads pixels makes of that, and where it stands.
+"""Prompts with images: their processor, the vision encoder, and the places of its features in a prompt.
 
 text or chat, images --processor--> ids, pixels --vision_encoder.onnx--> features --by position--> what a row is given
 """
@@ -52,10 +52,10 @@ class _Piece(NamedTuple):
 
 
 class ImagePrompts:
-    """Reads prompts with images for an export that has what reads pixels."""
+    """Reads prompts with images for an export that has the vision encoder."""
 
     def __init__(self, export: OpenExport) -> None:
-        """Take an open export; its processor and what reads pixels are opened for the first image."""
+        """Take an open export; its processor and the vision encoder are opened for the first image."""
         self._export, self._features = export, FeatureCache()
         self._merge = token_merge(export.config)
 
@@ -148,7 +148,7 @@ class ImagePrompts:
     def read_one(
         self, prompt: Any, images: Sequence[Any], adapter: str | None, described: Sequence[Any] = ()
     ) -> tuple[list[int], Given | None]:
-        """Return the ids of a prompt, and what stands in the place of those of its images; None without any.
+        """Return the ids of a prompt, and the inputs in place of those of its images; None without any.
 
         A text has the placeholders of the model's processor, a chat parts `{"type": "image"}`, which `described` tells
         its template; the images are in order, as `PIL.Image.Image` in RGB.
@@ -193,7 +193,7 @@ class ImagePrompts:
         return str(written)
 
     def given(self, ids: NDArray[np.int64], made: Mapping[str, Any], adapter: str | None) -> Given:
-        """Return what stands in the place of tokens, each array of all tokens of the prompt."""
+        """Return the inputs in place of tokens, each array of all tokens of the prompt."""
         outputs = [self._read_image(pieces, adapter) for pieces in self._pieces(made)]
         places, features = ids == self._token, sum(len(each[IMAGE_FEATURES]) for each in outputs)
         if (count := int(places.sum())) != features:
@@ -259,7 +259,7 @@ class ImagePrompts:
         return found
 
     def _adapter_of(self, name: str | None) -> LoadedAdapter | None:
-        """Return an adapter that changes what reads pixels; None for the base, and for one that leaves it as it is."""
+        """Return an adapter that changes the vision encoder; None for the base, and for one that leaves it as it is."""
         loaded = None if name is None else self._export.adapters[name]
         return loaded if loaded is not None and not self._taken.isdisjoint(loaded.values) else None
 

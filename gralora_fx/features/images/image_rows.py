@@ -1,4 +1,4 @@
-"""What images put in the place of the first tokens of prompts and rows: embeddings, and what goes with them."""
+"""Image embeddings in place of the first tokens of prompts and rows, and the inputs beside them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gralora_fx.run.sessions.ort_values import DTYPES, as_array, optional_argume
 
 _BEYOND = 2**64  # above every token
 Given = dict[str, NDArray[Any]]  # of a row: see `ImageRows.begin`
-Outputs = dict[str, NDArray[Any]]  # of what reads pixels
+Outputs = dict[str, NDArray[Any]]  # of the vision encoder
 _SPECS = {each.name: each for each in STEP_INPUTS}
 
 
@@ -57,7 +57,7 @@ def _of_one_row(name: str, array: NDArray[Any]) -> NDArray[Any]:
 
 
 class ImageRows(GivenRows):
-    """The rows of a decoder that begin with embeddings in the place of tokens."""
+    """The rows of a decoder that begin with embeddings in place of tokens."""
 
     prompts_with = staticmethod(with_images)
 
@@ -111,7 +111,7 @@ class ImageRows(GivenRows):
         return stop < len(types) and bool(types[stop - 1]) and bool(types[stop])
 
     def names(self, row: int) -> Mapping[int, int] | None:
-        """Return digests of what stands in the place of a row's tokens, by position; text has its ids."""
+        """Return digests of the inputs in place of a row's tokens, by position; text has its ids."""
         own, places = self._rows[row], self._places[row]
         by_position = {name: self._by_position(name, array)[0] for name, array in own.items()}
         if (grid := by_position.get(GRID)) is not None:

@@ -24,8 +24,8 @@ _FILTERS = {0: "NEAREST", 1: "LANCZOS", 2: "LINEAR", 3: "CUBIC"}  # by Pillow's 
 def write_image_files(directory: Path, config: Any, models: Mapping[str, ir.Model], genai: dict[str, Any]) -> None:
     """Tell transformers.js which graphs have weights of their own, and onnxruntime-genai how it reads images.
 
-    onnxruntime-genai reads texts alone where it has no type for the model, where there is no processor, and where
-    adapters are data, which it gives no model of several graphs.
+    onnxruntime-genai reads only texts if it has no type for the model, if there is no processor, or if adapters are
+    data, which it does not pass to a model of several graphs.
     """
     if DECODER not in models:
         return

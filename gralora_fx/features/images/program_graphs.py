@@ -42,7 +42,7 @@ def program_graphs(config: Any, models: Mapping[str, ir.Model]) -> dict[str, ir.
 
 
 def _is_known(reader: ir.Graph) -> bool:
-    """Return whether the programs know how to call what reads pixels: tiles, or patches with their grid."""
+    """Return whether the programs know how to call the vision encoder: tiles, or patches with their grid."""
     pixels = next(value for value in reader.inputs if value.name == IMAGES)
     names = {value.name for value in (*reader.inputs, *reader.outputs)}
     assert pixels.shape is not None
@@ -115,7 +115,7 @@ def _of_ids(model: ir.Model) -> ir.Model:
 
 
 def _with_features(table: ir.Model, token: int) -> ir.Model:
-    """Return what puts features in the place of an image's tokens, in their order; tokens stay where there are none.
+    """Return the graph that puts features in place of an image's tokens, in order; without any, tokens stay.
 
     Before: `inputs_embeds = table(input_ids)`
     After:  `inputs_embeds = ScatterND(table(input_ids), where input_ids == token, image_features)`

@@ -70,7 +70,7 @@ class RequestImages:
         adapter: str | None,
         limit: PromptLimit,
     ) -> tuple[list[int], Source | None]:
-        """Return the tokens of a chat with opened images, and what stands in the place of some of them."""
+        """Return the tokens of a chat with opened images, and the inputs in place of some of them."""
         for message in chat:
             content = message.get("content") or ""
             texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]

@@ -1,6 +1,6 @@
 """The part of a model that reads pixels, traced as a model of its own over the same parameters.
 
-It makes of one image what its decoder reads in the place of the image's tokens:
+It makes of one image what its decoder reads in place of the image's tokens:
 
     pixel_values [tiles, channels, height, width]                  -> image_features [tokens, hidden]
     pixel_values [patches, values], image_grid_thw [1, 3]          -> the same, of an image of any size
@@ -38,7 +38,7 @@ from gralora_fx.features.images.vision_layers import traceable_layers
 
 
 def vision_part(traced: TracedModel) -> dict[str, TracedModel]:
-    """Return the trace of what reads pixels by its file's name; none for texts alone, a `TraceError` if it fails."""
+    """Return the trace of the vision encoder by its file's name; none for texts alone, a `TraceError` if it fails."""
     source = traced.source
     if isinstance(source, str):
         if getattr(traced.config, "vision_config", None) is not None:
@@ -119,7 +119,7 @@ def _without_unread_layers(part: TracedModel) -> TracedModel:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Return whether a node does more than to compute its value; what dropout draws is of no use by itself."""
+    """Return whether a node has an effect beyond its value; drawing random numbers for dropout does not count."""
     return node.op in ("placeholder", "output") or is_mutable(node.target)
 
 
