@@ -45,8 +45,8 @@ def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterat
 
     Where an id is negative, the embedding is the one that is given.
 
-    Other readers of ids, such as the embeddings of each layer of Gemma 4, read the id of padding there, as for tokens of
-    an image.
+    Other readers of ids, such as the embeddings of each layer of Gemma 4, read the id of padding there, as for tokens
+    of an image.
     """
     forward, embedding = model.forward, embedding_of(model)
 
