@@ -359,7 +359,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, folder: Path, 
     with pytest.raises(WrongFieldError, match=r"^regex: a grammar needs a tokenizer, and the export holds none"):
         load(tmp_path / "bare").generate([3, 4], regex="a")
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(WrongFieldError, match=r"need llguidance .*: pip install 'gralora-fx\[serve\]'"):
+    with pytest.raises(WrongFieldError, match=r"needs llguidance .*: pip install 'gralora-fx\[serve\]'"):
         Grammars(chat_tokenizer()).of({"here": ("regex", "a")})
 
 

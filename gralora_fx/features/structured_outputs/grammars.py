@@ -267,7 +267,7 @@ def _read(tokenizer: TextTokenizer | None, ends: frozenset[int]) -> Any:
     try:
         from llguidance import LLTokenizer
     except ImportError as error:
-        raise ServingError(f"structured outputs need llguidance ({error}): {installation('serve')}") from error
+        raise ServingError(f"an answer in a form needs llguidance ({error}): {installation('serve')}") from error
     own: int | list[int] | None = tokenizer.eos_token_id
     if own is None:  # llguidance would use token 0
         own = sorted(end for end in ends if end < len(tokenizer))
