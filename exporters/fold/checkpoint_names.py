@@ -192,10 +192,7 @@ def _ties_parts(fields: Mapping[str, Any]) -> bool:
 
 
 def _is_of_a_series(key: str, keys: Iterable[str]) -> bool:
-    """Return whether a key is in a series of numbered layers without gaps, so that none is tied to an absent one.
-
-    Embeddings, heads and single layers are not: a tensor tied to them may be absent from the files.
-    """
+    """Return whether a key is of numbered layers without gaps, so that no weight is tied to an absent one."""
     number = _NUMBER.search(key)
     if number is None:
         return False

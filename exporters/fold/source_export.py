@@ -180,10 +180,7 @@ def _replaced_before(earlier: AdapterConfig, adapter: StoredAdapter) -> Iterator
 def with_adapter(
     manifest: Manifest, name: str, adapter: StoredAdapter, sha256: str, base: BaseComparison
 ) -> tuple[Manifest, str]:
-    """Return the manifest with one more adapter, and that adapter's name, numbered if another adapter has it.
-
-    Replaced parameters change the base's fingerprint to an unknown one, so it is left out. So are earlier measurements.
-    """
+    """Return the manifest with one more adapter and its unique name; replaced parameters drop the fingerprint."""
     count, free = 1, name
     while free in manifest.adapters:
         count += 1

@@ -111,10 +111,7 @@ class GraphCast:
         self._set_dtype(node)
 
     def _part_from(self, node: fx.Node, source: fx.Node) -> None:
-        """Let readers outside the module that raised a value read the original value.
-
-        In float32 both are one tensor, so the trace's residual connection reads the value that a normalisation raised.
-        """
+        """Let readers outside the module that raised a value read the original; in float32 both are one tensor."""
         if self.kinds[node] is not _Kind.RAISED:
             return
         self.raised[node] = source

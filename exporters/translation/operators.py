@@ -42,10 +42,7 @@ class DomainNode(Call[ir.Value]):
 
     @classmethod
     def all_in(cls, graph: Iterable[ir.Node]) -> Iterator[tuple[ir.Node, Self]]:
-        """Yield every node of the operator, with its arguments.
-
-        The nodes are listed first, and each is read in its turn, so a pass may change the graph meanwhile.
-        """
+        """Yield every node of the operator with its arguments, read in its turn; a pass may change the graph."""
         for node in list(graph):
             taken = cls.of(node)
             if taken is not None:

@@ -114,10 +114,7 @@ def softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
 
 
 def fft_fftn(x: Any, s: Any = None, dim: Any = None, norm: str | None = None) -> Any:
-    """Translate a Fourier transform of real numbers along given axes to complex numbers, pairs in a last axis.
-
-    PyTorch's decomposition fixes the sizes of the trace.
-    """
+    """Translate a Fourier transform of real numbers along axes; PyTorch's decomposition would fix sizes."""
     if s is not None or dim is None or norm not in (None, "backward"):
         raise NotImplementedError("fft_fftn with lengths, without axes, or with a factor has no translation")
     rank = len(x.shape)

@@ -47,10 +47,7 @@ def measure_quality(
     texts: Sequence[str] | None,
     tokenizer: Any,
 ) -> Quality:
-    """Run a quantized export and the float32 model on the same inputs.
-
-    Adapters as data are left out, but a decoder's tokens are compared without one and with each active one.
-    """
+    """Run a quantized export and the float32 model on the same inputs; a decoder's tokens with each active adapter."""
     traced, manifest = base_trace(model), read_manifest(directory)
     session = open_session(directory, Runtime(session_options=yielding_options()))
     states = variants(session, model, manifest, directory)

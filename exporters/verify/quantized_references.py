@@ -295,10 +295,7 @@ def _apart(products: Sequence[QuantizedProduct]) -> tuple[ir.Model, list[_Case]]
 
 
 def _activations(width: int, has_rest: bool) -> NDArray[np.float32]:
-    """Return activations `[4, width]`: random rows, one row at the upper end, one at the lower.
-
-    With 16 bits, one row is half a step off the values of 8 bits, the largest remainder.
-    """
+    """Return activations `[4, width]`: random, highest, lowest, and with 16 bits a row half a step off."""
     values = (
         np.random.default_rng(width).integers(-_LARGEST, _LARGEST, (_DRAWN_ROWS, width), endpoint=True).astype(float)
     )

@@ -134,10 +134,7 @@ def _one(name: str, entry: AdapterEntry) -> str:
 
 
 def _possible_digests(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Return the digests that a manifest may hold for a file, since a model may cast its tensors.
-
-    A model also drops copies of base tensors: PEFT's copy of an adapted head's weight, or of an embedding.
-    """
+    """Return the digests that a manifest may hold for a file: a model may cast tensors, and drops PEFT's copies."""
     saved = config.saved_module_names
     factors = tuple(f".{key}" for key in method_of(config).keys.values())
     biases = (".bias",) if config.bias != "none" else ()

@@ -64,10 +64,7 @@ OtherValues = Callable[[Any, Any], Any]  # of an input's value and a generator o
 
 
 class InputFacts(Protocol):
-    """A frozen record of requirements on one input; parts of the point "input facts" name its class.
-
-    A manifest stores its fields under the record's name. Its `str` describes the requirements in words.
-    """
+    """A frozen record of requirements on one input, stored in the manifest by its name; `str` puts them in words."""
 
     input: ClassVar[str]  # the input's name
     title: ClassVar[str]  # the beginning of a line that shows the record

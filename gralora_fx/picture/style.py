@@ -162,10 +162,7 @@ class Rect(NamedTuple):
 
 
 def draw_grid(norms: Grid, largest: float, rect: Rect, *, coarse: bool = True) -> Element:
-    """Draw a grid as a group of cells, each with its value as tooltip and, if there are few, as text.
-
-    A zero block is a white cell with a small dot, so that a zero update is recognisable; the scale starts above zero.
-    """
+    """Draw a grid of cells, each with its value as tooltip or text; a zero block is white with a dot."""
     k = len(norms)
     shown = coarser(norms, _grid_blocks(k)) if coarse else norms
     side, step = len(shown), k // len(shown)

@@ -41,10 +41,7 @@ def merged_heads(tensor: ir.Value) -> ir.Value | None:
 
 
 def _unswapped(build: Builder, tensor: ir.Value | None) -> ir.Value | None:
-    """Return the tensor `[batch, length, heads, size]` whose transpose is given, or None.
-
-    Operators along the last axis commute with the transpose, so they are created again before it.
-    """
+    """Return the tensor `[batch, length, heads, size]` of a transpose, with last-axis operators redone, or None."""
     swapped = _before_swap(tensor)
     node = None if tensor is None else tensor.producer()
     if swapped is not None or node is None or tensor is None or tensor.shape is None:

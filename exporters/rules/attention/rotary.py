@@ -214,10 +214,7 @@ def _with_rest(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 class RotaryTables:
-    """Cosines and sines as the runtime's operators take them: a table, and the row index of each position.
-
-    Every position of every batch row has its own table row, so any `position_ids` are respected.
-    """
+    """Tables of cosines and sines, and the table row of each position of each batch row, for any `position_ids`."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph

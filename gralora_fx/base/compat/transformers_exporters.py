@@ -68,11 +68,7 @@ def leaf_names(values: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def _recording_grad_modes() -> Iterator[None]:
-    """Let this thread's exports record `torch.no_grad` blocks of a model.
-
-    The exporter calls `torch.export.export` with gradients disabled, where such blocks are not recorded, so that their
-    layers would train.
-    """
+    """Let this thread's exports record `torch.no_grad` blocks of a model, so that their layers do not train."""
     export, thread = torch.export.export, threading.get_ident()
 
     def recorded(*args: Any, **kwargs: Any) -> torch.export.ExportedProgram:

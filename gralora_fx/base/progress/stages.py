@@ -186,10 +186,7 @@ def _suppression() -> Iterator[None]:
 
 @contextmanager
 def gc_pause() -> Iterator[None]:
-    """Run the garbage collector less often while the block runs.
-
-    A trace creates a million objects that stay alive; scanning them repeatedly takes a sixth of its time.
-    """
+    """Run the garbage collector less often while the block runs: a trace creates a million objects that stay alive."""
     before = gc.get_threshold()
     gc.set_threshold(max(_OBJECTS, before[0]) if before[0] else 0, *before[1:])
     try:

@@ -55,10 +55,7 @@ class ModelAdapter:
         tree: ModuleTree,
         initial: Mapping[str, AdapterTensors] | None = None,
     ) -> ModelAdapter:
-        """Register an adapter's tensors in the tree, given or newly initialized; no graph reads them yet.
-
-        Adapters of a half-precision layer are float32, as PEFT's are.
-        """
+        """Register an adapter's tensors, given or new, in the tree; over a half-precision layer they are float32."""
         method = method_of(plan.config)
         paths: dict[str, dict[str, str]] = {}
         tensors: dict[str, Tensor] = {}

@@ -27,11 +27,7 @@ from gralora_fx.errors import MergeError
 def fold_adapters(
     traced: TracedModel, adapters: Sequence[ModelAdapter], work: Sequence[SiteUpdate], *, safe: bool, untie: bool
 ) -> dict[str, nn.Parameter]:
-    """Fold adapters and their copies of parameters into the base's own parameters.
-
-    With `safe`, every merged weight is checked to be finite first. With `untie`, tied weights stay as they are, and new
-    weights for their layers are returned, by site path.
-    """
+    """Fold adapters and their copies in place; return new weights of tied layers by path if `untie` is set."""
     graph_module = traced.graph_module
     copies = _copied_values(traced.tree, adapters)
     shared = shared_sites(graph_module, [entry.site for entry in work]) if untie else {}

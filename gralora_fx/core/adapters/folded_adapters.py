@@ -67,10 +67,7 @@ def _versions(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 
 class FoldedAdapters(Mapping[str, dict[str, Any]]):
-    """Configurations and SHA-256 digests of folded adapters' `adapter_model.safetensors`, by name, as if saved.
-
-    Digests are computed on first access, since hashing an adapter takes as long as folding it.
-    """
+    """Configurations and SHA-256 digests of folded adapters by name, as if saved; digests are computed lazily."""
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
         """Store descriptions, or records to compute them from."""

@@ -63,10 +63,7 @@ def folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
 
 
 def lazy_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> dict[str, nn.Parameter]:
-    """Return lazy folded weights by site path, computed on first read (see `gralora_fx.base.sources.lazy_tensors`).
-
-    Half-precision weights are folded into a float32 result, so that they are rounded once.
-    """
+    """Return lazy folded weights by site path; those in half precision are float32, so that they are rounded once."""
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
     check_not_shared(graph_module, work)

@@ -92,10 +92,7 @@ def redirection(adapter: ModelAdapter, tree: ModuleTree) -> RedirectParameters:
 
 
 def settle_copies(merged: TracedModel, adapter: ModelAdapter) -> TracedModel:
-    """Replace the base's parameters by an adapter's copies, under the base's names.
-
-    A parameter that other modules read too (a tied head) is kept for them; the module gets the copy under a new name.
-    """
+    """Replace the base's parameters by an adapter's copies, under new names where other modules read them too."""
     graph_module = fx.GraphModule(merged.graph_module, copy_graph(merged.graph_module), "MergedGraph")
     settled: dict[str, nn.Parameter] = {}
     for owned in adapter.copies.values():

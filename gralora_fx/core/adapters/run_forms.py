@@ -88,10 +88,7 @@ def _check_not_packed(inputs: Mapping[str, Any]) -> None:
 
 
 def _number_texts(inputs: dict[str, Any], *, returns_cache: bool) -> bool:
-    """Add a mask that numbers each token's text if rows hold several; return whether they do.
-
-    Without a mask and a cache, positions separate texts, as in transformers' models.
-    """
+    """Add a mask of each token's text if positions show several in a row; return whether they do."""
     given = [inputs.pop(name) for name in PACKING if name in inputs]
     positions = inputs.get("position_ids")
     may_be_packed = inputs.get("attention_mask") is None and inputs.get(PAST) is None

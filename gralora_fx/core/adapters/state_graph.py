@@ -58,10 +58,7 @@ class GraphState:
 
 
 class StateGraph:
-    """A state and its graph; a later switch does not change it for a thread that runs it.
-
-    Passes, pictures and users read and edit the flat graph; the module that runs calls its blocks as submodules.
-    """
+    """A state and its flat graph, and the module that runs; a later switch does not change it for a running thread."""
 
     def __init__(
         self,

@@ -46,10 +46,7 @@ def quantized_layers(model: PreTrainedModel, quantization: BaseQuantization) -> 
 
 
 def round_layers(model: PreTrainedModel, quantization: BaseQuantization) -> None:
-    """Round the layers that bitsandbytes quantizes to the values that it multiplies by; record it in the configuration.
-
-    Weights that are left in their files are rounded when they are read.
-    """
+    """Round the layers that bitsandbytes quantizes, now or when files are read; record it in the configuration."""
     layers = quantized_layers(model, quantization)
     quantization.rounded(torch.zeros(1, 2).numpy(), "zeros")  # an error before any weight changes
     for path, module in layers.items():
@@ -69,10 +66,7 @@ def pack_layers(
     quantization: BaseQuantization,
     stored: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Pack the weights of layers in memory, and record it in the configuration.
-
-    `stored` has the tensors of a quantized checkpoint by the names of the model; other weights are rounded.
-    """
+    """Pack layers in memory, from `stored` tensors by name or by rounding; record it in the configuration."""
     packing = parts("packed weights", {quantization.sign})
     if not packing:
         raise ConfigError(f"weights of {quantization} are read as floats, and not held packed; load the base unpacked")

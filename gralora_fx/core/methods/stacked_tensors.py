@@ -11,10 +11,7 @@ if TYPE_CHECKING:
 
 
 class StackedTensors(ABC):
-    """Tensors of an adapter at a stack of matrices, made from those at a single one.
-
-    They are stored with an axis of the stack before the others, unless the method overrides these functions.
-    """
+    """Tensors of an adapter at a stack of matrices: those of one matrix, with an axis of the stack in front."""
 
     # whether PEFT has adapters of parameters in this method (`target_parameters`): the keys of several in one module
     # then have their order there instead of their names (see `parameter_keys`)

@@ -115,10 +115,7 @@ class Merging:
 
 
 def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) -> TracedModel:
-    """Return a copy of a traced model with other weights; the given model and its parameters stay unchanged.
-
-    If a weight is shared, such as a head's tied to the embedding, only the layer gets the new one.
-    """
+    """Return a copy of a traced model with other weights; of a shared weight only the layer gets the new one."""
     if not weights:
         return traced
     sites = tuple(site for site in traced.adaptable if site.path in weights)

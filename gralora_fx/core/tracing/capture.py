@@ -228,10 +228,7 @@ def capture_in_mode(draft: Draft) -> Captured:
 
 
 def differing_modules(in_training: fx.Graph, in_evaluation: fx.Graph) -> tuple[str, ...]:
-    """Return paths of the modules whose own operators differ between traces of a model in its two modes.
-
-    Differences that `AnnotateModes` annotates, such as dropout and batch statistics, do not count.
-    """
+    """Return paths of modules whose operators differ between traces in both modes, except annotated ones."""
     training, evaluation = _operators_by_module(in_training), _operators_by_module(in_evaluation)
     paths = dict.fromkeys([*training, *evaluation])
     return tuple(path for path in paths if training.get(path) != evaluation.get(path))

@@ -113,10 +113,7 @@ def _tensors_of(inputs: Mapping[str, Any]) -> list[tuple[str, StateKind | None, 
 
 @contextmanager
 def _attention_as_operators(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model call `gralora::attention` within the block, or its shape-only counterpart while it is traced.
-
-    Its masks become `gralora::mask` until it is known what reads them.
-    """
+    """Let a model call `gralora::attention`, shape-only while traced, and `gralora::mask` within the block."""
     AttentionInterface.register(NAMESPACE, _attend)  # only models within the block select it
     AttentionMaskInterface.register(NAMESPACE, make_mask)
     parts = {id(part.config): part.config for part in model.modules() if _has_operator(part)}

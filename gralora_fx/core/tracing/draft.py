@@ -78,10 +78,7 @@ class Draft:
 
 
 class Skeleton(Draft):
-    """A draft whose model is a copy of the source model on the meta device.
-
-    It is the source of a trace with tensors of its own; tracing it again takes dtypes and devices from that trace.
-    """
+    """A draft whose model is on the meta device, for a trace with its own tensors, dtypes and devices."""
 
 
 def skeleton_of(source: Draft | str, memo: Mapping[int, Any] | None = None) -> Draft | str:
@@ -220,10 +217,7 @@ def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[...,
 
 @contextmanager
 def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
-    """Set in the configuration whether a transformers model returns a cache, if its forward has no `use_cache`.
-
-    Such a forward passes its keywords on, and the text model in it decides by the configuration.
-    """
+    """Set in the configuration whether a model returns a cache, if its forward has no `use_cache` of its own."""
     configs: list[Any] = []
     if isinstance(model, PreTrainedModel) and "use_cache" not in inspect.signature(model.forward).parameters:
         configs = [model.config, model.config.get_text_config()]

@@ -86,10 +86,7 @@ class Recognised:
 
 
 def same_code(one: Any, other: Callable[..., Any]) -> bool:
-    """Return whether two functions have the same instructions over the same names, constants and defaults.
-
-    Decorators are unwrapped first, since a decorator's code is the same for all functions.
-    """
+    """Return whether two functions, undecorated, have equal instructions, names, constants and defaults."""
     one, other = inspect.unwrap(one) if callable(one) else one, inspect.unwrap(other)
     if not isinstance(one, FunctionType) or not isinstance(other, FunctionType):
         return False

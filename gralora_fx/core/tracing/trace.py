@@ -61,10 +61,7 @@ def _repeated_blocks(flat: fx.GraphModule, tree: ModuleTree) -> tuple[str, ...]:
 
 
 def repeated_modules(tree: ModuleTree) -> tuple[str, ...]:
-    """Return the modules that a `ModuleList` or `Sequential` repeats: of one class, at the same place in its members.
-
-    The member of a list of one counts too, as in a model of one layer. A module without submodules does not.
-    """
+    """Return the modules with submodules that a `ModuleList` (even of one) or `Sequential` repeats, at equal places."""
     parents = {path.rpartition(".")[0] for path in tree.types if path}
     members = collections.Counter(path.rpartition(".")[0] for path in tree.types if path)
     alike: dict[tuple[str, str], list[str]] = {}

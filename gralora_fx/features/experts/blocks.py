@@ -36,10 +36,7 @@ from gralora_fx.format.quantized_weights import WIDEST_EXACT
 
 
 def with_formats_of_experts(plan: QuantizationPlan, traced: TracedModel) -> QuantizationPlan:
-    """Return a plan that stores experts in its format, or in one of their own if that does not fit.
-
-    In `int8-dynamic`, experts get blocks of eight bits, whose activations ONNX Runtime rounds block by block.
-    """
+    """Return a plan with a format for experts: its own, or blocks (of eight bits in `int8-dynamic`) that fit."""
     own: dict[str, Format | None] = {}
     names = set[str]()
     for _, experts in Experts.all_in(traced.graph_module.graph):

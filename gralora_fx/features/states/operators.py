@@ -158,10 +158,7 @@ class LinearAttention(Call[V]):
         return (self.scale * y).to(self.value.dtype).contiguous(), state.to(dtype)
 
     def _of_numbers(self: LinearAttention[Tensor], decay: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the same for values that are single numbers, as in Mamba, with all states in memory.
-
-        Chunks are computed in parallel, step by step, each from a state of zeros; then the state before each is added.
-        """
+        """Compute the same for scalar values, as in Mamba: chunks in parallel from zero, then earlier states added."""
         heads, length = self.value.shape[2], self.value.shape[1]
         size = _chunk_size(length, _CHUNK_OF_NUMBERS)
         chunks = max(1, int((length + size - 1) // size))

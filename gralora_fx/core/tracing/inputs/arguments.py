@@ -118,10 +118,7 @@ _MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_inpu
 
 
 def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Enlarge inputs to at least two rows, three positions and one padded row, so that no axis is fixed.
-
-    `torch.export` treats an axis of size 1 as constant, and drops a mask that masks nothing.
-    """
+    """Enlarge inputs to two rows, three positions and a padded row, since `torch.export` fixes axes of size 1."""
     sample = {name: value for name, value in inputs.items() if value is not None}
     if isinstance(model, PreTrainedModel):
         accepted = inspect.signature(model.forward).parameters

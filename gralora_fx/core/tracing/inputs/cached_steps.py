@@ -114,10 +114,7 @@ def cached_inputs(
 
 
 def _first_cache(model: PreTrainedModel) -> DynamicCache:
-    """Return an empty cache: a plain one whose layers keep every position, or the model's own kind if it has states.
-
-    A model with a cache class of its own, such as MiniMax, gets one of that class.
-    """
+    """Return an empty cache: a plain one that keeps every position, or the model's own class if it has states."""
     kinds = vars(sys.modules[type(model.base_model).__module__]).values()
     caches = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, DynamicCache))
     if (own := next((kind for kind in caches if kind is not DynamicCache), None)) is not None:
