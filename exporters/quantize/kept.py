@@ -120,7 +120,7 @@ class StoredLayers:
 
     @property
     def stacks(self) -> set[str]:
-        """The names of parameters that stack quantized matrices, such as those of experts."""
+        """The names of parameters that stack quantized matrices."""
         named = self.base.tree.parameters.items()
         return {name for name, weight in named if weight.ndim > 2 and stored_form_of(weight) is not None}
 

@@ -50,7 +50,7 @@ def check_takes_adapters(
 
 
 def check_can_act(tokens: tuple[int, ...], adapter: object, kind: str, *, has_copies: bool) -> None:
-    """Check that an export takes activated adapters: it has a cache, and the adapter trains no parameter whole."""
+    """Check that an export takes adapters that act from tokens on: it has a cache, they train no parameter whole."""
     if tokens and kind != DECODER_KIND:
         raise ExportError(
             f"{adapter} acts from tokens on, which needs a decoder with a cache, whose base reads what is before them; "

@@ -40,7 +40,7 @@ class RunForm(NamedTuple):
     # the layer before which the graph ends, returning that layer's input; None to run all of it
     ends_at: str | None = None
     is_packed: bool = False  # whether the mask numbers the text of each token, and attention stays within a text
-    takes_starts: bool = False  # whether an input gives the column from which activated adapters act
+    takes_starts: bool = False  # whether an input gives the column from which an adapter acts
 
 
 def check_head(traced: TracedModel, acting: Iterable[ModelAdapter]) -> str:

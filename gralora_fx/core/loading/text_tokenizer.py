@@ -128,7 +128,7 @@ class TextTokenizer:
             return_tensors: `"np"` for arrays; None for lists.
         """
         if return_tensors not in (None, "np"):
-            raise ValueError(f"return_tensors={return_tensors!r} needs transformers; give 'np', or install it")
+            raise ValueError(f"tensors of {return_tensors!r} need transformers; ask for 'np', or install it")
         texts: Any = [text] if isinstance(text, str) else list(text)
         texts = texts if pairs is None else list(zip(texts, pairs, strict=True))
         limit = min(max_length or self.model_max_length, self.model_max_length)

@@ -97,10 +97,7 @@ class RowScalingTensors(WeightTensors, Protocol):
     def scaled_form(self, weight: Callable[[slice], Array], scale: float) -> tuple[Array, Array, Array]:
         """Return the new weight as `(1 + change) * weight + B @ A`: `A [R, in]`, `B [out, R]` and `change [out]`.
 
-        Args:
-            weight: Returns some rows of the layer's weight `[out, in]`, in float32 or better, in numpy's arrays like
-                the tensors.
-            scale: Factor of the update.
+        `weight` returns some rows of the layer's weight `[out, in]`, in float32 or better; all are arrays of numpy.
         """
         ...
 
@@ -302,13 +299,7 @@ class AdapterMethod(StackedTensors):
         return hasattr(self.tensors, "scaled_form")
 
     def check_lora_form(self, adapter: object, purpose: str, error: type[Exception]) -> None:
-        """Raise if updates have no LoRA form.
-
-        Args:
-            adapter: The adapter, for the message.
-            purpose: What needs it, such as "a weighted sum".
-            error: The error to raise.
-        """
+        """Raise the error if updates have no LoRA form, which a purpose, such as "a weighted sum", needs."""
         if not self.has_lora_form:
             raise error(
                 f"{adapter} is a {self.config.TITLE} adapter: its update is not of low rank, which {purpose} needs; "
@@ -352,12 +343,7 @@ class SummableMethod(AdapterMethod):
 
     @abstractmethod
     def from_lora_form(self, A: Tensor, B: Tensor) -> AdapterTensors:
-        """Return tensors of this method with the update `B @ A`.
-
-        Args:
-            A: `[R, in]`.
-            B: `[out, R]`.
-        """
+        """Return tensors of this method with the update `B @ A`, of `A [R, in]` and `B [out, R]`."""
 
     @abstractmethod
     def config_of(self, config: Any, rank: int) -> AdapterConfig:
