@@ -24,7 +24,6 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
-from gralora_fx.exporters.formats import DYNAMIC
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, conversion_of
 from gralora_fx.exporters.kinds.flavour import Models, flavour_of
 from gralora_fx.exporters.options import ExportOptions
@@ -107,8 +106,8 @@ def export_onnx(
         pass.
 
     Raises:
-        ExportError: The output may not be written, the model cannot be exported, this processor cannot run the
-            comparison, or the export's results differ from the model's.
+        ExportError: The output may not be written, the model cannot be exported, or the export's
+            results differ from the model's.
         MergeError: An adapter cannot be folded.
     """
     options = ExportOptions(
@@ -127,11 +126,6 @@ def export_onnx(
         dump=dump,
     )
     check_output(output_dir)
-    if options.quantize == DYNAMIC and options.level is not None:
-        from gralora_fx.run.sessions.integer_sums import check_integer_sums
-        from gralora_fx.run.sessions.session import Runtime
-
-        check_integer_sums(Runtime(), ExportError)
     if options.dump is not None:
         check_folder(options.dump)
     seconds: dict[str, float] = {}

@@ -17,7 +17,7 @@ from gralora_fx.exporters.formats import DYNAMIC, KEPT, Blocks, Format
 from gralora_fx.exporters.quantize.block_arrays import BlockArrays
 from gralora_fx.exporters.quantize.kept import KeptWeight, StoredLayers
 from gralora_fx.exporters.quantize.quantized_arrays import ColumnInputs
-from gralora_fx.format.quantized_weights import WIDEST_EXACT, LayerFormat, QuantizedWeights
+from gralora_fx.format.quantized_weights import EXACT_SUMS, WIDEST_EXACT, LayerFormat, QuantizedWeights
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,7 @@ def quantized_weights(plan: QuantizationPlan, log: PassLog) -> QuantizedWeights:
             for name, own in sorted({**dict.fromkeys(plan.reasons, form), **plan.by_matrix}.items())
             if own != form or name in plan.reasons
         },
+        exact_on=EXACT_SUMS if blocks is None and not plan.kept else None,
     )
 
 

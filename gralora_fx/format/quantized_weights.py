@@ -22,6 +22,8 @@ class LayerFormat:
 
 # The widest blocks, by their bits, by which ONNX Runtime multiplies one row in the order in which it multiplies several
 WIDEST_EXACT = {4: 32, 8: 64}
+# Processors on which ONNX Runtime adds products of uint8 and int8 exactly; others add two in 16 bits, which saturate
+EXACT_SUMS = "x86 with VNNI and on ARM"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class QuantizedWeights:
     chosen_by: str | None = None  # how formats were chosen, in words; None if all matrices have the default
     # the matrices that have a format of their own, by the names of the parameters
     layers: Mapping[str, LayerFormat] = field(default_factory=dict)
+    # the processors on which every program adds its products exactly; None for all of them
+    exact_on: str | None = None
 
     def __str__(self) -> str:
         """Return the bits used, and the matrices with formats of their own."""
@@ -62,6 +66,10 @@ class QuantizedWeights:
             lines.append(
                 f"  in blocks of {listed(map(str, sorted(wide)))} the last digits of a token depend on how many are "
                 f"read with it; in those of {exact} they do not"
+            )
+        if self.exact_on is not None:
+            lines.append(
+                f"  products are added exactly by gralora-fx on every processor, by other programs on {self.exact_on}"
             )
         return "\n".join(lines)
 

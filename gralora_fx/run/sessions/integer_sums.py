@@ -1,31 +1,84 @@
-"""Exact addition of small integer products on this processor, which exports in int8-dynamic need."""
+"""Exact sums of products of 8 bits on every processor, which exports in int8-dynamic need."""
 
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
-from gralora_fx.errors import GraloraError, ServingError, option
-from gralora_fx.run.sessions.session import CPU, Runtime, quiet_options
+from gralora_fx.errors import ServingError, option
+from gralora_fx.run.sessions.session import CPU, Runtime, quiet_options, within
+
+if TYPE_CHECKING:
+    import onnx
 
 _WIDTH = 64
+_OFFSET = 128  # from int8 to uint8
+_SUFFIX, _FLIP = ".uint8", "int8_sums.flip"
 
 
-def check_integer_sums(runtime: Runtime, error: type[GraloraError] = ServingError) -> None:
-    """Raise if the CPU is used and cannot add products of int8 weights and rounded activations exactly.
+def check_integer_sums(runtime: Runtime) -> None:
+    """Raise if session options hold the providers, and the CPU cannot add products of uint8 and int8 exactly.
 
     x86 processors without VNNI (Intel's before 2019, AMD's before Zen 4) add two such products in 16 bits, which
-    saturates silently.
+    saturates silently. Where the CPU is named, `offset_weights` takes another form of the product.
     """
-    providers = [name for name, _ in runtime.providers]
-    if providers[:1] in ([], [CPU]) and not runtime.devices and not adds_exactly():
-        raise error(
+    if not runtime.providers and not runtime.devices and not adds_exactly():
+        raise ServingError(
             "the export multiplies int8 weights by activations of 8 bits, whose sums this processor does not add "
-            f"exactly (it has no VNNI): take another processor, or export with {option(quantize='int8')}"
+            "exactly (it has no VNNI), and session options hold the execution providers: give the CPU's provider "
+            f"itself, take another processor, or export with {option(quantize='int8')}"
         )
+
+
+def offset_weights(model: onnx.ModelProto) -> bool:
+    """Let products read int8 weights as uint8, in place; return whether there were any.
+
+    Before: `y = MatMul(x, DequantizeLinear(w, scale, axis=1))`, `w [K, N]` int8, `scale [N]`
+    After:  `y = MatMul(x, DequantizeLinear(BitwiseXor(u, 128), scale, z, axis=1))`, with the bytes of `w` as `u`, which
+            is uint8, and `z [N]` of 128: the same values
+
+    ONNX Runtime adds products of uint8 and uint8 exactly on every processor; it computes the weights of its own once,
+    when the session is created, so that they are in memory beside those of the file.
+    """
+    weights = {
+        tensor.name: tensor
+        for tensor in model.graph.initializer
+        if tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2
+    }
+    nodes = [node for node in within(model.graph.node) if node.op_type == "DequantizeLinear" and len(node.input) == 2]
+    nodes = [node for node in nodes if node.input[0] in weights and _multiplied(model, node.output[0])]
+    for name in dict.fromkeys(node.input[0] for node in nodes):
+        model.graph.initializer.append(_as_uint8(weights[name]))
+        flipped = helper.make_node("BitwiseXor", [f"{name}{_SUFFIX}.bytes", _FLIP], [f"{name}{_SUFFIX}"])
+        model.graph.node.insert(0, flipped)
+    for width in sorted({weights[node.input[0]].dims[1] for node in nodes}):
+        model.graph.initializer.append(_filled(f"int8_sums.zeros_{width}", [width]))
+    for node in nodes:
+        width = weights[node.input[0]].dims[1]
+        node.input[:] = [f"{node.input[0]}{_SUFFIX}", node.input[1], f"int8_sums.zeros_{width}"]
+    if nodes:
+        model.graph.initializer.append(_filled(_FLIP, []))
+    return bool(nodes)
+
+
+def _multiplied(model: onnx.ModelProto, name: str) -> bool:
+    return any(node.op_type == "MatMul" and node.input[1] == name for node in within(model.graph.node))
+
+
+def _as_uint8(weight: onnx.TensorProto) -> onnx.TensorProto:
+    """Return a constant of the same bytes, which may be in a file."""
+    copied = TensorProto()
+    copied.CopyFrom(weight)
+    copied.name, copied.data_type = f"{weight.name}{_SUFFIX}.bytes", TensorProto.UINT8
+    return copied
+
+
+def _filled(name: str, shape: list[int]) -> onnx.TensorProto:
+    return helper.make_tensor(name, TensorProto.UINT8, shape, np.full(shape, _OFFSET, np.uint8).tobytes(), raw=True)
 
 
 @functools.cache

@@ -96,7 +96,11 @@ def _open(
     providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
     options = runtime.session_options or quiet_options()
     is_cpu = not runtime.devices and [name for name, _ in runtime.providers[:1]] == [CPU]
-    changes = (_take_defaults if runtime.devices else None, _call_functions if is_cpu and not as_stored else None)
+    changes = (
+        _take_defaults if runtime.devices else None,
+        _call_functions if is_cpu and not as_stored else None,
+        _add_exactly if is_cpu else None,
+    )
     try:
         changed = [change(model) for change in changes if change is not None]
         if any(changed):  # in-memory model bytes have no directory to find weights in
@@ -143,6 +147,15 @@ def _call_functions(model: onnx.ModelProto) -> bool:
     return call_cpu_functions(model)
 
 
+def _add_exactly(model: onnx.ModelProto) -> bool:
+    """Let products of int8 be added exactly, if this processor does not do so (see `offset_weights`)."""
+    if not any(tensor.data_type == TensorProto.INT8 for tensor in model.graph.initializer):
+        return False
+    from gralora_fx.run.sessions.integer_sums import adds_exactly, offset_weights
+
+    return not adds_exactly() and offset_weights(model)
+
+
 def _take_defaults(model: onnx.ModelProto) -> bool:
     """Drop defaults of initializers that are also inputs, as OpenVINO's provider requires; return whether any were."""
     inputs = {value.name for value in model.graph.input}
@@ -178,7 +191,7 @@ def check_external_data(
     locations = _locations(model.graph.initializer)
     # nodes, through which it takes long to walk, name a file or a compiled part only if the words are there
     if _COMPILED.encode() in content or content.count(_LOCATION.encode()) != len(locations):
-        nodes = [node for part in (model.graph, *model.functions) for node in _within(part.node)]
+        nodes = [node for part in (model.graph, *model.functions) for node in within(part.node)]
         if compiled := next((node for node in nodes if node.op_type == _COMPILED), None):
             raise error(f"{path} holds a part compiled elsewhere (EPContext {compiled.name!r}); export the model again")
         locations = _locations((*_initializers(model.graph), *_constants(nodes)))
@@ -212,12 +225,12 @@ def _check_location(path: Path, location: str, error: type[GraloraError]) -> Non
     check_own_file(file, error)
 
 
-def _within(nodes: Any) -> Iterator[Any]:
-    """Yield nodes, including those of subgraphs."""
+def within(nodes: Any) -> Iterator[Any]:
+    """Yield nodes of a graph, including those of subgraphs."""
     for node in nodes:
         yield node
         for graph in _branches(node):
-            yield from _within(graph.node)
+            yield from within(graph.node)
 
 
 def _branches(node: Any) -> Iterator[Any]:
