@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,18 @@ def environment(client: str) -> Path:
 
 
 def runtime() -> Path:
-    """The interpreter of an environment with what the runtime alone needs, in the versions of the release."""
-    return _environment("runtime", DEPLOY / "runtime.txt", "--constraint", str(CONSTRAINTS))
+    """The interpreter of an environment with the project and what its runtime alone needs, as the image has them."""
+    python = _environment("runtime", DEPLOY / "runtime.txt", "--constraint", str(CONSTRAINTS))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, folder)
+        for name in ("gralora_fx", "exporters"):
+            shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
+        _run([sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('.')"], folder)
+        (wheel,) = Path(folder).glob("*.whl")
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
+        _run([*pip, "--no-compile", "--force-reinstall", str(wheel)])
+    return python
 
 
 def _environment(name: str, requirements: Path, *options: str) -> Path:
@@ -56,8 +67,8 @@ def run_client(client: str, *arguments: str) -> Any:
     return json.loads(_run([str(environment(client)), "-W", "ignore", str(script), *arguments]).splitlines()[-1])
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], folder: str | None = None) -> str:
     own = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "PYTHON"))}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=own, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=own, timeout=600, cwd=folder)
     assert done.returncode == 0, f"{command[0]} failed: {done.stderr[-3000:]}"
     return done.stdout

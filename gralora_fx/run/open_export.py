@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gralora_fx.base.sources.model_files import read_json_object, usable_path
-from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.core.loading.tokenizers import load_tokenizer, read_tokenizer
 from gralora_fx.errors import ServingError, listed, option, warn_caller
 from gralora_fx.format.adapter_inputs import is_adapter_input
@@ -39,6 +38,7 @@ from gralora_fx.run.sessions.session import CPU, Runtime, open_session
 from gralora_fx.run.sessions.session_views import is_current_form
 
 if TYPE_CHECKING:
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer
     from gralora_fx.run.generate.constraints import Constraints
     from gralora_fx.run.generate.encoder_inputs import EncoderInputs
     from gralora_fx.run.sessions.adapter_file import AdapterInMemory

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from client_environments import ROOT, runtime
+from client_environments import runtime
 from damaged_exports import forget_digests
 from sentence_encoders import save_encoder
 from served_exports import decoders
@@ -130,10 +130,10 @@ def test_encoders_are_run_and_served_without_torch(encoder: Path) -> None:
 
 def test_what_the_runtime_alone_needs_is_what_is_installed(decoder: Path, encoder: Path) -> None:
     python = runtime()
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
     for name, path in (("rows", decoder), ("command", decoder), ("served decoder", decoder), ("encoder", encoder)):
         command = [str(python), "-c", f"import json, sys\n{_PROGRAMS[name]}{_END}", str(path)]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=path)
         assert result.returncode == 0, result.stderr
         assert result.stdout == printed(name, path, forbids=True)
     size = sum(file.stat().st_size for file in python.parents[1].rglob("*") if file.is_file())

@@ -96,6 +96,7 @@ def _exists(path: Path) -> bool:
 MODEL_FILE, EXPORT_FILE = "config.json", "gralora_export.json"
 RECORD = "base_quantization"  # field with a base's quantization, in a model, an adapter and an export
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def is_model(path: Path) -> bool:

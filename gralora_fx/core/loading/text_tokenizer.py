@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+from gralora_fx.base.sources.model_files import TOKENIZER_CONFIG, TOKENIZER_FILE
+
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OLDER = ("special_tokens_map.json", "added_tokens.json")  # files of earlier versions, which say more about tokens
@@ -32,6 +33,10 @@ _UNLIMITED = int(1e30)  # transformers' number for a tokenizer that sets no limi
 _CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"}  # spaces of word tokenizers that no text has
 _CLEANED |= {f" {part}": part for part in ("n't", "'m", "'s", "'ve", "'re")}
 _IDS, _TYPES, _MASK = "input_ids", "token_type_ids", "attention_mask"
+# the letters that byte-level tokenizers write for bytes: those of Latin-1 that are visible, and others for the rest
+_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_REST = [byte for byte in range(256) if byte not in _VISIBLE]
+BYTE_LETTERS = {byte: chr(byte if byte in _VISIBLE else 256 + _REST.index(byte)) for byte in range(256)}
 
 
 def is_read_here(directory: Path) -> bool:

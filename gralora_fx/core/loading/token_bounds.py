@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from gralora_fx.core.loading.byte_letters import BYTE_LETTERS
+from gralora_fx.core.loading.text_tokenizer import BYTE_LETTERS
 
 _PART = 2**16  # characters counted at once
 _SLACK = 8  # tokens by which two parts may count more than the text of both, since normalizers look beyond one

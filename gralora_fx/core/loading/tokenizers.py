@@ -6,18 +6,25 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from gralora_fx.base.progress.stages import quiet
-from gralora_fx.base.sources.model_files import MODEL_FILE, check_json_objects, local_directory
+from gralora_fx.base.sources.model_files import (
+    MODEL_FILE,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILE,
+    check_json_objects,
+    local_directory,
+)
 from gralora_fx.base.tensors import is_tensor
-from gralora_fx.core.loading.text_tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, TextTokenizer, is_read_here
 from gralora_fx.errors import CheckpointError, GraloraError, first_line, option
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # loaded where there are texts
     from transformers import PreTrainedTokenizerBase
+
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 
 PREPROCESSOR = "preprocessor_config.json"
 _EXTRACTOR_FILES = (PREPROCESSOR, "processor_config.json")
@@ -52,15 +59,18 @@ def read_tokenizer(directory: Path, error: type[GraloraError]) -> TextTokenizer 
 
     transformers loads those that `TextTokenizer` does not read, and its tokenizers have all that is used of one.
     """
-    with suppress(Exception):  # of what is damaged, which is found below
+    if not (directory / TOKENIZER_FILE).is_file():
+        return cast("TextTokenizer | None", _load_tokenizer(_auto_tokenizer, directory, error))
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer, is_read_here
+
+    with suppress(Exception):  # of damaged files, which are named below
         if is_read_here(directory):
             return TextTokenizer(directory)
-    found: TextTokenizer | None = _load_tokenizer(_read, directory, error)
-    return found
 
+    def load(name: str | Path, **options: Any) -> Any:
+        return TextTokenizer(directory) if is_read_here(directory) else _auto_tokenizer(name, **options)
 
-def _read(name: str | Path, **options: Any) -> Any:
-    return TextTokenizer(Path(name)) if is_read_here(Path(name)) else _auto_tokenizer(name, **options)
+    return cast("TextTokenizer | None", _load_tokenizer(load, directory, error))
 
 
 @contextmanager

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.errors import ServingError, option
 from gralora_fx.run.engine.limits import DecoderLimits
 
 if TYPE_CHECKING:
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer
     from gralora_fx.run.generate.constraints import Constraint
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from numpy.typing import NDArray
 
-from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.limits import DecoderLimits, TooLargeError
@@ -17,6 +16,7 @@ from gralora_fx.run.generate.detokenizer import TextStream
 from gralora_fx.run.generate.token_choice import Choice, TokenChooser, TokenScore, token_scores
 
 if TYPE_CHECKING:
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer
     from gralora_fx.run.generate.prompts import EncoderInput
 
 Ending: TypeAlias = Literal["stop", "length"]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.base.features import parts
-from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.run.engine.limits import DecoderLimits
+
+if TYPE_CHECKING:
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 
 Wanted: TypeAlias = Mapping[str, tuple[Any, Any]]  # by option or field: kind and value, or None
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from gralora_fx.core.loading.byte_letters import BYTE_LETTERS
-from gralora_fx.core.loading.text_tokenizer import TextTokenizer
+if TYPE_CHECKING:
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>\Z")
 _UNFINISHED = "\ufffd"
@@ -102,6 +103,8 @@ class TokenBytes:
         decoder = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None)
         if decoder is None or b'"ByteLevel"' not in decoder.__getstate__():
             return {}
+        from gralora_fx.core.loading.text_tokenizer import BYTE_LETTERS
+
         return {letter: byte for byte, letter in BYTE_LETTERS.items()}
 
     def _read(self, token: int) -> bytes:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.format.input_names import IDS
 from gralora_fx.format.manifest import Manifest
@@ -21,6 +20,9 @@ from gralora_fx.run.generate.answer_options import AnswerStart
 from gralora_fx.run.generate.generation_rules import GenerationRules
 from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts, is_signal
 from gralora_fx.run.sessions.ort_values import as_array
+
+if TYPE_CHECKING:
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 
 _MASK = "attention_mask"
 

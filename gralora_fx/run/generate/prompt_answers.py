@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from numpy.typing import NDArray
 
-from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
@@ -23,6 +22,7 @@ from gralora_fx.run.generate.prompts import GenerateInputs, Prompts
 from gralora_fx.run.generate.token_choice import Choice, TokenScore
 
 if TYPE_CHECKING:
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer
     from gralora_fx.run.engine.cache_memory import Source
     from gralora_fx.run.generate.encoder_inputs import EncoderInputs
     from gralora_fx.run.generate.prompts import EncoderInput

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 
 from gralora_fx.base.tensors import is_tensor
-from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.core.loading.tokenizers import is_chat, is_ids, prompt_ids
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.limits import PromptLimit
 
 if TYPE_CHECKING:
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer
     from gralora_fx.run.generate.answer_options import Sampling
     from gralora_fx.run.generate.generation_rules import GenerationRules
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime
 
 from gralora_fx.base.compat.onnx_messages import ModelProto, TensorProto
-from gralora_fx.base.compat.onnxruntime import NoKernel
 from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.format.export_directory import DECODER, ENCODER, MODEL_NAME, check_own_file
@@ -112,6 +111,8 @@ def _open(
             enable_fallback=0,
         )
     except Exception as failure:  # ONNX Runtime raises types of its own, without a common base
+        from gralora_fx.base.compat.onnxruntime import NoKernel
+
         advice = "export the model again"
         if isinstance(failure, NoKernel):
             names = ", ".join(name for name, _ in runtime.providers) or "the providers of the session options"
