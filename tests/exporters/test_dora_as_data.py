@@ -83,9 +83,7 @@ def test_it_is_pefts_beside_plain_adapters_and_the_base(exports: Exports, name: 
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_an_export_without_it_has_nothing_of_it_and_plain_adapters_are_the_same_in_both(
-    name: str, tmp_path: Path
-) -> None:
+def test_an_export_without_it_has_nothing_of_it(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]
     both, _ = exported(kind, tmp_path)
     saved(kind.make(), tmp_path / "lora", 2, target_modules=kind.targets, **LORA)
