@@ -98,12 +98,6 @@ class OpenExport:
         self._described = (self.directory / MANIFEST_NAME).read_bytes()
         check_files(self.directory, self.manifest, digests=check, error=ServingError)
         check_requirements(self.directory, self.manifest)
-        quantized = self.manifest.quantization
-        # weights of an earlier export, which records no bits, are small enough for any processor
-        if quantized is not None and quantized.kind == "int8-dynamic" and quantized.bits is not None:
-            from gralora_fx.run.sessions.integer_sums import check_integer_sums
-
-            check_integer_sums(self._runtime)
         own_adapters(self.directory, ServingError)  # none of them is a link
         check_own_file(self.directory / MODEL_NAME, ServingError)  # which may be opened later
         config = self.directory / "config.json"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
-
-from gralora_fx.errors import ServingError, option
-from gralora_fx.run.sessions.session import CPU, Runtime, quiet_options, within
 
 if TYPE_CHECKING:
     import onnx
@@ -20,53 +18,37 @@ _OFFSET = 128  # from int8 to uint8
 _SUFFIX, _FLIP = ".uint8", "int8_sums.flip"
 
 
-def check_integer_sums(runtime: Runtime) -> None:
-    """Raise if session options hold the providers, and the CPU cannot add products of uint8 and int8 exactly.
-
-    x86 processors without VNNI (Intel's before 2019, AMD's before Zen 4) add two such products in 16 bits, which
-    saturates silently. Where the CPU is named, `offset_weights` takes another form of the product.
-    """
-    if not runtime.providers and not runtime.devices and not adds_exactly():
-        raise ServingError(
-            "the export multiplies int8 weights by activations of 8 bits, whose sums this processor does not add "
-            "exactly (it has no VNNI), and session options hold the execution providers: give the CPU's provider "
-            f"itself, take another processor, or export with {option(quantize='int8')}"
-        )
-
-
-def offset_weights(model: onnx.ModelProto) -> bool:
-    """Let products read int8 weights as uint8, in place; return whether there were any.
+def offset_weights(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> bool:
+    """Let products among a model's nodes read int8 weights as uint8, in place; return whether there were any.
 
     Before: `y = MatMul(x, DequantizeLinear(w, scale, axis=1))`, `w [K, N]` int8, `scale [N]`
     After:  `y = MatMul(x, DequantizeLinear(BitwiseXor(u, 128), scale, z, axis=1))`, with the bytes of `w` as `u`, which
             is uint8, and `z [N]` of 128: the same values
 
-    ONNX Runtime adds products of uint8 and uint8 exactly on every processor; it computes the weights of its own once,
-    when the session is created, so that they are in memory beside those of the file.
+    x86 processors without VNNI (Intel's before 2019, AMD's before Zen 4) add two products of uint8 and int8 in 16 bits,
+    which saturates silently. ONNX Runtime adds those of uint8 and uint8 exactly on every processor. It computes the new
+    weights once, when the session is created, so that they are in memory beside those of the file.
     """
     weights = {
         tensor.name: tensor
         for tensor in model.graph.initializer
         if tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2
     }
-    nodes = [node for node in within(model.graph.node) if node.op_type == "DequantizeLinear" and len(node.input) == 2]
-    nodes = [node for node in nodes if node.input[0] in weights and _multiplied(model, node.output[0])]
-    for name in dict.fromkeys(node.input[0] for node in nodes):
+    multiplied = {node.input[1] for node in nodes if node.op_type == "MatMul"}
+    read = [node for node in nodes if node.op_type == "DequantizeLinear" and len(node.input) == 2]
+    read = [node for node in read if node.input[0] in weights and node.output[0] in multiplied]
+    for name in dict.fromkeys(node.input[0] for node in read):
         model.graph.initializer.append(_as_uint8(weights[name]))
         flipped = helper.make_node("BitwiseXor", [f"{name}{_SUFFIX}.bytes", _FLIP], [f"{name}{_SUFFIX}"])
         model.graph.node.insert(0, flipped)
-    for width in sorted({weights[node.input[0]].dims[1] for node in nodes}):
+    for width in sorted({weights[node.input[0]].dims[1] for node in read}):
         model.graph.initializer.append(_filled(f"int8_sums.zeros_{width}", [width]))
-    for node in nodes:
+    for node in read:
         width = weights[node.input[0]].dims[1]
         node.input[:] = [f"{node.input[0]}{_SUFFIX}", node.input[1], f"int8_sums.zeros_{width}"]
-    if nodes:
+    if read:
         model.graph.initializer.append(_filled(_FLIP, []))
-    return bool(nodes)
-
-
-def _multiplied(model: onnx.ModelProto, name: str) -> bool:
-    return any(node.op_type == "MatMul" and node.input[1] == name for node in within(model.graph.node))
+    return bool(read)
 
 
 def _as_uint8(weight: onnx.TensorProto) -> onnx.TensorProto:
@@ -99,6 +81,8 @@ def adds_exactly() -> bool:
         [helper.make_node("MatMulInteger", ["a", "b"], ["y"])], "sums", sides[:1], sides[2:], [weight]
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), quiet_options(1), providers=[CPU])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     (sums,) = session.run(None, {"a": np.full((2, _WIDTH), 255, np.uint8)})
     return bool((sums == 255 * 127 * _WIDTH).all())

@@ -98,7 +98,7 @@ def _open(
     changes = (
         _take_defaults if runtime.devices else None,
         _call_functions if is_cpu and not as_stored else None,
-        _add_exactly if is_cpu else None,
+        _add_exactly if is_cpu or not (runtime.providers or runtime.devices) else None,
     )
     try:
         changed = [change(model) for change in changes if change is not None]
@@ -154,7 +154,7 @@ def _add_exactly(model: onnx.ModelProto) -> bool:
         return False
     from gralora_fx.run.sessions.integer_sums import adds_exactly, offset_weights
 
-    return not adds_exactly() and offset_weights(model)
+    return not adds_exactly() and offset_weights(model, list(_within(model.graph.node)))
 
 
 def _take_defaults(model: onnx.ModelProto) -> bool:
@@ -192,7 +192,7 @@ def check_external_data(
     locations = _locations(model.graph.initializer)
     # nodes, through which it takes long to walk, name a file or a compiled part only if the words are there
     if _COMPILED.encode() in content or content.count(_LOCATION.encode()) != len(locations):
-        nodes = [node for part in (model.graph, *model.functions) for node in within(part.node)]
+        nodes = [node for part in (model.graph, *model.functions) for node in _within(part.node)]
         if compiled := next((node for node in nodes if node.op_type == _COMPILED), None):
             raise error(f"{path} holds a part compiled elsewhere (EPContext {compiled.name!r}); export the model again")
         locations = _locations((*_initializers(model.graph), *_constants(nodes)))
@@ -226,12 +226,12 @@ def _check_location(path: Path, location: str, error: type[GraloraError]) -> Non
     check_own_file(file, error)
 
 
-def within(nodes: Any) -> Iterator[Any]:
+def _within(nodes: Any) -> Iterator[Any]:
     """Yield nodes of a graph, including those of subgraphs."""
     for node in nodes:
         yield node
         for graph in _branches(node):
-            yield from within(graph.node)
+            yield from _within(graph.node)
 
 
 def _branches(node: Any) -> Iterator[Any]:
