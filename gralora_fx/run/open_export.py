@@ -176,7 +176,8 @@ class OpenExport:
         if find_spec("transformers") is not None:
             tokenizer: Any = load_tokenizer(self.directory, ServingError)
         elif (tokenizer := read_tokenizer(self.directory, ServingError)) is not None:
-            tokenizer.model_input_names = [value.name for value in self.first_session.get_inputs()]
+            taken = {value.name for value in self.first_session.get_inputs()}
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
         return tokenizer if tokenizer is not None else self._lacks_tokenizer()
 
     @cached_property

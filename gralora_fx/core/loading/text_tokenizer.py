@@ -24,11 +24,12 @@ _OLDER = ("special_tokens_map.json", "added_tokens.json")  # files of earlier ve
 # classes of transformers, without "Tokenizer" or "Fast", that encode and decode as their files say
 _PLAIN = {
     *("sBackend", "PreTrained", "Albert", "Barthez", "Bert", "BigBird", "Blenderbot", "CLIP", "Camembert", "Cohere"),
-    *("Deberta", "DebertaV2", "DistilBert", "Electra", "Funnel", "GPT2", "GPTNeoX", "Gemma", "Herbert", "Llama"),
+    *("Deberta", "DebertaV2", "DistilBert", "GPT2", "GPTNeoX", "Gemma", "Herbert", "Llama"),
     *("MPNet", "OpenAIGPT", "Pegasus", "Qwen2", "Qwen3_5", "Reformer", "RemBert", "Roberta", "T5", "XGLM"),
     "XLMRoberta",
 }
 _PADS_LEFT = {"Cohere", "Gemma", "Llama"}  # classes that do, unless the file says otherwise
+_TYPED = {"Bert", "Deberta", "DebertaV2"}  # classes that tell the texts of a pair apart, likewise
 _UNLIMITED = int(1e30)  # transformers' number for a tokenizer that sets no limit
 _CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"}  # spaces of word tokenizers that no text has
 _CLEANED |= {f" {part}": part for part in ("n't", "'m", "'s", "'ve", "'re")}
@@ -83,7 +84,8 @@ class TextTokenizer:
         is_words = type(self.backend_tokenizer.model).__name__ != "BPE"
         self.cleans_spaces = self.clean_up_tokenization_spaces and (is_words or bool(config.get(name)))
         self.chat_template = _templates(directory, config)
-        self.model_input_names: Sequence[str] = config.get("model_input_names") or (_IDS, _TYPES, _MASK)
+        usual = (_IDS, _TYPES, _MASK) if _kind(config) in _TYPED else (_IDS, _MASK)
+        self.model_input_names: Sequence[str] = config.get("model_input_names") or usual
         self._cutting = threading.Lock()
 
     def __len__(self) -> int:
