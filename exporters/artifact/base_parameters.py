@@ -13,9 +13,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.core.methods.arrays import to_numpy
-from gralora_fx.core.methods.forms import as_update
+from gralora_fx.core.methods.forms import as_update, scales_rows
 from gralora_fx.core.methods.lora import LoraFactors
-from gralora_fx.core.methods.method import Update, scales_rows
+from gralora_fx.core.methods.method import Update
 from gralora_fx.errors import ExportError, listed, option
 from gralora_fx.exporters.artifact.exported_adapters import Changes
 from gralora_fx.exporters.fold.replaced_parameters import named_values

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,29 @@ from gralora_fx.core.methods.arrays import (
 from gralora_fx.core.methods.fold import fold
 from gralora_fx.core.methods.gralora import Factors
 from gralora_fx.core.methods.lora import LoraFactors
-from gralora_fx.core.methods.method import AdapterTensors, Update, first_tensor, is_low_rank
+from gralora_fx.core.methods.method import AdapterTensors, Update, WeightTensors, first_tensor, is_low_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class RowScalingTensors(WeightTensors, Protocol):
+    """Tensors of an update that is of low rank beside a factor for each row of the weight, which depends on it."""
+
+    def scaled_form(self, weight: Callable[[slice], Array], scale: float) -> tuple[Array, Array, Array]:
+        """Return the new weight as `(1 + change) * weight + B @ A`: `A [R, in]`, `B [out, R]` and `change [out]`.
+
+        Args:
+            weight: Returns some rows of the layer's weight `[out, in]`, in float32 or better, in numpy's arrays like
+                the tensors.
+            scale: Factor of the update.
+        """
+        ...
+
+
+def scales_rows(factors: AdapterTensors) -> TypeGuard[RowScalingTensors]:
+    """Return whether tensors scale the rows of the weight beside an update of low rank, by their type."""
+    return hasattr(type(factors), "scaled_form")
 
 
 def as_gralora(factors: AdapterTensors) -> Factors:

@@ -91,17 +91,6 @@ class WeightTensors(AdapterTensors, Protocol):
         ...
 
 
-class RowScalingTensors(WeightTensors, Protocol):
-    """Tensors of an update that is of low rank beside a factor for each row of the weight, which depends on it."""
-
-    def scaled_form(self, weight: Callable[[slice], Array], scale: float) -> tuple[Array, Array, Array]:
-        """Return the new weight as `(1 + change) * weight + B @ A`: `A [R, in]`, `B [out, R]` and `change [out]`.
-
-        `weight` returns some rows of the layer's weight `[out, in]`, in float32 or better; all are arrays of numpy.
-        """
-        ...
-
-
 def is_low_rank(factors: AdapterTensors) -> TypeGuard[LowRankTensors]:
     """Return whether tensors have a LoRA form, by their type."""
     return hasattr(type(factors), "lora_form")
@@ -110,11 +99,6 @@ def is_low_rank(factors: AdapterTensors) -> TypeGuard[LowRankTensors]:
 def needs_weight(factors: AdapterTensors) -> TypeGuard[WeightTensors]:
     """Return whether tensors compute the new weight from the whole old one, by their type."""
     return not is_low_rank(factors)
-
-
-def scales_rows(factors: AdapterTensors) -> TypeGuard[RowScalingTensors]:
-    """Return whether tensors scale the rows of the weight beside an update of low rank, by their type."""
-    return hasattr(type(factors), "scaled_form")
 
 
 def first_tensor(factors: AdapterTensors) -> Tensor:
