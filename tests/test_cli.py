@@ -364,7 +364,7 @@ def test_help_lists_tasks_and_choices(command: str) -> None:
     text = " ".join(CliRunner().invoke(app, [command, "--help"]).stdout.split())
     assert f"Use the model for this task: {', '.join(task_names())}." in text
     assert command != "export" or all(
-        f"[{choices}]" in text for choices in ("fp32|fp16|bf16", "int4|int8|int8-dynamic", "last|all")
+        f"[{choices}]" in text for choices in ("fp32|fp16|bf16", "int4|int8|int8-dynamic|kept|float", "last|all")
     )
 
 

@@ -124,7 +124,7 @@ def test_embeddings_that_do_not_fit_are_refused(qwen: Exported) -> None:
         (embeds[:3], r"prompt 0 has 9 tokens and inputs_embeds 3"),
         (embeds[:, :5], r"'inputs_embeds' has shape \[1, 9, 5\]"),
         ({"inputs_embeds": embeds, "pixels": embeds}, "unknown pixels; beside ids the model takes inputs_embeds"),
-        ({"grid_position_ids": torch.zeros(3, 9, dtype=torch.long)}, "begins with inputs_embeds"),
+        ({"grid_position_ids": torch.zeros(3, 9, dtype=torch.long)}, "start with inputs_embeds"),
     ]
     for given, message in wrong:
         with pytest.raises(ServingError, match=message):

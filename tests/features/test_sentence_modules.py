@@ -141,7 +141,7 @@ def test_how_texts_are_tokenized_is_not_part_of_an_export(tmp_path: Path) -> Non
 
 def test_a_default_prompt_is_not_part_of_an_export(tmp_path: Path) -> None:
     settings = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
-    with pytest.warns(UserWarning, match="has the default prompt 'query', which sentence-transformers puts"):
+    with pytest.warns(UserWarning, match="has the default prompt 'query', which sentence-transformers prepends"):
         read(tmp_path, **GOOD, **{"config_sentence_transformers.json": settings})
 
 

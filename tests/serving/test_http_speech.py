@@ -123,7 +123,7 @@ def test_recordings_that_come_together_are_answered_as_each_alone(client: openai
         (wav(np.zeros(0)), {}, 400, "the audio has no samples"),
         (wav(sound(seconds=1.5)), {}, 400, "the audio is 1.5 seconds long, and the model reads 1 at a time"),
         (wav(sound()), {"language": "fr"}, 400, "no language 'fr'; there is de, en"),
-        (wav(sound()), {"response_format": "verbose_json"}, 400, "which is not done here; take json"),
+        (wav(sound()), {"response_format": "verbose_json"}, 400, "needs timestamps, which are not supported; use json"),
         (wav(sound()), {"model": "other"}, 404, "no model 'other'"),
         (wav(sound()), {"prompt": "<|en|>"}, 400, "the tokenizer does not take the prompt"),
         (wav(sound()), {"temperature": "3"}, 400, "temperature: Input should be less than or equal to 2"),
