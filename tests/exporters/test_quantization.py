@@ -112,6 +112,7 @@ def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> 
         "kind": "int4",
         "block_size": 32,
         "accuracy_level": 4,
+        "exact_on": None,
         "zero_points": True,
         "multiplications": 9,
         "lookups": 1,

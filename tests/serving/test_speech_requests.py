@@ -77,7 +77,11 @@ def test_what_is_not_given_is_the_likeliest_as_json() -> None:
         ([("model", "m")], {"parts": [RECORDING, RECORDING]}, "file, the recording, is given twice"),
         ([("model", "m")], {"parts": [RECORDING, ("prompt", b"x", "p.txt")]}, "'prompt' is a file; give the recording"),
         ([("model", "m"), ("model", "n")], {}, "'model' is given twice"),
-        ([("model", "m"), ("response_format", "srt")], {}, "response_format srt needs timestamps, which are not supported; use json"),
+        (
+            [("model", "m"), ("response_format", "srt")],
+            {},
+            "response_format srt needs timestamps, which are not supported; use json",
+        ),
         ([("model", "m"), ("response_format", "verbose_json")], {}, "response_format verbose_json"),
     ],
 )
