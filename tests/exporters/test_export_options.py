@@ -19,8 +19,8 @@ from gralora_fx.exporters.options import ExportOptions
         ({"precision": None}, "precision=None is not available"),
         (
             {"quantize": "int3"},
-            "quantize='int3' is not available; take 'int4' or 'int8' or 'int8-dynamic' or 'kept' or 'float', or leave it "
-            "out",
+            "quantize='int3' is not available; take 'int4' or 'int8' or 'int8-dynamic' or 'kept' or 'float', or leave "
+            "it out",
         ),
         ({"block_size": 24}, "block_size=24 is not a block size; take a power of two, 16 or more"),
         ({"accuracy_level": 2.0}, "accuracy_level=2.0 is not an accuracy level; take 0"),

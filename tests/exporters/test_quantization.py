@@ -180,8 +180,8 @@ def test_a_constant_matrix_that_is_not_a_linear_layer_stays_float(tmp_path: Path
     [
         (
             {"quantize": "int3"},
-            "quantize='int3' is not available; take 'int4' or 'int8' or 'int8-dynamic' or 'kept' or 'float', or leave it "
-            "out",
+            "quantize='int3' is not available; take 'int4' or 'int8' or 'int8-dynamic' or 'kept' or 'float', or leave "
+            "it out",
         ),
         ({"quantize": "int4", "block_size": 24}, "block_size=24 is not a block size; take a power of two, 16 or more"),
         ({"quantize": "int4", "block_size": 8}, "block_size=8 is not a block size"),
