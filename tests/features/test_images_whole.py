@@ -156,7 +156,7 @@ def test_adapters_of_tower_projector_and_decoder_are_chosen_by_row(method: str, 
     assert load(tmp_path / "merged").generate(chat, images=image, max_new_tokens=_NEW) == with_adapter
 
 
-def test_a_dora_adapter_and_a_projector_of_its_own_are_merged(tmp_path: Path) -> None:
+def test_a_dora_adapter_and_a_projector_of_its_own_are_merged_and_data(tmp_path: Path) -> None:
     """As `modules_to_save` of PEFT has the projector."""
     name = "LlavaForConditionalGeneration"
     targets = r".*(language_model.*q_proj|layers\.0\.mlp\.fc1)"  # the tower's last layer makes no feature
@@ -172,9 +172,14 @@ def test_a_dora_adapter_and_a_projector_of_its_own_are_merged(tmp_path: Path) ->
     processor, image, chat = tiny_processor(source), [drawn_image(70, 50)], _chat(1)
     export_onnx(model, tmp_path / "export", tokenizer=processor)
     whole = Whole(load(tmp_path / "export"), adapted, AutoProcessor.from_pretrained(tmp_path / "export"))
-    answer = whole.expected(chat, image)
-    assert answer != whole._replace(source=source).expected(chat, image)
+    answer, base = whole.expected(chat, image), whole._replace(source=source).expected(chat, image)
+    assert answer != base
     assert whole.model.generate(chat, images=image, max_new_tokens=_NEW) == answer
+    export_onnx(model, tmp_path / "data", tokenizer=processor, adapters="data")
+    found = load(tmp_path / "data").generate(
+        [chat] * 2, images=[image] * 2, adapter=["default", None], max_new_tokens=_NEW
+    )
+    assert found == [answer, base]
 
 
 def _config(method: str, targets: list[str]) -> Any:

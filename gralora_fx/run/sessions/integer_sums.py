@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 64
 _OFFSET = 128  # from int8 to uint8
+_COLUMNS = {"axis": 1}  # attributes of a node that reads weights with a scale for each column
 _SUFFIX, _FLIP = ".uint8", "int8_sums.flip"
 
 
@@ -35,8 +36,10 @@ def offset_weights(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> b
         if tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2
     }
     multiplied = {node.input[1] for node in nodes if node.op_type == "MatMul"}
-    read = [node for node in nodes if node.op_type == "DequantizeLinear" and len(node.input) == 2]
-    read = [node for node in read if node.input[0] in weights and node.output[0] in multiplied]
+    by_column = [node for node in nodes if node.op_type == "DequantizeLinear" and _COLUMNS == _numbers(node)]
+    read = [
+        node for node in by_column if len(node.input) == 2 and node.input[0] in weights and node.output[0] in multiplied
+    ]
     for name in dict.fromkeys(node.input[0] for node in read):
         model.graph.initializer.append(_as_uint8(weights[name]))
         flipped = helper.make_node("BitwiseXor", [f"{name}{_SUFFIX}.bytes", _FLIP], [f"{name}{_SUFFIX}"])
@@ -49,6 +52,10 @@ def offset_weights(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> b
     if read:
         model.graph.initializer.append(_filled(_FLIP, []))
     return bool(read)
+
+
+def _numbers(node: onnx.NodeProto) -> dict[str, int]:
+    return {attribute.name: attribute.i for attribute in node.attribute}
 
 
 def _as_uint8(weight: onnx.TensorProto) -> onnx.TensorProto:
