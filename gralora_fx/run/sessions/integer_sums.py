@@ -36,7 +36,7 @@ def offset_weights(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> b
         if tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2
     }
     multiplied = {node.input[1] for node in nodes if node.op_type == "MatMul"}
-    by_column = [node for node in nodes if node.op_type == "DequantizeLinear" and _COLUMNS == _numbers(node)]
+    by_column = [node for node in nodes if node.op_type == "DequantizeLinear" and _numbers(node) == _COLUMNS]
     read = [
         node for node in by_column if len(node.input) == 2 and node.input[0] in weights and node.output[0] in multiplied
     ]
