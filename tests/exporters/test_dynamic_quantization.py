@@ -413,6 +413,7 @@ def test_the_manifest_says_how_weights_are_quantized(report: ExportReport, class
     found = json.loads((report.output_dir / "gralora_export.json").read_text())
     assert {layer["form"] for layer in found["quantization"].pop("layers").values()} <= {str(Columns(16))}
     assert found["quantization"] == {
+        "exact_on": "x86 with VNNI and on ARM",
         "kind": "int8-dynamic",
         "block_size": None,
         "accuracy_level": None,
