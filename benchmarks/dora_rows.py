@@ -25,6 +25,7 @@ from gralora_fx.base.sources.model_files import EXPORT_FILE
 from gralora_fx.exporters import export_adapter, export_onnx
 from gralora_fx.exporters.adapter_export import adapter_in_memory
 from gralora_fx.format.manifest import read_manifest
+from gralora_fx.run.sessions.session import yielding_options
 from gralora_fx.serving import load
 
 RUNS = Path("runs/dora_rows")
@@ -46,7 +47,8 @@ def run(iterations: int = 25, interleavings: int = 1000) -> Report:
     for name, options in WEIGHTS.items():
         plain, both = (_export(base, f"{kind}_{name}", options) for kind in ("lora", "dora"))
         progress(f"steps of eight rows, {name}")
-        loaded = [load(path, threads=THREADS) for path in (plain, both)]
+        # threads stop when a step ends, else those of one session would take the cores from the next
+        loaded = [load(path, session_options=yielding_options(THREADS)) for path in (plain, both)]
         steps = {LORA: (loaded[0], "lora"), BESIDE: (loaded[1], "lora"), DORA: (loaded[1], "dora")}
         cases = [Case.of(step, TokenSteps(*where)) for step, where in steps.items()]
         times = measure(cases, iterations=iterations)
