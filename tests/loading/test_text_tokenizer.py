@@ -18,6 +18,7 @@ from transformers import T5Tokenizer as T5
 from gralora_fx.core.loading.text_tokenizer import TextTokenizer, is_read_here
 from gralora_fx.core.loading.tokenizers import read_tokenizer
 from gralora_fx.errors import ServingError
+from gralora_fx.run.generate.detokenizer import TextStream
 
 TEXTS = [
     "Hello world.",
@@ -73,9 +74,9 @@ def bert() -> Any:
     return BertTokenizer(vocab={word: index for index, word in enumerate(words)}, clean_up_tokenization_spaces=True)
 
 
-def gpt2() -> Any:
+def gpt2(**options: Any) -> Any:
     vocabulary = {token: index for index, token in enumerate([*LETTERS, "he", "\u0120w", "<|endoftext|>"])}
-    return GPT2Tokenizer(vocab=vocabulary, merges=[("h", "e"), ("\u0120", "w")], pad_token="<|endoftext|>")
+    return GPT2Tokenizer(vocab=vocabulary, merges=[("h", "e"), ("\u0120", "w")], pad_token="<|endoftext|>", **options)
 
 
 def llama() -> Any:
@@ -97,6 +98,22 @@ def both(make: Callable[[], Any], path: Path) -> tuple[TextTokenizer, Any]:
     found = read_tokenizer(path, ServingError)
     assert isinstance(found, TextTokenizer)
     return found, AutoTokenizer.from_pretrained(path)
+
+
+def gpt2_without_spaces() -> Any:
+    """One of bytes that is told twice to clean up spaces."""
+    name = "clean_up_tokenization_spaces"
+    return gpt2(**{name: True, f"{name}_for_bpe_even_though_it_will_corrupt_output": True})
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, gpt2_without_spaces])
+def test_a_text_is_the_same_token_by_token(make: Callable[[], Any], tmp_path: Path) -> None:
+    own, theirs = both(make, tmp_path)
+    for text in (*TEXTS, "it 's do n't , a ."):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        stream = TextStream(own)
+        pieces = [stream.step(token) for token in ids]
+        assert "".join(pieces) + stream.finish() == theirs.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.quick

@@ -31,6 +31,8 @@ _PLAIN = {
 _PADS_LEFT = {"Cohere", "Gemma", "Llama"}  # classes that do, unless the file says otherwise
 _TYPED = {"Bert", "Deberta", "DebertaV2"}  # classes that tell the texts of a pair apart, likewise
 _UNLIMITED = int(1e30)  # transformers' number for a tokenizer that sets no limit
+_CLEANS = "clean_up_tokenization_spaces"
+_CLEANS_BPE = f"{_CLEANS}_for_bpe_even_though_it_will_corrupt_output"
 _CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"}  # spaces of word tokenizers that no text has
 _CLEANED |= {f" {part}": part for part in ("n't", "'m", "'s", "'ve", "'re")}
 _IDS, _TYPES, _MASK = "input_ids", "token_type_ids", "attention_mask"
@@ -79,10 +81,8 @@ class TextTokenizer:
         side = "left" if _kind(config) in _PADS_LEFT else "right"
         self.padding_side: str = config.get("padding_side") or padding.get("direction") or side
         self.pad_token_type_id: int = config.get("pad_token_type_id") or 0
-        self.clean_up_tokenization_spaces = bool(config.get("clean_up_tokenization_spaces"))
-        name = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
-        is_words = type(self.backend_tokenizer.model).__name__ != "BPE"
-        self.cleans_spaces = self.clean_up_tokenization_spaces and (is_words or bool(config.get(name)))
+        for name in (_CLEANS, _CLEANS_BPE):
+            setattr(self, name, bool(config.get(name)))
         self.chat_template = _templates(directory, config)
         usual = (_IDS, _TYPES, _MASK) if _kind(config) in _TYPED else (_IDS, _MASK)
         self.model_input_names: Sequence[str] = config.get("model_input_names") or usual
@@ -170,7 +170,7 @@ class TextTokenizer:
         """Return the text of tokens."""
         tokens = np.atleast_1d(np.asarray(ids, np.int64)).tolist()
         text = str(self.backend_tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
-        is_cleaned = self.cleans_spaces and clean_up_tokenization_spaces is not False
+        is_cleaned = clean_up_tokenization_spaces is not False and cleans_spaces(self)
         return self.clean_up_tokenization(text) if is_cleaned else text
 
     @staticmethod
@@ -204,6 +204,14 @@ class TextTokenizer:
             raise ValueError("the tokenizer has no chat template by default")
         values = {**self.special_tokens_map, "add_generation_prompt": add_generation_prompt}
         return rendered(template, messages, tools=tools, documents=None, **values)
+
+
+def cleans_spaces(tokenizer: Any) -> bool:
+    """Return whether `decode` of a tokenizer, transformers' too, cleans up spaces; with BPE if told twice."""
+    if not getattr(tokenizer, _CLEANS, False):
+        return False
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is None or type(backend.model).__name__ != "BPE" or bool(getattr(tokenizer, _CLEANS_BPE, False))
 
 
 def _content(token: Any) -> str:

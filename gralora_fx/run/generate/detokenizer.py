@@ -26,12 +26,14 @@ class TextStream:
 
     def __init__(self, tokenizer: TextTokenizer, shown: frozenset[int] = frozenset()) -> None:
         """Start with no text."""
+        from gralora_fx.core.loading.text_tokenizer import cleans_spaces
+
         self._tokenizer = tokenizer
         special = _special_tokens(tokenizer)
         self._skipped, self._shown = special - shown, special & shown
         self._window: list[int] = []
         self._released = 0  # released characters of the window's text
-        self._cleaner = _Cleaner(tokenizer) if _cleans_spaces(tokenizer) else None
+        self._cleaner = _Cleaner(tokenizer) if cleans_spaces(tokenizer) else None
 
     def step(self, token: int) -> str:
         """Append a token; return the new text."""
@@ -134,7 +136,9 @@ class _Cleaner:
         """Append a piece; return the text before the last word, cleaned."""
         self._held += piece
         cut = self._held.rfind(" ")
-        while cut > 0 and (self._held[cut - 1] == " " or self._held[max(cut - 2, 0) : cut] == " '"):
+        while cut > 0 and (
+            self._held[cut - 1] == " " or self._held[max(cut - 2, 0) : cut] in (" '", " n")
+        ):  # as of n't
             cut = self._held.rfind(" ", 0, cut)
         cut = max(cut, 0)
         ready, self._held = self._held[:cut], self._held[cut:]
@@ -147,15 +151,6 @@ class _Cleaner:
 
     def _clean(self, text: str) -> str:
         return str(self._tokenizer.clean_up_tokenization(text))
-
-
-def _cleans_spaces(tokenizer: TextTokenizer) -> bool:
-    """Return whether `decode` cleans up spaces; for BPE only if a second option is set, as in transformers."""
-    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
-        return False
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    is_told = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
-    return backend is None or type(backend.model).__name__ != "BPE" or bool(is_told)
 
 
 def _special_tokens(tokenizer: TextTokenizer) -> frozenset[int]:
