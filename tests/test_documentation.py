@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from source_files import FILES, ROOT, nodes
 from test_import_order import ORDER
 from typer.main import get_command
 
@@ -15,11 +16,9 @@ from gralora_fx.cli import app
 
 pytestmark = pytest.mark.quick
 
-ROOT = Path(__file__).resolve().parents[1]
 AT_THE_ROOT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
 PAGES = [*AT_THE_ROOT, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("make demo", "make test")
-CODE = ("gralora_fx", "exporters")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -101,9 +100,8 @@ def test_errors_that_are_explained_are_those_of_the_source() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     cells = re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE)
     quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
-    modules = [ast.parse(path.read_text("utf-8")) for root in CODE for path in (ROOT / root).rglob("*.py")]
-    nodes = (node for module in modules for node in ast.walk(module) if isinstance(node, ast.Constant))
-    texts = "\0".join(node.value for node in nodes if isinstance(node.value, str))
+    constants = (node.value for file in FILES for node in nodes(file) if isinstance(node, ast.Constant))
+    texts = "\0".join(value for value in constants if isinstance(value, str))
     assert len(quoted) > 60
     assert [text for text in quoted if text not in texts] == []
 
