@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import random
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ os.environ["GRALORA_FX_PROGRESS"] = "0"  # which depends on how fast a machine i
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start too: threads of torch spin where cores are busy
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # so that `serve` does not start over; its tests do
 
+import numpy as np
 import pytest
 import torch
 from made_once import PLACE
@@ -51,12 +54,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", action="store_true", help="leave out much of what takes long (sampled.toml)")
 
 
+class Seeds:
+    """A plug-in that gives each test, doctests too, random numbers of its own, the same in every run."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Seed before fixtures are made."""
+        seed = zlib.crc32(item.nodeid.encode())
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Make a place for what is made once; in all but `make test-all`, draw fewer examples, and have faster traces.
 
     torch remembers what each operator gives for fake tensors, which pays from eight layers on: a trace of two has the
     same nodes without, in two thirds of the time. Workers and processes that tests start inherit all of this.
     """
+    config.pluginmanager.register(Seeds())
     if not hasattr(config, "workerinput"):
         place = tempfile.mkdtemp(prefix="tests-made-once-")
         os.environ[PLACE] = place
