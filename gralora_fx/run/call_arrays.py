@@ -18,7 +18,7 @@ from gralora_fx.run.engine.limits import context_length
 from gralora_fx.run.sessions.ort_values import DTYPES, as_array, plain_array
 from gralora_fx.run.sessions.session_views import empty_past
 
-if TYPE_CHECKING:  # of a model whose inputs features know alone
+if TYPE_CHECKING:  # loaded only for models with inputs of features
     from gralora_fx.format.input_names import InputFacts
 
 _CACHED, _NEW, _ALL = "past_sequence_length", "sequence_length", "total_sequence_length"
@@ -31,7 +31,7 @@ class CallInputs:
     inputs: Mapping[str, Any]  # the session's inputs by name, each with its type and shape
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of the model's `config.json`
     is_encoder_decoder: bool = False  # whether the session is an `EncoderDecoderSession`
-    # by how many positions a model has fewer than its configuration says; if not 0, padding takes none
+    # how many positions the model lacks of those in its configuration; if not 0, padding takes none
     position_offset: int = 0
     # facts about inputs, recorded by features, by their names in the manifest
     facts: Mapping[str, InputFacts] = field(default_factory=dict)
@@ -182,7 +182,7 @@ def default_array(name: str, arrays: Mapping[str, NDArray[Any]], cached: int | N
 
 
 def _check_cached(name: str, value: Any, dtype: np.dtype[Any] | None) -> None:
-    """Check that the dtype of a given cache tensor is the model's, which is None if NumPy lacks it."""
+    """Check that a passed cache tensor has the model's dtype, which is None if NumPy lacks it."""
     array = plain_array(name, value)
     if dtype is not None and hasattr(value, "dtype") and array.dtype != dtype:
         raise ServingError(

@@ -262,7 +262,7 @@ class OrtModel(OpenExport):
             WrongFieldError: The required form of answers is invalid, cannot be compiled, or there are several; or
                 llguidance, which enforces it, is not installed.
         """
-        generation = self.generation  # first: of an export that does not generate, no option is of use
+        generation = self.generation  # before the options: an export that does not generate takes none
         chosen = Sampling.of(sampling)
         if not isinstance(stream, bool):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")

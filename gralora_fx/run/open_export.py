@@ -1,6 +1,6 @@
 """An open export directory: its checked files, its adapters, a session over each graph, and its generation.
 
-How each kind of export is opened and generates is a `Reading`: the reading half of `gralora_fx.exporters.kinds`.
+A `Reading` says how a kind of export is opened and generates; `gralora_fx.exporters.kinds` says how it is written.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Reading:
     """How a kind of export is read."""
 
     name: str  # the kind, as the manifest has it
-    # whether `model_rows.onnx`, where there is one, is opened first, and not `model.onnx`: given whether the CPU runs
-    # all of it, and whether every call names an adapter for each row
+    # returns whether an existing `model_rows.onnx` is opened before `model.onnx`, from whether the CPU runs all of it,
+    # and whether every call names an adapter for each row
     opens_rows: Callable[[bool, bool], bool]
     calls_rows: bool  # whether calls that name an adapter for each row run `model_rows.onnx`
     # returns the generation of an open export; raises a `ServingError` if it has none
@@ -85,12 +85,12 @@ class OpenExport:
         Args:
             export_dir: Its directory.
             runtime: How ONNX Runtime runs it; None for the CPU.
-            check: As of `load`.
-            max_rank: As of `load`.
+            check: As in `load`.
+            max_rank: As in `load`.
             by_row: Whether every call of a model without a cache names rows' adapters.
 
         Raises:
-            ServingError: As of `load`.
+            ServingError: As in `load`.
         """
         self._runtime = runtime or Runtime()
         self.directory = usable_path(export_dir, ServingError, remedy="give the directory of an export").absolute()
@@ -223,8 +223,7 @@ class OpenExport:
         compiler = compiler_for(self.text_tokenizer, self.generation.limits)
         if compiler is None:
             raise ServingError(
-                "no feature that is installed can say what answers have to be; install gralora-fx with all of its "
-                "features"
+                "no installed feature can constrain answers; install gralora-fx with all of its features"
             )
         return compiler
 

@@ -173,7 +173,7 @@ def check_refusals(decoder: Decoder) -> None:
     with pytest.raises(ServingError, match="row 7 is not open"):
         decoder.close(7)
     decoder.close(row)
-    with pytest.raises(ServingError, match="the export takes ids alone, so nothing can be put in their place"):
+    with pytest.raises(ServingError, match="the export takes token ids only"):
         decoder.open(source={"input_ids": np.ones((1, 2), np.int64)})
     assert decoder.free == 1
 

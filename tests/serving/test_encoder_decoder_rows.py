@@ -287,7 +287,7 @@ def test_a_row_has_the_decoders_positions(pair_of: Callable[[str], Pair]) -> Non
 
 def test_beams_are_said_not_to_be_searched(pair_of: Callable[[str], Pair], tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"num_beams": 4, "decoder_start_token_id": 1}')
-    with pytest.warns(UserWarning, match="asks for num_beams=4, which is not done here"):
+    with pytest.warns(UserWarning, match="asks for num_beams=4, which is not supported"):
         GenerationRules.of(tmp_path, {}, frozenset({2}))
 
 
@@ -350,7 +350,7 @@ def test_an_encoder_runs_between_two_steps_of_the_rows_that_decode(pair_of: Call
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("a text", "a source is what the encoder reads by name, but got 'a text'"),
+        ("a text", "a source must be a dict of the encoder's inputs, but got 'a text'"),
         ({}, "there is no source"),
         ({"attention_mask": np.ones((1, 2), np.int64)}, "the source lacks input_ids"),
         (

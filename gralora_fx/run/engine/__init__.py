@@ -1,1 +1,1 @@
-"""A model with a cache as rows that open, read tokens in steps and close, driven by all that generates or verifies."""
+"""The decoder engine: rows (batch slots) open, read tokens in steps and close."""

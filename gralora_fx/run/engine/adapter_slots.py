@@ -92,7 +92,7 @@ class AdapterSlots:
             return
         self._room, self._values, self._most = self._needed(used), {}, 0
         self._ids.clear()
-        self._arrays = {}  # before there are others
+        self._arrays = {}  # free them before others are allocated
         self._arrays = empty_stack(self._count, self._room, self._inputs)
 
 
@@ -117,7 +117,7 @@ class RowStacks:
         return sum(slots.size(part) for slots, part in self._parts(used))
 
     def is_misfit(self, used: Sequence[LoadedAdapter | None]) -> bool:
-        """Return whether they would take the place of others, which are too narrow or much too wide."""
+        """Return whether they would replace buffers that are too narrow or much too wide."""
         return any(slots.is_misfit(part) for slots, part in self._parts(used))
 
     def spare(self, used: Sequence[LoadedAdapter | None]) -> int:

@@ -109,7 +109,7 @@ class NotInvokedError(ServingError):
         """Name the missing tokens, as text if possible."""
         tokens = shown(list(adapter.acts_from)) + ("" if text is None else f", {shown(text)}")
         super().__init__(
-            f"adapter {adapter.name!r} acts from its tokens {tokens} on, and the prompt does not have them; put them "
+            f"adapter {adapter.name!r} acts from its tokens {tokens} on, and the prompt lacks them; put them "
             "where its answer begins, or name no adapter"
         )
         self.adapter = adapter
@@ -169,7 +169,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
             return found
         self.inputs()
         if not isinstance(name, str):
-            raise ServingError(f"{shown(name)} is not the name of an adapter; give a text, or None for the base")
+            raise ServingError(f"{shown(name)} is not the name of an adapter; give a string, or None for the base")
         path = own_adapters(self._directory, ServingError).get(name)
         if path is None:
             names = listed(self.available()) or "none"
@@ -227,12 +227,12 @@ class Adapters(Mapping[str, LoadedAdapter]):
             return found
         inputs, loaded = self.inputs(), self._loaded
         if len(loaded) > _STACKED or any(loaded.get(adapter.name) is not adapter for adapter in used):
-            return Stack.of(used, inputs)  # gone with the rows
+            return Stack.of(used, inputs)  # freed with the rows
         with self._stacking:
             if (found := self._stack_with(used)) is None:
                 found = Stack.of(loaded.values(), inputs)
                 if all(self._loaded.get(name) is adapter for name, adapter in loaded.items()):
-                    self._stack = found  # a later unload takes it away
+                    self._stack = found  # a later unload frees it
             return found
 
     def _stack_with(self, used: Sequence[LoadedAdapter]) -> Stack | None:
@@ -241,7 +241,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return stack if stack is not None and all(adapter in stack.ids for adapter in used) else None
 
     def rows(self, adapter: object, count: int) -> dict[str, Any]:
-        """Return the inputs of a graph with an adapter a row, beside a call's own: the stack, and each row's id."""
+        """Return the adapter inputs of a graph with an adapter per row: the stack, and each row's id."""
         chosen = [None if name is None else self[name] for name in names_of_rows(adapter, count)]
         for each in filter(None, chosen):
             each.check_acts_everywhere("a call (generate finds where it acts)")

@@ -126,7 +126,7 @@ class CacheMemory:
             self.shared.room = min(self.shared.limit, max(self.limit - self._sum(), 0))
 
     def _is_safe(self, rows: Iterable[RowMemory], copies: int) -> bool:
-        """Return whether rows can all end, those first that need least for it."""
+        """Return whether all rows can end one after the other, those that need least first."""
         if self.limit is None:
             return True
         ordered = sorted(rows, key=lambda row: row.claim - row.taken)
@@ -170,8 +170,8 @@ class BoundedRows(ABC):
 
         Args:
             max_length: The most tokens that it reads; None for the capacity.
-            adapter: As of `Decoder.open`.
-            source: As of `Decoder.open`.
+            adapter: As in `Decoder.open`.
+            source: As in `Decoder.open`.
         """
         if self.memory.limit is None:
             return True
@@ -193,7 +193,7 @@ class BoundedRows(ABC):
         return self._row_memory(length, source).claim
 
     def trim(self) -> None:  # noqa: B027  # most have nothing to free
-        """Free, while no row is open, memory that a row could fill again within a moment."""
+        """Free memory that is quick to fill again, while no row is open."""
 
     def _expect(self, row: int, tokens: int) -> None:  # noqa: B027  # it matters to buffers alone
         """Record how many tokens a row will soon have read, for which there is room."""

@@ -1,4 +1,4 @@
-"""A decoder as rows that open, read tokens in steps and close, driven by `generate`, schedulers and trials."""
+"""The decoder protocol: rows (batch slots) open, read tokens in steps and close."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ALONE = 256  # tokens: attention also computes masked scores, so that longer pi
 
 
 class Decoder(StartedRows, BoundedRows):
-    """A decoder with room for some rows.
+    """A decoder with a fixed number of rows, the slots of its batch.
 
     A caller opens a row for each prompt, lets rows read tokens in steps that they share, and closes the row. In one
     step some rows may read a chunk of a prompt while others read the token that was chosen last; rows that are not
@@ -35,7 +35,7 @@ class Decoder(StartedRows, BoundedRows):
         limits: The model's limits.
         rows: The number of rows.
         chunk: The most tokens that a row may read in a step beside others.
-        alone: The most tokens that a row may read in a step by itself, when nobody waits for it.
+        alone: The most tokens that a row may read in a step by itself, when no other row waits.
         chosen: The most tokens of an answer to read in a step, such as those that a constraint forces; 1 if the model
             computes a single token differently from several.
         gives_all: Whether a step returns the logits after each token (`logits="all"`), not only after the last.
@@ -236,9 +236,9 @@ class Decoder(StartedRows, BoundedRows):
             a row in `last`.
 
         Raises:
-            ServingError: A row is not open, its tokens are none, more than `chunk` (`alone` if no other row reads),
-                more than it has room for, or outside the vocabulary, more logits are requested than it reads tokens, it
-                cannot verify tokens, or ONNX Runtime fails; no row has read anything then.
+            ServingError: A row is not open, has no tokens, more than `chunk` (`alone` if no other row reads), more than
+                it has room for, or ones outside the vocabulary; more logits are requested than it reads tokens; it
+                cannot verify tokens; or ONNX Runtime fails. No row has read anything then.
             NoRoomError: There is no memory for the tokens that a row reads (see `reserve`).
         """
         with self._lock:
@@ -312,7 +312,7 @@ class Decoder(StartedRows, BoundedRows):
     def _last(self, last: Mapping[int, int], read: Mapping[int, NDArray[np.int64]]) -> Mapping[int, int]:
         for row, count in last.items():
             if type(count) is not int or row not in read or not 0 < count <= len(read[row]):
-                raise ServingError(f"logits of {shown(count)} tokens of row {shown(row)} are wanted; it reads fewer")
+                raise ServingError(f"logits of {shown(count)} tokens of row {shown(row)} are requested; it reads fewer")
         if last and self.verify_problem is not None:
             raise ServingError(f"a row gives the logits after one token: {self.verify_problem}")
         return last

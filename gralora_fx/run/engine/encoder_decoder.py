@@ -97,7 +97,7 @@ class EncoderDecoder(Decoder):
 
     def _source_size(self, source: Source | None) -> int:
         longest = max((np.shape(value)[-1] for value in (source or {}).values() if np.ndim(value) > 1), default=0)
-        return self._of_source.row_size(longest)  # of ids, or of frames, which an encoder may make fewer of
+        return self._of_source.row_size(longest)  # tokens or frames, which the encoder may reduce
 
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
         if not source:
@@ -129,7 +129,7 @@ class EncoderDecoder(Decoder):
 def _checked(source: Source, session: EncoderDecoderSession) -> Source:
     """Return a source as arrays of one row each, checked."""
     if not isinstance(source, Mapping):
-        raise ServingError(f"a source is what the encoder reads by name, but got {shown(source)}")
+        raise ServingError(f"a source must be a dict of the encoder's inputs, but got {shown(source)}")
     inputs = {value.name: value for value in session.encoder.get_inputs() if not is_adapter_input(value.name)}
     if missing := [name for name in inputs if name not in source]:
         raise ServingError(f"the source lacks {', '.join(missing)}, which the encoder reads")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 
 _ENDS = "eos_token_id"
-UNLIMITED = 2048  # positions of a decoder whose configuration names no limit, for a cache of some size
+UNLIMITED = 2048  # the context assumed where the configuration names none
 QUERIES = 16  # ONNX Runtime's attention takes queries in blocks of a multiple of it
 LEAST_CHUNK = 3  # least tokens of a step with which no token of a longer prompt is read alone (see `part_length`)
 # fields of configurations for the number of positions
@@ -43,7 +43,7 @@ class DecoderLimits:
     vocabulary: int | None  # how many tokens there are; None if that is not known
     context: int  # positions of a prompt and its answer together
     ends: frozenset[int]  # ids of the tokens that end an answer, unless a request names others
-    is_assumed: bool = False  # whether the configuration names no context, so that it is that of a cache of some size
+    is_assumed: bool = False  # whether the configuration names no context, so that `UNLIMITED` is assumed
 
     @classmethod
     def of(cls, directory: Path, config: Mapping[str, Any], position_offset: int) -> DecoderLimits:
@@ -125,7 +125,7 @@ class PromptLimit:
 
     most: int | None  # how many; None for any
     what: str  # the name of a prompt in messages
-    excess: str  # the text on a prompt with more tokens
+    excess: str  # the error text for a prompt with more tokens
 
     @classmethod
     def of_context(cls, limits: DecoderLimits) -> PromptLimit:
@@ -139,7 +139,7 @@ class PromptLimit:
 
     def check_text(self, text: str, tokenizer: TextTokenizer) -> None:
         """Check that a text may fit."""
-        if self.most is None or len(text) <= self.most:  # it is tokenized soon enough
+        if self.most is None or len(text) <= self.most:  # short enough to tokenize
             return
         from gralora_fx.core.loading.token_bounds import surely_exceeds
 

@@ -15,7 +15,7 @@ _ALIGNMENT = 16  # bytes
 _NUMBER = 256  # bits of a token or its key; the higher bits are the number of the adapter that reads it
 Arrays: TypeAlias = Sequence[NDArray[Any]]
 Bytes: TypeAlias = NDArray[np.uint8]
-Kind: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]  # of an array: its shape and its numbers
+Kind: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]  # of an array: its shape and dtype
 Root: TypeAlias = tuple[Any, str | None]  # the version of an adapter, None for the base; and the salt
 
 
@@ -84,7 +84,7 @@ def owner_of(token: int) -> int:
 
 
 def common(known: Sequence[int], tokens: Sequence[int]) -> int:
-    """Return the length of the common beginning of two texts."""
+    """Return the length of the common prefix of two texts."""
     if known == tuple(tokens):
         return len(known)
     pairs = enumerate(zip(known, tokens, strict=False))

@@ -77,9 +77,9 @@ class PrefixCache:
         self.limit, self.room, self.evictions = limit, limit, 0
         self._bytes_used = self._count = 0
         self._roots: dict[Root, TokenBlock] = {}
-        # places where a text may continue, least recently used first: blocks, each after those below it, or snapshots
+        # points where a text may continue, least recently used first: blocks, each after those below it, or snapshots
         self._recent: OrderedDict[TokenBlock, None] = OrderedDict()
-        self._chances: OrderedDict[TokenBlock, None] = OrderedDict()  # with a snapshot from which none has gone on yet
+        self._chances: OrderedDict[TokenBlock, None] = OrderedDict()  # with a snapshot that no text has continued from
         self._gone: WeakSet[Any] = WeakSet()  # versions of adapters
         self._lock = threading.Lock()
 
@@ -103,12 +103,12 @@ class PrefixCache:
         return bool(self._states)
 
     def known(self, root: Root, tokens: Sequence[int]) -> int:
-        """Return the length of a text's known beginning, whether or not a text can be continued there."""
+        """Return the length of a text's cached prefix, whether or not a text can be continued there."""
         with self._lock:
             return sum(count for _, count in self._path(root, tokens))
 
     def fill(self, root: Root, tokens: Sequence[int], start: int, row: Arrays, states: Arrays = ()) -> int:
-        """Copy the known part of a text into the cache of a row, from a position on.
+        """Copy the cached part of a text into the cache of a row, from a position on.
 
         Args:
             root: The version of the row's adapter, and the salt.

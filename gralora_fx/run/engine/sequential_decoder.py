@@ -87,7 +87,7 @@ class SequentialDecoder(Decoder):
                     f"row {number} reads a part of tokens that are read at once, and the export gives the logits "
                     "after each; give a larger chunk"
                 )
-            else:  # in the middle of a prompt, where nobody takes logits
+            else:  # in the middle of a prompt, where logits are not needed
                 stepped[number] = row.cache, np.full(self.limits.vocabulary or 1, np.nan, np.float32), tokens
         for number, (cache, _, held) in stepped.items():
             self._open[number].cache, self._open[number].held = cache, held

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # loaded where rows have adapters
 
 _MOST_PADDED = 64  # positions of padding that are summed up rather than run the model once more
 _STATES = "layers of the model keep states"
-_SEVERAL = 2  # tokens of a row from which attention has the kernel of several
+_SEVERAL = 2  # from so many tokens of a row on, attention uses its kernel for several
 _NO_STACK = Stack({None: BASE}, {})  # of a graph without adapters
 
 
@@ -53,10 +53,7 @@ class GivenRows:
         from gralora_fx.format.tasks import tasks_beside_ids
 
         others = [f", or export the model with {option(task=task)}" for task in tasks_beside_ids()]
-        raise ServingError(
-            "the export takes ids alone, so nothing can be put in their place; leave inputs_embeds out"
-            + "".join(others)
-        )
+        raise ServingError("the export takes token ids only; leave inputs_embeds out" + "".join(others))
 
     def names(self, row: int) -> Mapping[int, int] | None:
         """Return keys, by position, that identify a row's given inputs, as token ids identify the rest.
@@ -66,7 +63,7 @@ class GivenRows:
         return {}
 
     def joins(self, row: int, stop: int) -> bool:
-        """Return whether a row's tokens before and after a place have to be read at once."""
+        """Return whether a row's tokens before and after a position have to be read at once."""
         return False
 
     def arrays(
@@ -264,7 +261,7 @@ class RowsDecoder(Decoder):
         """Let rows that choose from one stack read tokens, and set their new lengths."""
         rows = range(min(read), max(read) + 1)  # the others take no time at all
         read, attended = {row: read[row] for row in sorted(read)}, np.zeros(len(rows), dtype=np.int32)
-        # attention that sees one token of each row takes another way, with other last digits
+        # attention over one token of each row uses another kernel, whose last digits differ
         ids = np.zeros((len(rows), max(_SEVERAL, *map(len, read.values()))), dtype=np.int64)
         query = np.zeros(len(rows), dtype=np.int32)
         numbers = np.full(len(rows), BASE, dtype=np.int64)

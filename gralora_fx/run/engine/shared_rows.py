@@ -12,9 +12,9 @@ from gralora_fx.run.engine.limits import QUERIES
 from gralora_fx.run.engine.prefix_blocks import BLOCK, common, owned
 from gralora_fx.run.engine.prefix_cache import PrefixCache
 
-_LEFT = 2  # tokens that a row reads itself, at least
-_WORTH = 16  # tokens that a later text is spared, for which a step is cut in two
-_APART = 32  # tokens from one snapshot to the next that is taken on a chance
+_LEFT = 2  # the fewest tokens that a row reads itself
+_WORTH = 16  # the fewest tokens that a later text must save for a step to be cut in two
+_APART = 32  # the fewest tokens from a snapshot to the next tentative one
 
 
 @dataclass
@@ -146,7 +146,7 @@ class SharedRows:
         for stop in sorted(stop for stop in stops if length < stop < length + count):
             if stop - shared.kept < _WORTH:
                 continue
-            part = (stop - length) // 2 * 2  # products of few bits take tokens in pairs
+            part = (stop - length) // 2 * 2  # quantized products take tokens in pairs
             while part and (count - part) % QUERIES == 1:
                 part -= 2
             if part:
@@ -156,7 +156,7 @@ class SharedRows:
         return 0
 
     def fill(self, row: int, length: int, tokens: Sequence[int]) -> int:
-        """Fill in the known part of the tokens that a row would read next, without the last ones."""
+        """Fill in the cached part of the tokens that a row would read next, without the last ones."""
         shared = self._at(row, length)
         if len(tokens) <= _LEFT or self._sharable(shared) < length:
             return 0

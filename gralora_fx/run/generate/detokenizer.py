@@ -138,7 +138,7 @@ class _Cleaner:
         cut = self._held.rfind(" ")
         while cut > 0 and (
             self._held[cut - 1] == " " or self._held[max(cut - 2, 0) : cut] in (" '", " n")
-        ):  # as of n't
+        ):  # such as n't
             cut = self._held.rfind(" ", 0, cut)
         cut = max(cut, 0)
         ready, self._held = self._held[:cut], self._held[cut:]

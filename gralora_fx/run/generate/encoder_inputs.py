@@ -31,8 +31,8 @@ _MASK = "attention_mask"
 class EncoderInputs:
     """Reads an export's encoder inputs; the base class reads arrays only.
 
-    A subclass that a feature adds reads prompts of its own: it says by `reads` for which encoders it is, and has
-    `read` and `example`.
+    A feature's subclass reads other prompts: its `reads` says for which encoders, and it overrides `read` and
+    `example`.
     """
 
     directory: Path  # the export directory

@@ -161,7 +161,7 @@ class GenerationRules:
         ]
         if others:
             warn_caller(
-                f"{GENERATION_CONFIG} of {self.directory} asks for {', '.join(others)}, which is not done here: each "
+                f"{GENERATION_CONFIG} of {self.directory} asks for {', '.join(others)}, which is not supported: each "
                 f"token is the likeliest, or drawn with {option(do_sample=True)}"
             )
 

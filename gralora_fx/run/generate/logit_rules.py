@@ -82,7 +82,7 @@ class Occurrence:
 
 @dataclass(frozen=True)
 class NoRepeats:
-    """Forbids a token that would complete a sequence of tokens that is there already."""
+    """Forbids a token that would repeat an earlier sequence of tokens."""
 
     size: int  # tokens of a sequence
     source: Sequence[int] | None = None  # where the sequences are; None for the prompt and the answer

@@ -124,8 +124,7 @@ def mixed(parts: Sequence[tuple[Arrays, float]], inputs: AdapterInputs) -> dict[
 
     The weights become part of the `B` tensors, in float32, rounded once. Each block pair (j, n) of GraLoRA has its own
     s columns of `A[n]` and rows of `B[j]`, so those are concatenated pair by pair; plain LoRA's are concatenated whole.
-    Changes of biases are added, and so are those of the factors by which outputs are scaled: the sum is that of the
-    weights' changes.
+    Changes of biases and of output scales are summed as well.
     """
     tensors: dict[str, NDArray[Any]] = {}
     for site in inputs.sites:
@@ -146,7 +145,7 @@ def _sum_at(site: AdapterSite, adapters: Sequence[tuple[Arrays, float]], k: int)
     if general:
         yield np.concatenate([A for A, _ in general], 1)
         yield np.concatenate([B for _, B in general], 0)
-    for vectors in zip(*(vectors for (_, _, _, _, *vectors), _ in parts), strict=True):  # changes of bias, of factors
+    for vectors in zip(*(vectors for (_, _, _, _, *vectors), _ in parts), strict=True):  # bias, output scales
         there = [(vector, weight) for vector, (_, weight) in zip(vectors, parts, strict=True) if vector is not None]
         if there:
             total = sum(vector.astype(np.float32) * weight for vector, weight in there)

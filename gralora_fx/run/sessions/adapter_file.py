@@ -71,10 +71,10 @@ class AdapterRecord:
 
 
 def norms_text(norms_of: str) -> str:
-    """Say in words of which weights an adapter's norms are, and whether they are PEFT's."""
+    """Describe which weights an adapter's norms were computed from, and whether they are PEFT's."""
     if norms_of == "float32":
-        return "its norms are those of the float32 weights, as in PEFT"
-    return f"its norms are those of the weights that the export stores ({norms_of}), not of the base's own"
+        return "its norms were computed from the float32 weights, as in PEFT"
+    return f"its norms were computed from the weights that the export stores ({norms_of}), not from the base's own"
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +229,7 @@ def read_tensors(
     try:
         tensors = read_parameters(file)  # shares the memory of these checked bytes
     except FormatError as failure:
-        raise error(f"{path} is not an adapter of ONNX Runtime, of the version that is known ({failure})") from failure
+        raise error(f"{path} is not an ONNX Runtime adapter of a known version ({failure})") from failure
     problems = [*_tensor_problems(tensors, record, inputs)]
     if not problems and (record.r, record.hybrid_r) != _largest_ranks(tensors, inputs):
         problems = ["its tensors have other ranks than its record says"]

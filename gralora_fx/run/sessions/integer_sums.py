@@ -1,4 +1,4 @@
-"""Exact sums of products of 8 bits on every processor, which exports in int8-dynamic need."""
+"""Exact sums of 8-bit products on every processor, which int8-dynamic exports need."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def offset_weights(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> b
             is uint8, and `z [N]` of 128: the same values
 
     x86 processors without VNNI (Intel's before 2019, AMD's before Zen 4) add two products of uint8 and int8 in 16 bits,
-    which saturates silently. ONNX Runtime adds those of uint8 and uint8 exactly on every processor. It computes the new
-    weights once, when the session is created, so that they are in memory beside those of the file.
+    which saturates silently. ONNX Runtime sums products of uint8 and uint8 exactly on every processor. It computes the
+    new weights once, when the session is created; they take memory beside the file's.
     """
     weights = {
         tensor.name: tensor

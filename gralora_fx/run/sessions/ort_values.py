@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ALIKE = ("float16", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-_NAMES = {"float": "float32", "double": "float64", **{name: name for name in _ALIKE}}  # numpy's and torch's of a type
+_NAMES = {"float": "float32", "double": "float64", **{name: name for name in _ALIKE}}  # dtype names of numpy and torch
 DTYPES = {f"tensor({name})": np.dtype(other) for name, other in _NAMES.items()}
 _BFLOAT16 = "tensor(bfloat16)"
 # dtypes of arrays that hold a cache: bfloat16 as its bits, which numpy copies much faster than ml_dtypes' numbers
@@ -170,7 +170,7 @@ def plain_array(name: str, value: Any) -> NDArray[Any]:
         if not is_tensor(value):
             return np.asarray(value)
         tensor = value.detach().cpu()
-        lacks = str(tensor.dtype) in ("torch.bfloat16", "torch.float8_e4m3fn")  # which numpy does
+        lacks = str(tensor.dtype) in ("torch.bfloat16", "torch.float8_e4m3fn")  # dtypes that numpy lacks
         return np.asarray((tensor.float() if lacks else tensor).numpy())
     except Exception as error:  # array-likes and tensors without values raise what they like
         hint = "pad its rows to one length" if isinstance(value, Sequence) else "give an array, a tensor or a list"

@@ -190,7 +190,7 @@ def check_external_data(
     except Exception as failure:  # protobuf raises types of its own
         raise error(f"{path} is not an ONNX model ({failure}); export the model again") from failure
     locations = _locations(model.graph.initializer)
-    # nodes, through which it takes long to walk, name a file or a compiled part only if the words are there
+    # walking all nodes takes long; they name a file or a compiled part only if these words occur in the file
     if _COMPILED.encode() in content or content.count(_LOCATION.encode()) != len(locations):
         nodes = [node for part in (model.graph, *model.functions) for node in _within(part.node)]
         if compiled := next((node for node in nodes if node.op_type == _COMPILED), None):

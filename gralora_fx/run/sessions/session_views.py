@@ -121,7 +121,7 @@ def with_adapter(session: Any, values: Values) -> Any:
 
 
 def adapter_values(values: Values, inputs: AdapterInputs, session: Any) -> dict[str, Any]:
-    """Return the tensors of an adapter that a session takes; empty ones for layers that it leaves, if required."""
+    """Return the adapter tensors that a session takes, with empty ones for missing layers if it requires all."""
     is_required = any(is_adapter_tensor(value.name) for part in parts_of(session) for value in part.get_inputs())
     taken = {value.name for part in parts_of(session) for value in optional_or_required(part)}
     given = {**(empty_adapter(inputs) if is_required else {}), **values}
