@@ -276,7 +276,7 @@ def _open_adapters(settings: ServiceSettings, model: OrtModel) -> AdapterStore:
         adapters[name]
     if settings.base_name in names:
         raise ServingError(
-            f"an adapter is called {settings.base_name!r} as the export's directory, which names the base; rename one"
+            f"an adapter is called {settings.base_name!r} like the export's directory, which names the base; rename one"
         )
     most = settings.max_adapters or max(_MOST_ADAPTERS, len({*names, *settings.adapters}))
     return AdapterStore(settings.base_name, model, AdapterLimits(most, settings.adapter_bytes))

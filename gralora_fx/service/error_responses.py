@@ -35,7 +35,7 @@ _NO_RETRY = {"X-Should-Retry": "false"}
 _HEADERS = {429: _RETRY_AFTER, 503: _RETRY_AFTER, 504: _NO_RETRY}
 _INFERENCE = "/v2"
 _UNREADABLE = "There was an error parsing the body"  # FastAPI's words
-# which of the kinds that a field may be, classes among them, a problem is of: pydantic says it between names of fields
+# the union member that a problem belongs to, which pydantic puts between names of fields
 _KIND = re.compile(r"[A-Z]\w*|str|int|float|bool|(list|dict|tagged-union|constrained|function-|literal|nullable)\b.*")
 _logger = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[GraloraError], int], ...] = (

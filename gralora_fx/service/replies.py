@@ -74,7 +74,7 @@ async def _disconnected(request: Request) -> None:
 
 def _too_late(seconds: float | None) -> DeadlineError:
     return DeadlineError(
-        f"the request was not answered within {seconds:g} s, and was given up; give it more time with {_HEADER}, or "
+        f"the request was not answered within {seconds:g} s, and was cancelled; give it more time with {_HEADER}, or "
         "ask for fewer tokens"
     )
 

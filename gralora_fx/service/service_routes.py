@@ -33,7 +33,7 @@ PAGE_PATHS = tuple(_FILES)
 # open without a key: for probes, which have none, and for the pages, which ask for it and are the same for everybody
 OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready", *PAGE_PATHS)
 _HEADERS = {
-    # nothing from elsewhere (Swagger UI's icons are in its CSS), no script in a page, no other site may frame one
+    # no resources of other origins (Swagger UI's icons are in its CSS), no inline scripts, no framing by other sites
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),

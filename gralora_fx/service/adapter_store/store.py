@@ -82,7 +82,7 @@ def try_decoder(model: OrtModel) -> AdapterTrial:
     decoder = model.decoder(rows=1, capacity=1, chunk=1)
 
     def run(key: str | None) -> list[NDArray[Any]]:
-        row = decoder.open(key, source, start=0)  # where it acts, since the base runs otherwise
+        row = decoder.open(key, source, start=0)  # start where the adapter acts, or the base would run
         try:
             return [decoder.step({row: [token]})[row]]
         finally:
@@ -210,7 +210,7 @@ class AdapterStore(AdapterMemory):
             try:
                 self.trial(version.key)
             except ServingError as error:
-                assert version.file is not None  # others are tried before
+                assert version.file is not None  # pinned versions are tried when they are loaded
                 text = self.pending.refuse(version.name, version.file, error)
                 self.take_name(version)
                 raise AdapterLoadError(text) from error
@@ -223,7 +223,7 @@ class AdapterStore(AdapterMemory):
             if version is not None:
                 if version.file in (None, file):
                     return version
-                self.release(version.key)  # it would take the next one's room
+                self.release(version.key)  # it would take the room of the next one
             if file is None:
                 if version is not None:
                     self.take_name(version)
@@ -234,7 +234,7 @@ class AdapterStore(AdapterMemory):
                 older = self.hold_named(name)
                 if older is None:
                     raise
-                return older  # the files are damaged, and this version is not
+                return older  # the new files are damaged, the old version still works
             if loaded.file == file:
                 return loaded
             self.release(loaded.key)  # loaded from the files before this request

@@ -159,7 +159,7 @@ class SpreadChanges:
     async def _record(self, shared: SharedAdapters) -> None:
         old = SharedAdapters.read(self._folder).loaded
         replace(shared, number=shared.number + 1).write(self._folder)
-        await self._spread("follow", is_sure=False)  # a replica that does not hear it reads the record later
+        await self._spread("follow", is_sure=False)  # a replica that misses it reads the record later
         for file in {*old.values()} - {*shared.loaded.values()}:
             shutil.rmtree(self._folder / Path(file).parts[0], ignore_errors=True)
 

@@ -100,7 +100,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         return jobs
 
     def _check_invoked(self, request: TextRequest) -> None:
-        """Check that a prompt has the tokens from which on its adapter acts."""
+        """Check that a prompt has the tokens that activate its adapter."""
         try:
             self._decoder.start_of(request.adapter, request.prompt)
         except NotInvokedError as error:
@@ -128,7 +128,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         try:
             self._step()
         except Exception as error:  # a bug in the service: fail the requests, and serve later ones
-            _logger.exception("a step ended halfway; its %d requests are told", len(self._rows))
+            _logger.exception("a step ended halfway; its %d requests fail", len(self._rows))
             self._observer.failed()
             for job in self._rows.values():
                 if not job.is_done:
@@ -212,7 +212,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
             self._proposer.ran(sum(map(len, tokens.values())), proposed, seconds)
         self._advance(tokens, logits)
         if len(answering) < len(tokens) and all(job.is_answering for job in self._rows.values()):
-            trim_heap()  # memory that reading prompts took, not needed for answers
+            trim_heap()  # free memory that only reading prompts needed
         for row, each in answering.items():
             if each.surplus:
                 self._decoder.rewind(row, self._decoder.length(row) - each.surplus)

@@ -48,7 +48,7 @@ class JobTimes:
     submitted: float  # it was queued
     reading: float | None = None  # the first tokens of its prompt were read, or found in a cache
     answering: float | None = None  # the first token of its answer was chosen
-    ended: float | None = None  # its caller was told the end
+    ended: float | None = None  # its caller was notified of the end
 
 
 Sink: TypeAlias = Callable[[Piece | RunError], None]
@@ -60,7 +60,7 @@ class TextJob:
     Attributes:
         request: The request.
         answer: The answer so far.
-        is_done: Whether its caller was told the end.
+        is_done: Whether its caller was notified of the end.
         read: Number of prompt tokens read, or taken from the prefix cache.
         cached: Number of prompt tokens taken from the prefix cache.
         start: Number of prompt tokens that the base reads before the adapter acts.

@@ -85,7 +85,8 @@ class ItemFields(StrictModel):
     def _fits(self) -> ItemFields:
         if self.type == "item_reference":
             problem = (
-                "it names an item of an earlier response, and none is kept; send the item itself, with store false"
+                "it refers to an item of an earlier response, which was not stored; send the item itself, with store "
+                "false"
             )
             raise wrong_field("type", "reference", problem)
         for name in dict.fromkeys(name for names in self.needed.values() for name in names):

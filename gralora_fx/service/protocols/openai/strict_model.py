@@ -26,7 +26,7 @@ from gralora_fx.base.features import parts
 
 Idle: TypeAlias = Mapping[str, tuple[Any, ...] | None]  # values without effect; None for any
 
-# about the account, who asks, and what is kept: nothing is kept here, all requests are served alike
+# account, caller and storage: nothing is stored here, and all requests are served alike
 EVERYWHERE: Idle = {
     "user": None,
     "metadata": None,
@@ -53,7 +53,7 @@ REASONING: Idle = {"effort": None, "summary": None, "generate_summary": None}
 TEXT_OPTIONS: Idle = {"verbosity": ("medium",)}  # others would change the answer's length
 STREAM_OPTIONS: Idle = {"include_obfuscation": None}
 
-# what a response is asked to hold of files, searches and reasoning, which no request here has
+# requested details of files, searches and reasoning, which no response here has
 IdleInclude: TypeAlias = Literal[
     "file_search_call.results",
     "web_search_call.results",
