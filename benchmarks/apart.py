@@ -58,7 +58,7 @@ def survey(
     Args:
         known: All names.
         only: Those to work on; none for all.
-        work: As of `each_apart`, as are `module` and `at_once`.
+        work: As in `each_apart`, as are `module` and `at_once`.
         verdict: Says of an outcome what to print.
         kind: What transformers has by these names, for an error.
         module: The module whose imports every process shares.

@@ -81,7 +81,7 @@ class _Service(Observer):
         self._scheduler.start()
 
     def read(self, tokens: int) -> None:
-        """As of `Observer`."""
+        """As in `Observer`."""
         self.prompt_tokens += tokens
 
     def answer(self, prompt: Sequence[int], count: int) -> tuple[float, list[int], int]:

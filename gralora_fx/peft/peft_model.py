@@ -96,7 +96,7 @@ class PeftModel(GraloraModel):
             adapter_name: Name to give the adapter.
             is_trainable: Whether the adapter trains; otherwise the model is in evaluation mode.
             config: Must be None or equal to the saved configuration.
-            autocast_adapter_dtype: As of `get_peft_model`.
+            autocast_adapter_dtype: As in `get_peft_model`.
             ephemeral_gpu_offload: Must be False.
             low_cpu_mem_usage: Accepted, and ignored.
             key_mapping: Must be None: keys are read as PEFT writes them.
@@ -144,7 +144,7 @@ class PeftModel(GraloraModel):
             adapter_name: A new name.
             config_or_plan: A configuration of this package or of PEFT's, or a plan.
             low_cpu_mem_usage: Accepted, and ignored.
-            autocast_adapter_dtype: As of `get_peft_model`.
+            autocast_adapter_dtype: As in `get_peft_model`.
         """
         check_adapter_dtype(self, autocast_adapter_dtype)
         known = config_or_plan if isinstance(config_or_plan, RewritePlan) else own_config(config_or_plan)
@@ -171,7 +171,7 @@ class PeftModel(GraloraModel):
             adapter_name: Its name here.
             is_trainable: Whether a new adapter trains; without, the model is in evaluation mode afterwards.
             torch_device: Accepted, and ignored: tensors go where the adapter's are.
-            autocast_adapter_dtype: As of `get_peft_model`.
+            autocast_adapter_dtype: As in `get_peft_model`.
             ephemeral_gpu_offload: Must be False.
             low_cpu_mem_usage: Accepted, and ignored.
             key_mapping: Must be None.
@@ -283,8 +283,8 @@ class PeftModel(GraloraModel):
         """Prepare the inputs of a step, as transformers' `generate` does.
 
         Args:
-            *args: As of transformers' method.
-            **kwargs: As of transformers' method.
+            *args: As in transformers' method.
+            **kwargs: As in transformers' method.
         """
         view: Any = self.base_model
         return view.prepare_inputs_for_generation(*args, **kwargs)

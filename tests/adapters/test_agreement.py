@@ -182,13 +182,13 @@ def test_a_rank_for_no_layer(places: Places, tmp_path: Path) -> None:
     """An error where PEFT does not have the field, a warning where it ignores the key."""
     for name, fields in {"rank_pattern": {"zz": 8}, "alpha_pattern": {"zz": 8}}.items():
         ours = edited(places.root / "gralora", tmp_path / f"gralora-{name}", **{name: fields})
-        with pytest.raises(CheckpointError, match=f"{name} key 'zz' counts for no layer that has tensors"):
+        with pytest.raises(CheckpointError, match=f"{name} key 'zz' applies to no layer that has tensors"):
             to_lora(ours, tmp_path / f"a-{name}", rank=2)
         theirs = edited(places.root / "lora", tmp_path / f"lora-{name}", **{name: fields})
-        with pytest.warns(UserWarning, match=f"{name} key 'zz' counts for no layer that has tensors, and is ignored"):
+        with pytest.warns(UserWarning, match=f"{name} key 'zz' applies to no layer that has tensors, and is ignored"):
             to_lora(theirs, tmp_path / f"b-{name}", rank=2)
     indices = edited(places.root / "lora", tmp_path / "indices", layers_to_transform=[0, 1, 7])
-    with pytest.warns(UserWarning, match=r"layers_to_transform \[7\] counts for no layer"):
+    with pytest.warns(UserWarning, match=r"layers_to_transform \[7\] applies to no layer"):
         to_lora(indices, tmp_path / "c", rank=2)
 
 
@@ -213,8 +213,8 @@ WIDE = {
 LORA_ONLY = ("layers", "patterns", "exclusions", "every one excluded", "excluded names")
 
 
-@pytest.mark.filterwarnings("ignore:.* counts for no adapted layer")
-@pytest.mark.filterwarnings("ignore:.* counts for no layer that has tensors, and is ignored, as PEFT does")
+@pytest.mark.filterwarnings("ignore:.* applies to no adapted layer")
+@pytest.mark.filterwarnings("ignore:.* applies to no layer that has tensors, and is ignored, as PEFT does")
 @pytest.mark.parametrize(
     ("name", "method"),
     [(name, m) for name in WIDE for m in ("gralora", "lora") if m == "lora" or name not in LORA_ONLY],

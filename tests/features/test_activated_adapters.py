@@ -318,7 +318,7 @@ def test_merging_and_what_merges_is_refused_by_name(tmp_path: Path) -> None:
 def test_rows_of_several_texts_are_refused(tmp_path: Path) -> None:
     ours, _, _ = pair("llama", tmp_path)
     ids = rows()["input_ids"][:1]
-    with pytest.raises(RewriteError, match="a row that holds several texts"):
+    with pytest.raises(RewriteError, match="needs one text per row"):
         ours(input_ids=ids, position_ids=torch.tensor([[*range(6), *range(6)]]), use_cache=False)
 
 

@@ -148,10 +148,10 @@ def test_the_plan_shows_the_rank_of_each_site() -> None:
 
 def test_a_key_of_a_pattern_that_matches_nothing_is_named_in_a_warning() -> None:
     """PEFT ignores it; GraLoRA's patterns are an extension of this package, where it is an error."""
-    with pytest.warns(UserWarning, match="rank_pattern key 'k_proj' counts for no adapted layer; nearest names: "):
+    with pytest.warns(UserWarning, match="rank_pattern key 'k_proj' applies to no adapted layer; nearest names: "):
         made = plan(traced("llama"), LoraConfig(target_modules=BOTH, rank_pattern={"k_proj": 3}))
     assert {planned.r for planned in made.selected} == {8}
-    with pytest.raises(TargetError, match="rank_pattern key 'k_proj' counts for no adapted layer"):
+    with pytest.raises(TargetError, match="rank_pattern key 'k_proj' applies to no adapted layer"):
         plan(traced("llama"), GraloraConfig(target_modules=BOTH, rank_pattern={"k_proj": 4}))
 
 

@@ -218,7 +218,7 @@ ASPECTS: dict[str, Callable[[Pair], str]] = {
 def compare(case: Case, directory: Path) -> dict[str, str]:
     """What differs from PEFT in each aspect of a case, an empty string where nothing does."""
     with warnings.catch_warnings():  # of names and keys that PEFT ignores in silence
-        warnings.filterwarnings("ignore", ".* (finds no numbered layers|counts for no)", UserWarning)
+        warnings.filterwarnings("ignore", ".* (finds no numbered layers|applies to no)", UserWarning)
         try:
             pair = Pair.of(case, directory)
         except (ValueError, TypeError, RuntimeError, KeyError) as error:

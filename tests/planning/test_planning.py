@@ -350,8 +350,8 @@ def test_a_width_that_k_does_not_divide_gets_its_own_k() -> None:
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "gralora_k_pattern"])
 def test_a_key_that_counts_for_nothing_is_named(field: str) -> None:
     text = problem("bert", target_modules=["query"], **{field: {"qeury": 4, "key": 4, "query": 4}})
-    assert f"{field} key 'qeury' counts for no adapted layer; nearest names: query" in text
-    assert f"{field} key 'key' counts for no adapted layer" in text
+    assert f"{field} key 'qeury' applies to no adapted layer; nearest names: query" in text
+    assert f"{field} key 'key' applies to no adapted layer" in text
     assert "key 'query'" not in text
 
 

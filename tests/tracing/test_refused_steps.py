@@ -17,11 +17,11 @@ STEP = "text-generation-with-past"
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("CpmAntForCausalLM", "every step is given the whole text"),
+        ("CpmAntForCausalLM", "every step takes the whole text"),
         ("Gemma4AssistantForCausalLM", "it reads the keys and values of the model that it drafts for"),
-        ("MusicgenForCausalLM", "several rows of codes of sound"),
+        ("MusicgenForCausalLM", "several rows of audio codes"),
         ("OpenAIGPTLMHeadModel", "its forward takes no cache.*; task='text-generation' traces it without a cache"),
-        ("ProphetNetForCausalLM", "after a cache it reads one token at a time"),
+        ("ProphetNetForCausalLM", "with a cache it reads one token at a time"),
         ("RecurrentGemmaForCausalLM", "in its modules.*; task=.text-generation. traces it for texts of one length"),
         ("RwkvForCausalLM", "a list of its own.*, from Python with dynamic=False"),
         ("ReformerModelWithLMHead", "random hashes sort into buckets"),

@@ -127,8 +127,8 @@ def check_not_packed(graph: fx.Graph) -> None:
     """Raise if an adapter that acts on some tokens only would run on rows that hold several texts."""
     if any(node.target is at_tokens for node in graph.nodes):
         raise RewriteError(
-            "a row that holds several texts (packing, padding_free) has one last occurrence of the tokens from which "
-            f"on an adapter acts ({ACTING}), not one of each; train it with a text a row"
+            f"an adapter that acts from its invocation tokens on ({ACTING}) needs one text per row, and packing or "
+            "padding_free puts several into one; turn them off"
         )
 
 
@@ -136,7 +136,7 @@ def _part() -> Any:
     found = parts("acting tokens")
     if not found:
         raise RewriteError(
-            f"the adapter acts from tokens on ({ACTING}), and the feature that finds them is not installed"
+            f"the adapter acts from certain tokens on ({ACTING}), and the feature that finds them is not installed"
         )
     return found[0]
 

@@ -1,4 +1,4 @@
-"""Forward and gradients, in training, of adapted layers that read one input.
+"""Forward and backward passes of adapted layers that share an input, in training.
 
 Autograd's own derivatives allocate a tensor as wide as the layer for each product, copy it between the blocked layout
 `[k, T, out/k]` and the layer's `[T, out]`, and add up the results. Here products are computed in the layer's own

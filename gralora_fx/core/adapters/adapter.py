@@ -106,7 +106,7 @@ class ModelAdapter:
 
     @property
     def is_zero(self) -> bool:
-        """Whether it has no effect: every update is zero, as before training, and there are no copies."""
+        """Whether the adapter has no effect: all updates are zero, as before training, and it copies no parameter."""
         return not self.copies and all(factors.is_zero for factors in self.factors.values())
 
     def update(self, site_path: str) -> Update:
@@ -117,7 +117,7 @@ class ModelAdapter:
         return Update(factors, planned.scale, planned.stack)
 
     def gradients(self, site_path: str) -> dict[str, Tensor | None]:
-        """Return the gradients of a site's tensors, by field of the method's named tuple; None if there is none."""
+        """Return the gradients of a site's tensors by field of the method's named tuple, None for a missing one."""
         fields = self.factors[site_path]._asdict().items()
         return {field: tensor.grad for field, tensor in fields if tensor is not None and tensor.is_leaf}
 

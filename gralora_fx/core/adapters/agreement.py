@@ -83,7 +83,7 @@ def disagreements(
     if not problems and known is not None and set(sites) <= {*known.paths, *known.functional}:  # else of another model
         problems += _without_tensors(config, rule, sites, known.paths)
     return problems + [
-        f"{name} key {shown(key)} counts for no layer that has tensors"
+        f"{name} key {shown(key)} applies to no layer that has tensors"
         for name, key in _unused_keys(config, sites)
         if name in config.BEYOND_PEFT
     ]
@@ -97,7 +97,7 @@ def warn_of_unused(config: AdapterConfig, sites: Collection[str], origin: str) -
         missing = sorted(rule.indices - {rule.layer_index(path) for path in sites})
         unused += [f"layers_to_transform {missing}"] if missing else []
     for what in unused:
-        warn_caller(f"{origin}: {what} counts for no layer that has tensors, and is ignored, as PEFT does")
+        warn_caller(f"{origin}: {what} applies to no layer that has tensors, and is ignored, as PEFT does")
 
 
 def _rule(config: AdapterConfig, model_type: str | None) -> TargetRule | None:

@@ -173,7 +173,7 @@ def _write_adapters(
             warn_caller(
                 f"adapter {adapter.name!r} has {', '.join(patterns)}, which PEFT's {adapter.config.TITLE} does not "
                 "read: what was saved loads here, but not in PEFT; a sum of it alone, "
-                f"add_weighted_adapter([{adapter.name!r}], [1.0], <name>), does without"
+                f"add_weighted_adapter([{adapter.name!r}], [1.0], <name>), needs none"
             )
 
 

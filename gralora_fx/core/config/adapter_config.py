@@ -171,7 +171,7 @@ class AdapterConfig(ABC):
 
     @property
     def acts_from(self) -> tuple[int, ...]:
-        """The token ids from whose last occurrence in a row on the adapter acts; empty if it acts on all tokens."""
+        """The token ids whose last occurrence in a row activates the adapter; empty if it acts on all tokens."""
         return tuple(getattr(self, ACTING, None) or ())
 
     @property

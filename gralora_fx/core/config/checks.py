@@ -91,13 +91,13 @@ def check_parameters(names: object, dropout: str, probability: float) -> None:
 
 
 def acts_from(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the token ids from which on an adapter with these fields of a file acts; empty for all tokens."""
+    """Return the token ids that activate an adapter with these fields of a file; empty for all tokens."""
     check_tokens(tokens := fields.get(ACTING))
     return tuple(tokens or ())
 
 
 def check_tokens(tokens: Any, parameters: list[str] | None = None) -> None:
-    """Check the token ids from which on an adapter acts, which an adapter of parameters cannot have."""
+    """Check the token ids that activate an adapter, which an adapter of parameters cannot have."""
     if tokens is None:
         return
     if not isinstance(tokens, list) or not tokens:

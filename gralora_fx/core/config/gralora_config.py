@@ -44,12 +44,13 @@ class GraloraConfig(AdapterConfig):
             dot, or by a regular expression for such an end. The first key that matches counts.
         alpha_pattern: `alpha` of such layers.
         gralora_k_pattern: `gralora_k` of such layers, for widths that `gralora_k` does not divide.
-        base_quantization: How that model was quantized when the adapter was trained, as `BaseQuantization.to_dict` says
-            it; None where it was not, or that is not known. It is saved only if it is known, and PEFT does not read it.
+        base_quantization: How that model was quantized when the adapter was trained, as returned by
+            `BaseQuantization.to_dict`; None if it was not, or if that is unknown. None is not saved, and PEFT ignores
+            the field.
         target_parameters: Names of parameters to adapt (exact, or the end of a name after a dot), as in PEFT's LoRA:
             each matrix of a stack gets an adapter of its own.
-        alora_invocation_tokens: Token ids from whose last occurrence in a row on the adapter acts, as in PEFT's LoRA; a
-            row without them is the base's. None for an adapter that acts on every token.
+        alora_invocation_tokens: Token ids whose last occurrence in a row activates the adapter, as in PEFT's LoRA; a
+            row without them runs the base. None for an adapter that acts on every token.
 
     The last seven go beyond PEFT's GraLoRA: they are in the saved file only if they are used, and PEFT then warns that
     it ignores them.

@@ -148,7 +148,7 @@ class ServiceSettings:
     prefix_cache: Annotated[
         str | None,
         Option(
-            "Keep what prompts that begin alike share in this much memory, such as 2GB; 0 or none keeps nothing.",
+            "Cache common prefixes of prompts in at most this much memory, such as 2GB; 0 or none caches nothing.",
             metavar="SIZE",
             left_out="512MiB",
             problem=_cache_problem,
@@ -175,7 +175,7 @@ class ServiceSettings:
     timeout: Annotated[
         float | None,
         Option(
-            "Give a request up after this many seconds, with status 504.",
+            "Cancel a request after this many seconds, with status 504.",
             metavar="SECONDS",
             left_out="no limit",
             problem=_timeout_problem,

@@ -219,7 +219,7 @@ def _misfit(error: GraloraError, base: LoadedBase) -> str:
         if compare_bases(base.config.made_for, BaseSource(base.name)).outcome == SAME:
             return (
                 f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}), the base that it "
-                "was made for: its adapter_config.json and its tensors do not agree, or not with this model; save it "
+                "was made for: its adapter_config.json contradicts its tensors, or both this model; save it "
                 f"again, or give another as {option(adapter=...)}:\n" + bulleted(problems)
             )
     hint = f"it was made for {base.made_for}" if base.made_for else "it does not say which base it was made for"

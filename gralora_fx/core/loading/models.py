@@ -240,12 +240,12 @@ def load_streamed(
         task: One of optimum's task names; None for the class that the model's configuration names.
         num_labels: Number of classes of a classification head; None for the configuration's.
         supplied: Names of parameters that the files may lack, since an adapter supplies them.
-        base_quantization: As of `load_model`; the weights are rounded as they are read.
+        base_quantization: As in `load_model`; the weights are rounded as they are read.
 
     Raises:
         TraceError: The task is unknown, or no model can be made.
         CheckpointError: The files do not fit the model.
-        ConfigError: As of `load_model`.
+        ConfigError: As in `load_model`.
     """
     check_model_files(name, TraceError)
     asked = None if base_quantization is None else BaseQuantization.of(base_quantization)

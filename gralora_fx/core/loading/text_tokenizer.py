@@ -33,7 +33,7 @@ _TYPED = {"Bert", "Deberta", "DebertaV2"}  # classes that tell the texts of a pa
 _UNLIMITED = int(1e30)  # transformers' number for a tokenizer that sets no limit
 _CLEANS = "clean_up_tokenization_spaces"
 _CLEANS_BPE = f"{_CLEANS}_for_bpe_even_though_it_will_corrupt_output"
-_CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"}  # spaces of word tokenizers that no text has
+_CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"}  # spaces that word tokenizers insert
 _CLEANED |= {f" {part}": part for part in ("n't", "'m", "'s", "'ve", "'re")}
 _IDS, _TYPES, _MASK = "input_ids", "token_type_ids", "attention_mask"
 # the letters that byte-level tokenizers write for bytes: those of Latin-1 that are visible, and others for the rest
@@ -43,7 +43,7 @@ BYTE_LETTERS = {byte: chr(byte if byte in _VISIBLE else 256 + _REST.index(byte))
 
 
 def is_read_here(directory: Path) -> bool:
-    """Return whether the files of a directory say all about its tokenizer."""
+    """Return whether a directory's files describe its tokenizer completely."""
     if not all((directory / name).is_file() for name in (TOKENIZER_FILE, TOKENIZER_CONFIG)):
         return False
     config = json.loads((directory / TOKENIZER_CONFIG).read_bytes())
@@ -131,7 +131,7 @@ class TextTokenizer:
             add_special_tokens: Whether to add the tokens with which the model's texts begin and end.
             padding: Whether to pad all to the longest.
             truncation: Whether to cut texts that are too long.
-            max_length: Tokens from which they are; None for the tokenizer's limit.
+            max_length: The most tokens to keep of a text; None for the tokenizer's limit.
             return_tensors: `"np"` for arrays; None for lists.
         """
         if return_tensors not in (None, "np"):
@@ -175,7 +175,7 @@ class TextTokenizer:
 
     @staticmethod
     def clean_up_tokenization(text: str) -> str:
-        """Drop spaces before punctuation and English endings, which tokens of words leave."""
+        """Drop the spaces that word tokens leave before punctuation and English endings."""
         for written, cleaned in _CLEANED.items():
             text = text.replace(written, cleaned)
         return text
@@ -193,7 +193,7 @@ class TextTokenizer:
         add_generation_prompt: bool = False,
         tokenize: bool = False,
     ) -> str:
-        """Return a chat as its template renders it; tokens of it are not made here."""
+        """Return a chat rendered by its template, not tokenized."""
         from gralora_fx.core.loading.chat_template import rendered
 
         assert not tokenize
@@ -207,7 +207,7 @@ class TextTokenizer:
 
 
 def cleans_spaces(tokenizer: Any) -> bool:
-    """Return whether `decode` of a tokenizer, transformers' too, cleans up spaces; with BPE if told twice."""
+    """Return whether a tokenizer's `decode`, transformers' too, cleans up spaces; BPE needs a second setting for it."""
     if not getattr(tokenizer, _CLEANS, False):
         return False
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -219,7 +219,7 @@ def _content(token: Any) -> str:
 
 
 def _templates(directory: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """Return the chat template, or several by name; files count more than the configuration."""
+    """Return the chat template, or several by name; files take precedence over the configuration."""
     files = {path.stem: path for path in sorted((directory / _TEMPLATES).glob("*.jinja"))}
     if (directory / _TEMPLATE).is_file():
         files["default"] = directory / _TEMPLATE

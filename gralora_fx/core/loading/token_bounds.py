@@ -70,7 +70,7 @@ _known: WeakKeyDictionary[Any, tuple[int, TokenBound | None]] = WeakKeyDictionar
 
 def surely_exceeds(text: str, most: int, tokenizer: Any) -> bool:
     """Return whether a text is so long that it certainly has more than `most` tokens."""
-    if len(text) <= most:  # it is tokenized soon enough
+    if len(text) <= most:  # short enough to tokenize
         return False
     bound = TokenBound.of(tokenizer)
     return bound is not None and bound.exceeds(text, most)

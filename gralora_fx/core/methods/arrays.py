@@ -65,7 +65,7 @@ def cast(array: Array, dtype: Any) -> Array:
 
 
 def moved(array: Array, source: int, target: int) -> Array:
-    """Return an array with an axis moved to another place; works on proxies too."""
+    """Return an array with an axis moved to another position; works on proxies too."""
     return np.moveaxis(array, source, target) if is_numpy(array) else array.movedim(source, target)
 
 

@@ -34,8 +34,7 @@ class RowScalingTensors(WeightTensors, Protocol):
         """Return the new weight as `(1 + change) * weight + B @ A`: `A [R, in]`, `B [out, R]` and `change [out]`.
 
         Args:
-            weight: Returns some rows of the layer's weight `[out, in]`, in float32 or better, in numpy's arrays like
-                the tensors.
+            weight: Returns some rows of the layer's weight `[out, in]`, in float32 or better, as numpy arrays.
             scale: Factor of the update.
         """
         ...

@@ -61,12 +61,13 @@ class LoraConfig(AdapterConfig):
         revision: Revision of that model.
         inference_mode: Whether the adapter was saved for inference.
         use_dora: Whether the norms of the weights' rows train too: `LoraConfig(use_dora=True)` is a `DoraConfig`.
-        base_quantization: How that model was quantized when the adapter was trained, as `BaseQuantization.to_dict` says
-            it; None where it was not, or that is not known. It is saved only if it is known, and PEFT does not read it.
+        base_quantization: How that model was quantized when the adapter was trained, as returned by
+            `BaseQuantization.to_dict`; None if it was not, or if that is unknown. None is not saved, and PEFT ignores
+            the field.
         target_parameters: Names of parameters to adapt (exact, or the end of a name after a dot), such as stacked
             matrices `"moe.down_proj"`: those that are no module's `weight` to name by `target_modules`.
-        alora_invocation_tokens: Token ids from whose last occurrence in a row on the adapter acts (activated LoRA); a
-            row without them is the base's. None for an adapter that acts on every token.
+        alora_invocation_tokens: Token ids whose last occurrence in a row activates the adapter (activated LoRA); a row
+            without them runs the base. None for an adapter that acts on every token.
 
     Raises:
         ConfigError: A field has an invalid value, or two fields contradict each other.

@@ -12,7 +12,7 @@ from gralora_fx.core.methods.method import AdapterMethod
 from gralora_fx.errors import ConfigError, shown
 
 GRALORA = Gralora()
-# the methods of this package, by the files that define them; a method comes after one of which it is a special case
+# the methods of this package, by the files that define them; a special case comes after its general method
 _FILES = (
     ("lora", "Lora"),  # plain LoRA and rsLoRA
     ("dora", "Dora"),  # LoRA that trains the norms of the weights' rows too

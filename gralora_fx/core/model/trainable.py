@@ -130,8 +130,8 @@ class Trainable(Checkpointed):
         """Generate with transformers' own loop and the active adapters, in the model's current mode.
 
         Args:
-            *args: As of transformers' `generate`: the prompt's token ids `[batch, length]`.
-            **kwargs: As of transformers' `generate`: `attention_mask`, `max_new_tokens`, `do_sample`, `num_beams`,
+            *args: As in transformers' `generate`: the prompt's token ids `[batch, length]`.
+            **kwargs: As in transformers' `generate`: `attention_mask`, `max_new_tokens`, `do_sample`, `num_beams`,
                 `streamer`, `generation_config` and the others.
 
         Returns:
@@ -159,8 +159,8 @@ class Trainable(Checkpointed):
             The losses by name.
 
         Raises:
-            TraceError: As of `forward`.
-            RewriteError: As of `forward`; there are no labels; or an adapter of the batch does not train, in training.
+            TraceError: As in `forward`.
+            RewriteError: As in `forward`; there are no labels; or an adapter of the batch does not train, in training.
         """
         losses: dict[str, Tensor] = self(*args, **kwargs, adapter_names=adapter_names, by_adapter=True)
         return losses

@@ -168,7 +168,7 @@ def _unused_names(
         for key in keys:
             if key not in used:
                 near = ", ".join(nearest_names(key, paths)) or "none"
-                problems.append(f"{name} key {key!r} counts for no adapted layer; nearest names: {near}")
+                problems.append(f"{name} key {key!r} applies to no adapted layer; nearest names: {near}")
     return problems
 
 
@@ -183,7 +183,7 @@ def _unfit_sizes(config: AdapterConfig, selected: Sequence[PlannedSite]) -> list
 
 
 def _unfit_tokens(config: AdapterConfig, traced: TracedModel) -> list[str]:
-    """Return why an adapter cannot act from certain tokens on in a model."""
+    """Return why an adapter cannot be activated by tokens in a model."""
     if not config.acts_from:
         return []
     from gralora_fx.base.features import parts

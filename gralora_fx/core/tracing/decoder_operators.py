@@ -3,9 +3,9 @@
 A model that calls its attention through transformers' interface needs nothing here. One that computes it itself has a
 row in `ATTENTIONS`: the code that is recognised, and its replacement.
 
-For the shape of a linear layer PyTorch runs the four operators that it decomposes into on fake tensors, and for that of
-a concatenation it compares all symbolic sizes: together a third of the time of a decoder's trace. So these two are
-operators here too, which only compute their shape.
+To infer a linear layer's shape, PyTorch runs the four operators of its decomposition on fake tensors; for a
+concatenation it compares all symbolic sizes. Together that takes a third of a decoder's trace, so both are operators
+here too, which only compute their shape.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _chosen_keys(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _with_noted_sizes(forward: Callable[..., Any], equal: Sequence[tuple[_Axis, _Axis]]) -> Callable[..., Any]:
-    """Return a step's forward that first tells the tracer which sizes are equal, which spares guards for each layer."""
+    """Return a step's forward that first tells the tracer which sizes are equal, so that layers need no guards."""
 
     @functools.wraps(forward)
     def noted(*args: Any, **inputs: Any) -> Any:
@@ -86,7 +86,7 @@ def _with_noted_sizes(forward: Callable[..., Any], equal: Sequence[tuple[_Axis, 
 
 
 def _equal_sizes(inputs: Mapping[str, Any]) -> list[tuple[_Axis, _Axis]]:
-    """Return pairs of a step's input axes with equal sizes: batch, new tokens, and each layer's cached positions."""
+    """Return the pairs of a step's input axes that have one size: batch, new tokens, each layer's cached positions."""
     tensors = _tensors_of(inputs)
     cached = [(index, kind) for index, (_, kind, _) in enumerate(tensors) if kind is not None]
     new = [index for index, (name, *_) in enumerate(tensors) if name in ("input_ids", "inputs_embeds", "position_ids")]
@@ -101,7 +101,7 @@ def _equal_sizes(inputs: Mapping[str, Any]) -> list[tuple[_Axis, _Axis]]:
 
 
 def _tensors_of(inputs: Mapping[str, Any]) -> list[tuple[str, StateKind | None, Tensor]]:
-    """Return every tensor of a step's inputs with the input's name; a cache's tensors with their kind."""
+    """Return each tensor of a step's inputs, with the input's name and, for a cache's tensor, the kind of its slot."""
     tensors: list[tuple[str, StateKind | None, Tensor]] = []
     for name, value in inputs.items():
         if isinstance(value, DynamicCache):

@@ -29,7 +29,7 @@ from gralora_fx.format.input_names import PAST
 
 
 def only_chosen(mask: Tensor, chosen: Tensor) -> Tensor:
-    """Add to a mask `[batch, 1, length, total]` what hides the keys not among `chosen [batch, length, count]`."""
+    """Hide the keys that are not among `chosen [batch, length, count]` in a mask `[batch, 1, length, total]`."""
     hidden = torch.ones_like(mask, dtype=torch.bool).scatter(-1, chosen.unsqueeze(1).long(), False)
     return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 

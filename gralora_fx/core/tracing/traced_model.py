@@ -185,8 +185,8 @@ class TracedModel:
         """Generate with transformers' own loop, as the source model's `generate` does.
 
         Args:
-            *args: As of transformers' `generate`: the prompt's token ids `[batch, length]`.
-            **kwargs: As of transformers' `generate`: `attention_mask`, `max_new_tokens`, `do_sample`, `num_beams`,
+            *args: As in transformers' `generate`: the prompt's token ids `[batch, length]`.
+            **kwargs: As in transformers' `generate`: `attention_mask`, `max_new_tokens`, `do_sample`, `num_beams`,
                 `streamer`, `generation_config` and the others.
 
         Returns:
@@ -256,8 +256,8 @@ class TracedModel:
         """Convert the source model's tensors, trace it again in their new dtype or device, and return this trace.
 
         Args:
-            *args: As of `torch.nn.Module.to`.
-            **kwargs: As of `torch.nn.Module.to`.
+            *args: As in `torch.nn.Module.to`.
+            **kwargs: As in `torch.nn.Module.to`.
 
         Raises:
             TraceError: The model cannot be traced this way, or the graph has changed since; nothing is converted.

@@ -176,7 +176,7 @@ def check_step_shapes(inputs: Mapping[str, Any]) -> None:
     past, rows, (batch, length) = cached_length(cache), batch_of(tensors.values()), ids.shape
     if rows != batch:
         raise TraceError(f"{PAST} has {rows} rows, but input_ids has shape {list(ids.shape)}; give one of it")
-    if past is None:  # states alone, which do not tell how many positions they are of
+    if past is None:  # states alone do not show how many positions they cover
         past = max(mask.shape[-1] - length, 0)
     if tuple(mask.shape) != (batch, past + length):
         raise TraceError(

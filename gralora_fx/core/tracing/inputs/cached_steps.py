@@ -42,23 +42,23 @@ _ONE_LENGTH = f"{option(task='text-generation')} traces it for texts of one leng
 _NOTHING = "no task traces it"
 # by the configuration's `model_type`: why, and what to do
 _REFUSED = {
-    "blt": ("it reads patches of bytes, whose lengths the entropies of another model decide", _NOTHING),
-    "cpmant": ("every step is given the whole text, before which it puts a prompt of its own", _NOTHING),
+    "blt": ("it reads byte patches whose lengths another model's entropies decide", _NOTHING),
+    "cpmant": ("every step takes the whole text, after a prompt of the model's own", _NOTHING),
     "deepseek_v4": (
-        "its layers keep averages of windows of tokens, and what the last window lacks",
+        "its layers keep averages of windows of tokens, and an incomplete last window",
         "use transformers",
     ),
     "gemma4_assistant": ("it reads the keys and values of the model that it drafts for, and keeps none", _NOTHING),
     "gemma4_unified_assistant": ("it reads the keys and values of the model that it drafts for", _NOTHING),
-    "musicgen_decoder": ("each text of it is several rows of codes of sound, which are embedded as one", _NOTHING),
-    "musicgen_melody_decoder": ("each text of it is several rows of codes of sound, embedded as one", _NOTHING),
+    "musicgen_decoder": ("each text is several rows of audio codes, which are embedded as one", _NOTHING),
+    "musicgen_melody_decoder": ("each text is several rows of audio codes, embedded as one", _NOTHING),
     "openai-gpt": ("its forward takes no cache, so that every step reads the whole text", _WITHOUT),
-    "prophetnet": ("after a cache it reads one token at a time, by another computation than a prompt's", _WITHOUT),
-    "recurrent_gemma": ("what it keeps of a text is in its modules, and prompts have another computation", _ONE_LENGTH),
-    "reformer": ("its cache is of hidden states, which random hashes sort into buckets", _NOTHING),
+    "prophetnet": ("with a cache it reads one token at a time, and computes it differently from a prompt", _WITHOUT),
+    "recurrent_gemma": ("its states are kept in its modules, and prompts are computed differently", _ONE_LENGTH),
+    "reformer": ("it caches hidden states, which random hashes sort into buckets", _NOTHING),
     "rwkv": ("its states are a list of its own, and its forward loops over tokens", _ONE_LENGTH),
     "xlm": ("it generates at a mask token behind the text, and returns no cache", _WITHOUT),
-    "xlstm": ("its states are in a cache of its own, which it writes over, and it reads prompts in chunks", _NOTHING),
+    "xlstm": ("its states are in a cache of its own, which it overwrites, and it reads prompts in chunks", _NOTHING),
     "xlnet": ("it generates at a mask token behind the text, and its memory is hidden states (mems)", _WITHOUT),
 }
 
@@ -147,7 +147,7 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
             "its configuration, or trace it for a task without a cache"
         ) from error
     if cache is None:
-        why = "it returns no `Cache` of transformers: what it keeps is in a list, or in its modules"
+        why = "it returns no transformers `Cache`: its states are in a list, or in its modules"
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({why})")
     if not tensors:
         raise TraceError(f"{type(model).__name__} keeps nothing in the cache that it returns")
