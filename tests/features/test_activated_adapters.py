@@ -35,7 +35,7 @@ CACHED = "text-generation-with-past"
 DECODERS = ("llama", "qwen3", "gpt2", "gemma3", "mistral", "phi3", "falcon", "mixtral")
 OTHERS = ("Qwen2ForCausalLM", "GPTNeoXForCausalLM", "Olmo2ForCausalLM", "StableLmForCausalLM")
 LINEAR: dict[str, Any] = {"mixtral": ["q_proj", "o_proj"]}
-WITHOUT = pytest.mark.filterwarnings("ignore:rows .* do not have the tokens:UserWarning")
+WITHOUT = pytest.mark.filterwarnings("ignore:rows .* lack the tokens:UserWarning")
 
 
 def rows(padding: str = "left") -> dict[str, Tensor]:
@@ -211,7 +211,7 @@ def test_a_cache_goes_on_where_starts_say(tmp_path: Path) -> None:
 
 def test_rows_without_the_invocation_are_named_in_a_warning(tmp_path: Path) -> None:
     ours, _, _ = pair("llama", tmp_path)
-    with pytest.warns(UserWarning, match=r"rows 5, 6 do not have the tokens \[7, 8\]"):
+    with pytest.warns(UserWarning, match=r"rows 5, 6 lack the tokens \[7, 8\]"):
         ours(**rows())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -192,7 +192,7 @@ def test_what_cannot_be_is_refused_by_name(export: Path) -> None:
 
 def test_an_export_that_cannot_have_one_says_why(tmp_path: Path) -> None:
     model = adapted(tmp_path, task=None)
-    with pytest.raises(ExportError, match="'judge' acts from tokens on, which needs a decoder with a cache"):
+    with pytest.raises(ExportError, match="'judge' is activated by tokens, which needs a decoder with a cache"):
         export_onnx(model, tmp_path / "export", adapters="data")
     cached = rewrite(
         fresh_trace("llama", task=CACHED, **LLAMA),

@@ -209,9 +209,7 @@ def test_fp8_that_is_no_number_is_named(where: str, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name].view(torch.uint8)[3, 4:6] = 0x7F
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match=rf"2 of the values of {name} are no numbers \(FP8's NaN\); copy the model"
-    ):
+    with pytest.raises(CheckpointError, match=rf"2 of the values of {name} are NaN; copy the model"):
         load_model(tmp_path)
 
 

@@ -79,7 +79,7 @@ def test_without_files_it_is_told_but_not_measured() -> None:
     made = BaseSource("owner/name", fields=fields, record="nf4")
     compared = compare_bases(made, BaseSource("owner/name", fields=fields))
     assert (compared.outcome, compared.change) == (DIFFERENT, None)
-    assert "by how much is not measured, since no weights of owner/name are at hand" in compared.reason
+    assert "the difference is not measured, since no weights of owner/name are at hand" in compared.reason
 
 
 def test_without_bitsandbytes_it_is_told_but_not_measured(

@@ -118,7 +118,7 @@ def test_earlier_text_is_cut_at_its_beginning() -> None:
         ({}, {"language": "Klingon"}, "no language 'Klingon'; there is en, de"),
         ({}, {"language": "fr"}, "no language 'fr'; there is en, de"),
         ({}, {"task": "sing"}, "no task 'sing'; there is transcribe, translate"),
-        ({"is_multilingual": False}, {"language": "en"}, "the model knows English alone"),
+        ({"is_multilingual": False}, {"language": "en"}, "the model knows only English"),
         ({"lang_to_id": None}, {"language": "en"}, "has no lang_to_id"),
         ({"task_to_id": None}, {"task": "translate"}, "has no task_to_id"),
         ({"language": "fr"}, {}, "no language 'fr'; there is en, de"),

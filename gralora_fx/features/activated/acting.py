@@ -16,7 +16,7 @@ from gralora_fx.format.input_names import IDS
 if TYPE_CHECKING:
     from gralora_fx.core.tracing.traced_model import TracedModel
 
-_OUTSIDE = ("torch", "transformers", "peft", "accelerate", "None")  # a warning is at the line that called these
+_OUTSIDE = ("torch", "transformers", "peft", "accelerate", "None")  # warnings name the line that called these
 
 
 def invoked_tokens(ids: Tensor, invocation: Sequence[int], starts: Tensor | None = None) -> Tensor:
@@ -70,8 +70,8 @@ def warn_of_rows_without(ids: Tensor, invocation: Sequence[int], starts: Tensor)
     rows = (starts == ids.shape[1]).nonzero()[:, 0].tolist()
     if rows:
         warn_caller(
-            f"rows {listed(rows, 5)} do not have the tokens {shown(list(invocation))} ({ACTING}), from which on the "
-            "adapter acts: they are the base's. After a cache give adapter_starts, as generate does",
+            f"rows {listed(rows, 5)} lack the tokens {shown(list(invocation))} ({ACTING}) that activate the "
+            "adapter, so the base runs there. After a cache give adapter_starts, as generate does",
             also=_OUTSIDE,
         )
 

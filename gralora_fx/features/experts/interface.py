@@ -4,8 +4,7 @@ transformers calls the experts of a model by one interface, and each class says 
 function between the two products is a method of its own; its parameters are measured on a few inputs and checked on
 many.
 
-Some models loop over the experts that some token uses, a value that a graph does not know. Loops whose code is known
-become the same operator.
+Some models loop over the experts in use, which depend on the data. Loops whose code is known become the same operator.
 """
 
 from __future__ import annotations

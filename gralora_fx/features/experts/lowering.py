@@ -24,7 +24,7 @@ from gralora_fx.features.experts.gate import GATE_NOTE, HALVES, NO_GATE, ExpertG
 from gralora_fx.features.experts.loop import ExpertsNode, loop_over_experts, weighted, width_of
 from gralora_fx.features.experts.rows import MOE, arranged, is_read_twice
 
-_WHY = "between its products it computes what no operator does, so that each of its experts is a product of its own"
+_WHY = "no operator computes what is between its products, so that each of its experts is a product of its own"
 
 
 def note_experts(graph: fx.Graph) -> PassResult[fx.Graph]:

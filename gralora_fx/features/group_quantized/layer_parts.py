@@ -47,7 +47,7 @@ def check_matrix(tensor: StoredTensor) -> None:
 
 
 def check_order(order: StoredTensor, count: int) -> None:
-    """Check that the groups of inputs are some of so many."""
+    """Check that the inputs' group indices are below `count`."""
     groups = array_of(order)
     if groups.min() < 0 or groups.max() >= count:
         part = order.key.rpartition(".")[2]
@@ -55,7 +55,7 @@ def check_order(order: StoredTensor, count: int) -> None:
 
 
 def has_order(parts: Parts) -> bool:
-    """Return whether a layer of compressed-tensors says the group of each input; -1 stands for none."""
+    """Return whether a compressed-tensors layer records the group of each input; -1 stands for none."""
     order = parts.get("weight_g_idx")
     return order is not None and (order.dtype != "I32" or not order.numel or bool((array_of(order) != -1).any()))
 

@@ -123,12 +123,11 @@ def _as_matrix(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def floats_of(parts: Parts) -> NDArray[Any]:
-    """Return a weight of FP8, whose values are numbers."""
+    """Return an FP8 weight; raise a `CheckpointError` for NaN."""
     stored = parts["weight"]
     values = array_of(stored)
     if count := int(np.isnan(values).sum()):
         raise CheckpointError(
-            f"{stored.file}: {count:,} of the values of {stored.key} are no numbers (FP8's NaN); copy the model again, "
-            "or quantize it anew"
+            f"{stored.file}: {count:,} of the values of {stored.key} are NaN; copy the model again, or quantize it anew"
         )
     return values

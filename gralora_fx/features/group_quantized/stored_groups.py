@@ -143,7 +143,7 @@ def _layouts(told: GroupQuantized, parts: Parts) -> tuple[tuple[int, int], Store
             check(order, "I32", (inputs,))
             check_order(order, scales.shape[0])
         elif inputs % scales.shape[0]:
-            raise DamagedError(f"its {inputs} inputs are no {scales.shape[0]} groups of one size")
+            raise DamagedError(f"its {inputs} inputs cannot be split into {scales.shape[0]} groups of one size")
         if told.method == "awq":
             return (outputs, inputs), scales, awq_codes
         return (outputs, inputs), scales, GptqCodes(told.layout != "gptq_v2", bits)

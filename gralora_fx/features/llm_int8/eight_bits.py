@@ -13,7 +13,7 @@ from gralora_fx.base.sources.base_quantization import BaseQuantization, layer_na
 class EightBits(BaseQuantization):
     """Eight bits for each weight of a linear layer, with a scale for each output (LLM.int8, Dettmers et al. 2022).
 
-    Weights alone: activations are not rounded, as they are not where bitsandbytes trains on a CPU.
+    Only weights are rounded, not activations, as when bitsandbytes trains on a CPU.
     """
 
     sign = "SCB"
@@ -27,7 +27,7 @@ class EightBits(BaseQuantization):
 
     # names of the layers that stay float (`llm_int8_skip_modules`); None for transformers' own choice
     skip_modules: tuple[str, ...] | None = None
-    compute_dtype: str = field(default="float32", init=False)  # dtype of the values, which has no choice
+    compute_dtype: str = field(default="float32", init=False)  # dtype of the values, which is fixed
 
     @classmethod
     def of_text(cls, text: str) -> EightBits | None:

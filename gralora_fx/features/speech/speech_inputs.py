@@ -54,7 +54,7 @@ class SpeechPrompt:
             if not isinstance(value, str):
                 raise ServingError(f"{name} must be a text, but got {shown(value)}")
             if self._field("is_multilingual") is False:
-                raise ServingError(f"{name}={shown(value)} has no effect: the model knows English alone; leave it out")
+                raise ServingError(f"{name}={shown(value)} has no effect: the model knows only English; leave it out")
             if not self._ids(known):
                 raise ServingError(
                     f"{name}={shown(value)} has no effect: {GENERATION_CONFIG} of {self.rules.directory} has no "

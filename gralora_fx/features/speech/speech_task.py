@@ -32,7 +32,7 @@ class RecordingOptions:
 
     # path of the recording
     audio: Annotated[
-        str | None, Option("Write this recording down, a WAV file, with a model of speech.", metavar="FILE")
+        str | None, Option("Transcribe this recording, a WAV file, with a speech model.", metavar="FILE")
     ] = None
     # the spoken language; None to detect it
     language: Annotated[
@@ -40,7 +40,7 @@ class RecordingOptions:
         Option(
             f"Expect this language in {option(audio=...)}, such as en or English.",
             metavar="NAME",
-            left_out="the one that the model hears",
+            left_out="the language that the model detects",
         ),
     ] = None
 

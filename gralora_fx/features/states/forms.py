@@ -170,14 +170,14 @@ FORM_PASSES = (lower_prompt_clamps, fast_state_forms)
 
 
 def channels_last(build: Builder, value: ir.Value) -> ir.Value:
-    """`[batch, length, channels]` of `[batch, channels, length]`: what it is the transpose of, if that is known."""
+    """Return a value `[batch, channels, length]` channels last: the source of its transpose, or a new transpose."""
     producer = value.producer()
     source = producer.inputs[0] if producer is not None and swaps_last_axes(producer) else None
     return build("Transpose", value, perm=[0, 2, 1]) if source is None else source
 
 
 def replace_channels_first(build: Builder, new: ir.Value, old: ir.Value) -> None:
-    """Replace all uses of `[batch, channels, length]` by `[batch, length, channels]`, without what transposes it."""
+    """Replace all uses of `[batch, channels, length]` by `[batch, length, channels]`, dropping transposes of it."""
     for usage in list(old.uses()):
         if swaps_last_axes(usage.node):
             replace_value(new, usage.node.outputs[0])
@@ -187,7 +187,7 @@ def replace_channels_first(build: Builder, new: ir.Value, old: ir.Value) -> None
 
 
 def swaps_last_axes(node: ir.Node) -> bool:
-    """Return whether a node gives its input with the last two axes in the other order, and the others as they are."""
+    """Return whether a node transposes exactly the last two axes of its input."""
     if node.op_type != "Transpose" or "perm" not in node.attributes:
         return False
     axes = list(node.attributes["perm"].as_ints())

@@ -199,7 +199,7 @@ def gate_of_normed(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
     )
 
 
-_L2_EPS = 1e-6  # what transformers adds to a sum of squares
+_L2_EPS = 1e-6  # added to a sum of squares by transformers
 
 
 def convolve(

@@ -24,7 +24,7 @@ JSON_STYLE: Any = {
 }
 _MOST_CHOICES = 1024
 _GBNF = re.compile(r"^\s*[^\s:]+\s*::=", re.MULTILINE)
-# pieces of a Lark grammar: strings and comments, in which nothing is meant; expressions; where a schema begins
+# pieces of a Lark grammar: strings and comments, which are kept as they are; expressions; beginnings of schemas
 _PIECE = re.compile(
     r"""(?s:"(?:\\.|[^"\\])*"|(?P<expression>/(?!/)(?:\\.|[^/\\])+/))|(?://|#)[^\n]*|(?P<schema>%json\s*)|(?P<idle>temperature\s*=)"""
 )

@@ -43,10 +43,10 @@ class ToolTemplate:
     def __str__(self) -> str:
         """Return a line for the log."""
         if self.is_known:
-            described = "" if self.has_tools else "; a message describes the tools, which it does not"
+            described = "" if self.has_tools else "; a message describes the tools in its place"
             return f"tool calls: {self.format.name}, as the tokenizer's template has them{described}"
         if self.has_tools:
-            return "tool calls: JSON, since the form in the tokenizer's template is not one that is known here"
+            return "tool calls: JSON, since the form in the tokenizer's template is unknown"
         return "tool calls: JSON, since the tokenizer's template has none; a message describes the tools"
 
     def messages(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
