@@ -17,103 +17,105 @@ from typing import Any
 _PACKAGE = f"{__name__.partition('.')[0]}.features"
 # the points: what a part is, and who asks for it
 POINTS: dict[str, str] = {
-    "config sizes": "Fields of config.json that set shapes, by which adapters' bases are told apart.",
-    "stacks": "A regular expression found in the names of parameters that stack matrices of layers; a plan then says "
-    "why one has no adapter.",
+    "config sizes": "Fields of config.json that set shapes, which tell the bases of adapters apart.",
+    "stacks": "A regular expression for the names of parameters that stack matrices of layers; a plan then says why "
+    "one has no adapter.",
     "known code": "A tuple of Recognised: code of layers, and what a trace calls in its place.",
-    "weight forms": "A subclass of BaseQuantization (base.sources): a form in which bases are stored in few bits. The "
-    "last parts of the names of its tensors are signs of the feature.",
-    "stored weights": "Returns a checkpoint's tensors by key with those of the form as a PackedTensor each, given "
-    "where they are and what its configuration says, which is None if it has none.",
-    "rounding": "Returns a float weight [out, in] as a given quantization of the form rounds it, in float32, given its "
-    "name in messages.",
-    "packed weights": "Returns a linear layer's weight as a core.graph.packed_weights.PackedWeight, given floats [out, "
-    "in], which a given quantization of the form rounds, or a PackedTensor of the form; its name in messages; and "
-    "whether the layer's weight is [in, out].",
+    "weight forms": "A subclass of BaseQuantization (base.sources): a format of quantized bases. The last parts of "
+    "its tensors' names are signs of the feature.",
+    "stored weights": "Returns a checkpoint's tensors by key, those of the form as a PackedTensor each, given their "
+    "files and the quantization in its configuration, or None.",
+    "rounding": "Returns a float weight [out, in] as a given quantization of the form rounds it, in float32, given "
+    "its name for messages.",
+    "packed weights": "Returns a linear layer's weight as a core.graph.packed_weights.PackedWeight, given floats "
+    "[out, in], which a given quantization of the form rounds, or a PackedTensor of the form; its name for messages; "
+    "and whether the layer's weight is [in, out].",
     "trace patches": "A context over a model, in which its layers call the feature's operators while it is traced; it "
-    "does nothing for a model without any.",
+    "does nothing for other models.",
     "step patches": "A context in which a step is traced; attributes of its cache and of the cache's layers are signs.",
-    "cache kinds": "A dict of format.cache_slots.StateKind by name, which is a sign, as is its attribute.",
-    "cache layers": "A module for caches of transformers whose layers keep other kinds of state: `empty` and `fresh` "
-    "make a cache and a layer like others, `keep` puts a state into a cache, and `longer_states` is a context over a "
-    "model that notes which windows of inputs it keeps with one that is not read again. Signs are as for step patches.",
-    "cache readers": "A set of operators of exports, each with the input whose memory an output may share.",
-    "single tokens": "Returns whether transformers' code of a model is right for steps of a single token alone, by "
-    "which a trace is then checked.",
-    "operators": "A module that defines operators of graphs when it is imported; what reads a saved graph imports it.",
-    "onnx operators": "A tuple of subclasses of DomainNode, to which the translation turns operators.",
-    "noting passes": "A pass over a torch.fx graph that says of which layers the operators could not be made.",
-    "mixing passes": "As a lowering pass, of operators that mix tokens as attention does; they are lowered first.",
+    "cache kinds": "A dict of format.cache_slots.StateKind by name; the name is a sign, and so is the kind's "
+    "attribute.",
+    "cache layers": "A module for transformers' caches whose layers keep other kinds of state: `empty` and `fresh` "
+    "make a cache and a layer like a given one, `keep` puts a state into a cache, and `longer_states` is a context "
+    "over a model that notes which input windows it keeps one longer than it reads. Signs are as for step patches.",
+    "cache readers": "A set of export operators, each with the input whose memory an output may share.",
+    "single tokens": "Returns whether transformers' code of a model is right for single-token steps only, with which "
+    "a trace is then checked.",
+    "operators": "A module that defines graph operators when it is imported; code that reads a saved graph imports it.",
+    "onnx operators": "A tuple of subclasses of DomainNode, into which the translation turns operators.",
+    "noting passes": "A pass over a torch.fx graph that records the layers for which the operators could not be made.",
+    "mixing passes": "A lowering pass for operators that mix tokens as attention does; it runs before the other "
+    "lowering passes.",
     "lowering passes": "A pass over an ONNX model that replaces the translated operators by those of ONNX Runtime.",
-    "cache passes": "A pass over an ONNX decoder whose fused layers read a cache that has its names.",
-    "form passes": "A tuple of passes over an ONNX decoder whose rows are told apart: they give operators that earlier "
-    "passes look for their last form.",
-    "rows": "CachedLayers of a model: those that keep something else than keys and values, in a graph whose rows have "
-    "lengths of their own.",
+    "cache passes": "A pass over an ONNX decoder whose fused layers read a cache under its final names.",
+    "form passes": "A tuple of passes over an ONNX decoder whose rows differ in length: they give operators that "
+    "earlier passes match their last form.",
+    "rows": "CachedLayers of a model: layers that keep more than keys and values, in a graph whose rows differ in "
+    "length.",
     "storing passes": "A pass over an ONNX model that runs once weights are stored as the plan says.",
-    "weight formats": "Returns a plan of quantization of a trace with what the feature's weights differ in.",
-    "quantized weights": "Stores the weights of an ONNX model as a plan says, and returns what is Quantized.",
-    "rounded weights": "Reads what an export's directory holds of a trace's quantized weights: parameters by the ids "
-    "of the trace's own, and how many values are quantized.",
+    "weight formats": "Returns a trace's quantization plan, changed where the feature's weights need other formats.",
+    "quantized weights": "Stores the weights of an ONNX model as a plan says, and returns a Quantized.",
+    "rounded weights": "Reads a trace's quantized weights from an export's directory: parameters by the ids of the "
+    "trace's own, and the number of quantized values.",
     "float weights": "Lets an export's operators multiply by floats, in place, for verification.",
-    "arrangements": "Says how a node stores the matrices of one of its inputs, as an Arrangement, or None; folding "
-    "asks it.",
+    "arrangements": "Returns how a node stores the matrices of one of its inputs, as an Arrangement, or None; used by "
+    "folding.",
     "acting tokens": "A module for adapters that act on some tokens, as their configuration's `acts_from` says: "
-    "`insert_mask` adds the node of a mask to a graph, `masks` finds these nodes, whose `starts` may be given, "
-    "`first_columns` says where each row of ids begins to be acted on, `problems` why a trace cannot have "
-    "one, and `start_in_prompt` where a served prompt begins to be.",
+    "`insert_mask` adds a mask's node to a graph, `masks` finds these nodes, whose `starts` may be given, "
+    "`first_columns` returns each row's first column with an active adapter, `problems` why a trace cannot have one, "
+    "and `start_in_prompt` the first such token of a served prompt.",
     # the core asks for these parts only for what it does not know itself
     "call patches": "A context over a transformers model and the inputs of its trace, in which it is called.",
-    "own traces": "A function that captures and checks a draft by the inputs that the feature knows, as "
+    "own traces": "A function that captures and checks a draft with the feature's inputs, as "
     "core.tracing.capture.trace_both_modes does.",
     "trace options": "A Mapping from options of `trace` to functions of the model, the tensors and constants of its "
     "example, and the option's value; each returns the tensors and constants to trace with.",
     "input facts": "A Mapping from keys of an export's manifest to classes of format.input_facts.InputFacts.",
-    "main inputs": "Names of inputs of which a model's forward takes one in the place of token ids.",
-    "input axes": "A Mapping from inputs to the names of their axes, of which the first alone varies, unless a trace "
-    "of the feature's own lets more vary.",
-    "step inputs": "A tuple of format.input_names.StepInput: what a decoder's step may take beside its ids.",
-    "step examples": "A module of what a decoder's step takes beside its ids: `examples_beside` gives an example of "
-    "both for a model, ids and mask; `drawn_beside` draws both for a trace, a case of verification and a generator.",
-    "optional inputs": "A pass over an ONNX decoder that lets step inputs be left out; nothing is folded after it.",
-    "given rows": "A subclass of run.engine.session_decoders.GivenRows: what rows begin with in the place of tokens, "
-    "and the prompts of the embeddings that `generate` was given.",
-    "program graphs": "A function of a model's configuration and an export's ONNX models by the names of their files, "
-    "that returns more of them, over the same weights, which other programs run in the place of `model.onnx`.",
-    "program files": "A function of an export's directory, the model's configuration, the ONNX models by the names of "
-    "their files and what genai_config.json holds, which it changes; it writes what other programs read beside them.",
-    "companion files": "Returns what makes a companion's inputs of prompts, which is saved in the place of the "
-    "tokenizer, given that and where it may have come from; None if there is nothing.",
-    "given prompts": "A class as run.generate.prompt_answers.GivenPrompts, whose `of` takes an open export whose "
-    "companions' names are signs, and returns None if they read no prompts.",
-    "export options": "A dataclass as cli.export.TraceOptions: options of the command for models of some kind.",
+    "main inputs": "Names of inputs of which a model's forward takes one in place of token ids.",
+    "input axes": "A Mapping from inputs to the names of their axes; only the first varies, unless a trace of the "
+    "feature's own lets more vary.",
+    "step inputs": "A tuple of format.input_names.StepInput: optional inputs of a decoder's step beside its ids.",
+    "step examples": "A module for a decoder step's inputs beside its ids: `examples_beside` makes an example of both "
+    "for a model, ids and mask; `drawn_beside` draws both for a trace, a verification case and a generator.",
+    "optional inputs": "A pass over an ONNX decoder that makes step inputs optional; nothing is folded after it.",
+    "given rows": "A subclass of run.engine.session_decoders.GivenRows: the inputs with which rows begin in place of "
+    "tokens, and the prompts for the embeddings passed to `generate`.",
+    "program graphs": "A function of a model's configuration and an export's ONNX models by file name, that returns "
+    "more of them, over the same weights, which other programs run in place of `model.onnx`.",
+    "program files": "A function of an export's directory, the model's configuration, the ONNX models by file name "
+    "and the contents of genai_config.json, which it changes; it writes further files that other programs read.",
+    "companion files": "Returns the processor that makes a companion's inputs from prompts, to be saved in place of "
+    "the tokenizer, given the tokenizer and its source; None if there is none.",
+    "given prompts": "A class like run.generate.prompt_answers.GivenPrompts, whose `of` takes an open export (the "
+    "names of its companions are signs) and returns None if they read no prompts.",
+    "export options": "A dataclass like cli.export.TraceOptions: options of the command for some kind of model.",
     "tasks": "A tuple of format.tasks.Task: tasks that models can be traced for.",
-    "companions": "A function of a traced decoder, that returns traces of what its model runs beside it, by the names "
-    "of their files, over the same parameters.",
-    "companion checks": "A class as exporters.verify.together.CompanionCheck: gives inputs of companions, whose "
-    "names are signs, and compares what they and the decoder make together.",
+    "companions": "A function of a traced decoder, that returns traces of the models that run beside it, by file "
+    "name, over the same parameters.",
+    "companion checks": "A class like exporters.verify.together.CompanionCheck: makes inputs of companions, whose "
+    "names are signs, and compares the outputs of companions and decoder together.",
     "example inputs": "A function of a model, the name of its main input and a generator, that returns an example of "
-    "the input, or None where it knows none (core.tracing.inputs.samples); asked for by the name, as a sign.",
+    "the input, or None if it knows none (core.tracing.inputs.samples); the name is a sign.",
     "encoder inputs": "A subclass of run.generate.encoder_inputs.EncoderInputs: reads prompts that are not texts.",
-    "generate options": "A dataclass as cli.generate.PromptOptions: options of the command for such prompts.",
-    "constraints": "A class of run.generate.constraints.Constraints, made of a tokenizer, or None, and a decoder's "
+    "generate options": "A dataclass like cli.generate.PromptOptions: options of the command for such prompts.",
+    "constraints": "A class of run.generate.constraints.Constraints, made from a tokenizer, or None, and a decoder's "
     "limits.",
-    "proposers": "A class of run.generate.answer_row.Proposer, made of nothing: proposes next tokens of rows, which a "
-    "step verifies.",
+    "proposers": "A class of run.generate.answer_row.Proposer, made without arguments: proposes next tokens of rows, "
+    "which a step verifies.",
     "request fields": "Models of fields by the name of the request of OpenAI's protocol that has them (the decorator "
     "with_features), and its hooks (service.protocols.openai.answer_plan).",
-    "attachments": "A class as service.engines.AttachmentReader, whose `of` takes an open export, whose companions are "
-    "signs, and the service's settings.",
-    "serve options": "A dataclass whose fields are options of the service, for models of some kind; it is among `more` "
-    "of the settings.",
-    "chat templates": "A class whose `of` reads what a tokenizer's template of chats does, for the hooks of requests; "
+    "attachments": "A class like service.engines.AttachmentReader, whose `of` takes an open export, whose companions "
+    "are signs, and the service's settings.",
+    "serve options": "A dataclass whose fields are options of the service for some kind of model; it is in `more` of "
+    "the settings.",
+    "chat templates": "A class whose `of` reads what a tokenizer's chat template supports, for the hooks of requests; "
     "its text is a line of the log.",
     "inferred tasks": "A function of the names of an adapter and a base, that returns the task that their files show "
-    "and what trace is given for it, or None.",
-    "scores": "A function of the configuration of a model with one output and its name, which notes there what makes a "
-    "score of it.",
-    "appended modules": "A function of a model, its task, which is a sign of the feature, and the source that trace is "
-    "given, that returns AppendedModules (core.tracing.draft).",
+    "and the arguments of trace for it, or None.",
+    "scores": "A function of the configuration of a model with one output and its name, which records there how a "
+    "score is computed from it.",
+    "appended modules": "A function of a model, its task, which is a sign of the feature, and the source given to "
+    "trace, that returns AppendedModules (core.tracing.draft).",
     "routes": "A function of a service's engine, that returns a router with the routes for its model, if it has any. "
     "The model's task or an output of its graph is a sign of the feature.",
 }

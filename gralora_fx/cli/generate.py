@@ -48,7 +48,7 @@ MaxNewTokens = Annotated[
 Temperature = Annotated[
     float | None,
     typer.Option(
-        metavar="X", help="Draw tokens at random, the more freely the higher this is.  [default: take the likeliest]"
+        metavar="X", help="Draw tokens at random; higher values draw more freely.  [default: take the likeliest]"
     ),
 ]
 TopP = Annotated[

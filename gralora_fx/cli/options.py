@@ -151,7 +151,7 @@ Force = Annotated[
     bool,
     typer.Option(
         "--force",
-        help="Write the result even if rounding loses half of an update, or an earlier adapter does not go with it.",
+        help="Write the result even if rounding loses half of an update, or an earlier adapter is incompatible.",
     ),
 ]
 Result = Annotated[

@@ -174,7 +174,7 @@ def _verify_files(output: Path, others: list[str]) -> None:
         raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")
     with CommandProgress(), timed("reading files"):
         count = check_files(output, read_manifest(output), digests=True)
-    print(f"{count} files of {output} are what was exported")
+    print(f"{count} files of {output} are unchanged since the export")
 
 
 def _exported_name(directory: Path, manifest: Manifest, name: str | None) -> str | None:

@@ -50,16 +50,16 @@ def check_takes_adapters(
 
 
 def check_can_act(tokens: tuple[int, ...], adapter: object, kind: str, *, has_copies: bool) -> None:
-    """Check that an export takes adapters that act from tokens on: it has a cache, they train no parameter whole."""
+    """Check that an export takes adapters that tokens activate: it has a cache, they train no parameter whole."""
     if tokens and kind != DECODER_KIND:
         raise ExportError(
-            f"{adapter} acts from tokens on, which needs a decoder with a cache, whose base reads what is before them; "
-            f"export the model for {option(task='text-generation-with-past')}"
+            f"{adapter} is activated by tokens, which needs a decoder with a cache; export the model for "
+            f"{option(task='text-generation-with-past')}"
         )
     if tokens and has_copies:
         raise ExportError(
-            f"{adapter} acts from tokens on, and trains parameters of the base whole (modules_to_save or bias), which "
-            "act on every token; train it without these"
+            f"{adapter} is activated by tokens, and trains parameters of the base whole (modules_to_save or bias), "
+            "which act on every token; train it without these"
         )
 
 

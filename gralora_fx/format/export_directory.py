@@ -16,7 +16,7 @@ from gralora_fx.errors import GraloraError, first_line, option, remedy
 
 MANIFEST_NAME = EXPORT_FILE
 PLAIN_KIND, DECODER_KIND, ENCODER_DECODER_KIND = "plain", "decoder", "encoder-decoder"  # kinds of export
-MODEL, ROWS = "model", "model_rows"  # files without their suffix: of most exports, and beside it for rows that differ
+MODEL, ROWS = "model", "model_rows"  # file names without suffix: of most exports, and of the graph for rows that differ
 MODEL_NAME, ROWS_NAME = f"{MODEL}.onnx", f"{ROWS}.onnx"
 DATA_SUFFIX = ".onnx_data"  # of a file with the weights of one model or several
 GENAI_CONFIG = "genai_config.json"
@@ -24,7 +24,7 @@ ENCODER, DECODER = "encoder_model", "decoder_model_merged"  # files of an encode
 FLAG = "use_cache_branch"  # input of its decoder: whether the step has a past
 ADAPTERS = "adapters"  # folder of an export's adapter files
 TRANSPOSED_STATES = "gralora_transposed_states"  # metadata: states whose last two axes are swapped, as in `0.recurrent`
-TOKENS_APART = "gralora_tokens_apart"  # metadata: a single token is computed as those of an answer are
+TOKENS_APART = "gralora_tokens_apart"  # metadata: a token read alone is computed differently from one among several
 QUERY_SEQLENS, PAST_SEQLENS = "query_seqlens", "past_seqlens"  # inputs of a decoder's rows: tokens to read, and before
 # inputs with which a step of rows verifies proposed tokens; left out, it gives the logits after each row's last token
 LOGITS_INDICES = "logits_indices"  # `[num_logits]` int64: the tokens that get logits, counted over those of all rows

@@ -17,7 +17,7 @@ ROWS = "adapter_rows"  # input of a graph with adapters by row: the rows of each
 # argument of a call and input of a graph: the column, counting cached ones, from which each adapter acts
 STARTS = "adapter_starts"
 ITEM_COUNT = "num_items_in_batch"  # divisor of a loss over accumulated batches
-# starts of the texts in a row, from packing collators; positions that start again mean the same
+# starts of the texts in a row, from packing collators; positions that restart mean the same
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 

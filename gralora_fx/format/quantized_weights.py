@@ -20,7 +20,7 @@ class LayerFormat:
     inexact: int | None = None  # the size of its blocks, if they are wider than `WIDEST_EXACT`
 
 
-# The widest blocks, by their bits, by which ONNX Runtime multiplies one row in the order in which it multiplies several
+# by bits, the widest blocks for which ONNX Runtime multiplies one row in the same order as several rows
 WIDEST_EXACT = {4: 32, 8: 64}
 # Processors on which ONNX Runtime adds products of uint8 and int8 exactly; others add two in 16 bits, which saturate
 EXACT_SUMS = "x86 with VNNI and on ARM"
@@ -32,7 +32,7 @@ class QuantizedWeights:
 
     kind: str  # `"int4"`, `"int8"`, `"int8-dynamic"`, or `"kept"`, the integers of a quantized checkpoint
     block_size: int | None  # values along a matrix's input axis that share a scale; None if a whole column does
-    accuracy_level: int | None  # how ONNX Runtime multiplies with blocks; None where there are none
+    accuracy_level: int | None  # ONNX Runtime's accuracy level for products with blocks; None without blocks
     zero_points: bool | None  # whether blocks have a zero point each; None where there are none
     multiplications: int  # nodes that multiply with quantized values
     lookups: int  # nodes that look up rows of blocks

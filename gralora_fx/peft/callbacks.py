@@ -41,7 +41,7 @@ class StopAtNonFinite(TrainerCallback):  # type: ignore[misc]  # transformers ha
         last = get_last_checkpoint(args.output_dir)
         kept = f"resume from {last}" if last else "there is no checkpoint yet"
         raise CheckpointError(
-            f"step {state.global_step + 1}: the gradient of {first} is not finite, as of a loss that is NaN; the "
+            f"step {state.global_step + 1}: the gradient of {first} is not finite, as after a NaN loss; the "
             f"parameters are still those of step {state.global_step}. Lower the learning rate or look at the batch; "
             f"{kept}"
         )

@@ -33,7 +33,7 @@ def get_peft_model_state_dict(
 
     Args:
         model: The rewritten model.
-        state_dict: The model's current state dict, if it is at hand.
+        state_dict: The model's current state dict, if available.
         adapter_name: Name of the adapter.
         unwrap_compiled: Whether the model was returned by `torch.compile`.
         save_embedding_layers: "auto" or False.

@@ -174,7 +174,7 @@ def test_verification_from_python_compares_the_files_first(folder: Path) -> None
 
 def test_verify_files_needs_no_model_and_names_the_file(folder: Path) -> None:
     done = verify_files(folder)
-    assert (done.returncode, done.stdout) == (0, f"4 files of {folder} are what was exported\n")
+    assert (done.returncode, done.stdout) == (0, f"4 files of {folder} are unchanged since the export\n")
     flip(folder / "model.onnx_data")
     done = verify_files(folder)
     assert done.returncode == 1

@@ -104,7 +104,7 @@ def test_a_moved_base_is_not_known_to_be_the_same(bases: Path, tmp_path: Path) -
     for gone in (tmp_path / "before" / "base", "elsewhere/base", "org/base"):
         found = compare_bases(BaseSource(str(gone)), BaseSource(str(bases / "qwen3" / "base")))
         assert (found.outcome, found.compared) == (UNKNOWN, ("name",))
-        assert found.reason == f"no config.json of {gone} is at hand, so nothing but the names can be compared"
+        assert found.reason == f"no config.json of {gone} is available, so only the names can be compared"
         with pytest.warns(
             UserWarning, match=f"one was made for {gone}, and is used with .*, which may be another base"
         ):
@@ -217,7 +217,7 @@ def test_a_part_by_the_name_of_a_later_version_is_no_difference() -> None:
 def test_configurations_without_a_common_field_tell_nothing() -> None:
     outcome, reason = of_fields({"model_type": "gpt2"}, {"hidden_size": 8})
     assert outcome == UNKNOWN
-    assert reason.startswith("their configurations have no field in common that tells")
+    assert reason.startswith("their configurations have no common field that would tell them apart")
 
 
 def test_names_and_commits_alone_prove_nothing(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

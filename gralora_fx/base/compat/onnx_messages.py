@@ -1,4 +1,4 @@
-"""ONNX's protobuf messages without the rest of onnx, whose import takes longer than a model takes to be parsed."""
+"""ONNX's protobuf messages without the rest of onnx, whose import takes longer than parsing a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME = "onnx.onnx_ml_pb2"
 
 
 def _messages() -> Any:
-    """Import the module of messages under its own name, so that onnx finds it there."""
+    """Import the messages' module under its own name, so that a later import of onnx finds it."""
     package = find_spec("onnx")
     spec = PathFinder.find_spec(_NAME, None if package is None else package.submodule_search_locations)
     if spec is None or spec.loader is None:
@@ -23,7 +23,7 @@ def _messages() -> Any:
     return sys.modules.setdefault(_NAME, module)
 
 
-with fenced("onnx", TESTED["onnx"][0]):  # whose messages are of a format that is kept
+with fenced("onnx", TESTED["onnx"][0]):  # only this version counts: the messages' format is stable
     _found: Any = sys.modules.get(_NAME) or _messages()
     ModelProto, TensorProto = _found.ModelProto, _found.TensorProto
 

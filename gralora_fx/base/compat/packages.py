@@ -34,7 +34,7 @@ TESTED: Mapping[str, tuple[str, str]] = {
 def fenced(package: str, version: str | None = None) -> Iterator[None]:
     """Import private names of a package; the first import of a process checks all installed versions.
 
-    If the package's version is given, that alone is checked: to find out the others takes longer than a file is read.
+    If the package's version is given, only that is checked: looking up the others takes longer than reading a file.
     """
     if version is None:
         warn_of_untested()

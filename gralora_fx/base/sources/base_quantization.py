@@ -30,12 +30,12 @@ class BaseQuantization(ABC):
     Attributes:
         sign: One of the signs of the feature, which reads such weights and rounds others to them.
         title: The form's name in messages.
-        texts: The texts that `of` takes, in words; empty of a form that is read alone, to which nothing is rounded.
+        texts: The strings that `of` takes, in words; empty for a form that is only read, to which nothing is rounded.
         metavar: The same as a pattern.
-        help: What the command line says of rounding a base.
+        help: The command line's help on rounding a base.
         fields: The object of transformers that `of` takes, in words.
-        extra: The extra of the installation that rounding needs, or None.
-        is_kept: Whether an export of a checkpoint in this form keeps its bits unless told otherwise.
+        extra: The pip extra that rounding needs, or None.
+        is_kept: Whether an export of a checkpoint in this form keeps its bits by default.
         compute_dtype: Dtype that layers multiply in, to which the values are rounded.
         skip_modules: Names of the layers that stay float; None for transformers' own choice.
     """
@@ -101,7 +101,7 @@ class BaseQuantization(ABC):
         rounding = parts("rounding", {self.sign})
         if not rounding:
             raise ConfigError(
-                f"a base that is quantized as {self} is read from its checkpoint, and floats are not rounded so here; "
+                f"a base quantized as {self} is read from its checkpoint, and floats cannot be rounded to it here; "
                 "give the quantized checkpoint as the base"
             )
         values: NDArray[np.float32] = rounding[0](weight, self, name)

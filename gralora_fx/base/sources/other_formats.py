@@ -66,7 +66,7 @@ def of_adapter_pickle(directory: Path) -> str:
     )
     return (
         f"{directory} holds {_ADAPTER_PICKLE}, a pickle, which can run code when it is read; this writes {_ADAPTER} "
-        f"beside it, and runs none: {_run(code)}"
+        f"beside it without running any: {_run(code)}"
     )
 
 

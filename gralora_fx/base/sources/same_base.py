@@ -88,7 +88,7 @@ class BaseSource:
     @cached_property
     def config(self) -> Mapping[str, Any] | None:
         """Its configuration, if known."""
-        if self.fields or self.directory is None:  # an empty one tells nothing
+        if self.fields or self.directory is None:  # an empty one identifies nothing
             return self.fields
         return read_config_fields(self.directory)
 
@@ -169,18 +169,18 @@ def _differently_quantized(made: BaseSource, used: BaseSource) -> tuple[str, flo
     one, two = made.directory or used.directory, used.directory or made.directory
     change: float | None = None
     if one is None or two is None:
-        measured = f"by how much is not measured, since no weights of {made.name or used.name} are at hand"
+        measured = f"the difference is not measured, since no weights of {made.name or used.name} are at hand"
     else:
         try:
             found = differing_weights(one, two, made.quantization, used.quantization)
         except ConfigError as error:
-            found, measured = None, f"by how much is not measured ({marked(error)})"
+            found, measured = None, f"the difference is not measured ({marked(error)})"
         else:
-            measured = "by how much is not measured, since their weights cannot be compared"
+            measured = "the difference is not measured, since their weights cannot be compared"
         change = None if found is None else found.change
     if change is not None:
         measured = f"they differ by {100 * change:.2g} % of their norm"
-    remedy = "take its checkpoint in few bits"
+    remedy = "take its quantized checkpoint"
     if made.quantization is not None and made.quantization.texts:  # floats can be rounded so
         remedy = f"take {option(base_quantization=str(made.quantization))} with the float base, or its checkpoint"
         remedy += " in few bits"
@@ -211,10 +211,10 @@ def _compared(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str,
     compared = (NAME,) if made.name and used.name else ()
     if made.config is None or used.config is None:
         lacking = (made if made.config is None else used).name or "the model"
-        return compared, UNKNOWN, f"no config.json of {lacking} is at hand, so nothing but the names can be compared"
+        return compared, UNKNOWN, f"no config.json of {lacking} is available, so only the names can be compared"
     different = _differing_fields(made.config, used.config)
     if different is None:
-        known = "their configurations have no field in common that tells"
+        known = "their configurations have no common field that would tell them apart"
     else:
         compared, known = (*compared, CONFIG), "both have the same model_type and sizes"
     if different:

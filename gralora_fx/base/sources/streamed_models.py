@@ -184,7 +184,7 @@ class StackedMatrices(EntrySource):
             matrices.setdefault(part.matrix, []).append(stored[part.key])
         shapes = {(sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]) for tensors in matrices.values()}
         if len(shapes) > 1 or sorted(matrices) != list(range(len(matrices))):
-            raise CheckpointError(f"the matrices of {name} are not all there, or differ in shape; save the model again")
+            raise CheckpointError(f"the matrices of {name} are incomplete, or differ in shape; save the model again")
         first = matrices[0][0]
 
         def entries() -> Iterator[Tensor]:

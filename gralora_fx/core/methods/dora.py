@@ -57,7 +57,7 @@ class DoraConfig(LoraConfig, asked_for_by="use_dora"):
         if self.acts_from:
             raise ConfigError(
                 f"use_dora=True does not work with {ACTING}={shown(list(self.acts_from))}, as in PEFT; "
-                "take plain LoRA or GraLoRA for an adapter that acts from tokens on"
+                "take plain LoRA or GraLoRA for an adapter that tokens activate"
             )
         if self.target_parameters:
             raise ConfigError(
