@@ -86,7 +86,7 @@ class BaseParameters:
             raise ExportError(f"trained parameters cannot be data of this export: {listed(problems, 4)}")
 
     def _scale(self, updates: dict[str, Update]) -> tuple[dict[str, NDArray[Any]], str | None]:
-        """Replace updates that scale rows by their plain LoRA; return the factors less 1, and of which weights."""
+        """Replace updates that scale rows by their plain LoRA; return the factors less 1 and those weights."""
         scales: dict[str, NDArray[Any]] = {}
         stored: set[str] = set()
         for path in [site.path for site in self._inputs.scaled if site.path in updates]:
@@ -150,7 +150,7 @@ class _StoredRows:
 
     @property
     def text(self) -> str:
-        """Say how the values are stored, such as `float32` or `int4`."""
+        """Describe how the values are stored, such as `float32` or `int4`."""
         if self.weight.storage == "float":
             return dtype_of(self.weight.value).name
         return f"int{self.weight.bits or 8}"

@@ -150,7 +150,7 @@ def _earlier(path: Path) -> Manifest | None:
     try:
         return read_manifest(path)
     except ExportError as error:
-        raise _another(path, f"of which nothing is known ({marked(error)})") from error
+        raise _another(path, f"whose manifest is unreadable ({marked(error)})") from error
 
 
 def _another(directory: str | Path, difference: str) -> ExportError:

@@ -47,7 +47,7 @@ def loaded_tokenizer(tokenizer: Any) -> Any:
 
 
 def _places(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> list[str | Path]:
-    """Return the places that a tokenizer may come from, the likeliest first."""
+    """Return the directories or hub ids that a tokenizer may come from, the likeliest first."""
     places = (source, getattr(tokenizer, "name_or_path", None), traced.tokenizer_source)
     return [place for place in places if place]
 

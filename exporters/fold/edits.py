@@ -66,7 +66,7 @@ class MatrixEdit:
     layers: tuple[LayerEdit, ...]  # the edit of each
     in_features: int  # input features of the matrix
     transposed: bool  # whether it is stored `[in, out]`
-    not_finite: str = NOT_FINITE  # text of the error, as of `LayerEdit.prepare`
+    not_finite: str = NOT_FINITE  # text of the error, as in `LayerEdit.prepare`
 
     @property
     def takes_rows(self) -> bool:
@@ -105,7 +105,7 @@ class StackEdit:
     # converts a stored matrix to `[out, in]`; the result may be a view
     as_modelled: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
     as_stored: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray  # the inverse of `as_modelled`
-    not_finite: str = NOT_FINITE  # text of the error, as of `LayerEdit.prepare`
+    not_finite: str = NOT_FINITE  # text of the error, as in `LayerEdit.prepare`
     takes_rows: bool = field(default=True, init=False)
 
     def prepare(self) -> RowEdit:
@@ -143,7 +143,7 @@ class ValuesEdit:
     name: str  # name of the parameter
     values: Callable[[], NDArray[Any]]  # reads the values `[rows, ...]`; a vector is one row
     start: int = 0  # first of them in each stored row
-    not_finite: str = NOT_FINITE  # text of the error, as of `LayerEdit.prepare`
+    not_finite: str = NOT_FINITE  # text of the error, as in `LayerEdit.prepare`
     takes_rows: bool = field(default=True, init=False)
 
     def prepare(self) -> RowEdit:

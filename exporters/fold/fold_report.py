@@ -1,4 +1,4 @@
-"""The report of a fold: where each layer's weight was found, and how much of the update rounding leaves."""
+"""The report of a fold: where each layer's weight was found, and how much of the update survives rounding."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class FoldedSite:
     start: int  # first of its output features there
     stop: int  # end of them
     how: str  # how the weight was found: `"as recorded"`, `"by name"` or `"by value"`
-    # of a quantized weight, the share of the update that is left after rounding, `<after - before, dW> / <dW, dW>`;
-    # None of a float one
+    # for a quantized weight, the share of the update that survives rounding, `<after - before, dW> / <dW, dW>`; None
+    # for a float weight
     survival: float | None = None
 
 
@@ -35,17 +35,17 @@ class FoldReport(Report):
 
     Attributes:
         output_dir: The directory written.
-        adapter_name: The adapter's name in the manifest; None where there is no manifest.
-        sites: Every layer and where its weight was found; a layer of several files is there several times.
-        replaced: Parameters that the adapter trained and that were written as a whole.
-        bytes_changed: Bytes of weights that were computed anew.
-        survival: The share of the whole update that is left after rounding; None if nothing is quantized.
+        adapter_name: The adapter's name in the manifest; None without a manifest.
+        sites: Every layer and where its weight was found; a layer in several files has an entry for each.
+        replaced: Trained parameters that replaced the base's.
+        bytes_changed: Bytes of recomputed weights.
+        survival: The share of the whole update that survives rounding; None if nothing is quantized.
         files: Files of the directory with their sizes in bytes.
-        seconds: Seconds that each stage took.
+        seconds: Seconds of each stage.
         adapters: Names of all adapters that the result holds, in the order of folding; empty without a manifest.
         base: How the adapter's base compares with the export's.
-        unread: Layers of the adapter that the export leaves out, since no output depends on them.
-        usage: How the result is called, in Python and as a command.
+        unread: Adapted layers that the export leaves out, since no output depends on them.
+        usage: How to call the result, in Python and on the command line.
     """
 
     output_dir: Path
@@ -63,7 +63,7 @@ class FoldReport(Report):
 
     @property
     def summary(self) -> Summary:
-        """Lines on the folded layers, the files written, how the result is used, and notes."""
+        """Lines on the folded layers, the files written, how to use the result, and notes."""
         count = len({site.path for site in self.sites})
         return Summary(
             f"folded {count} layer{'s' * (count > 1)}",
@@ -87,7 +87,7 @@ class FoldReport(Report):
 
     @property
     def details(self) -> str:
-        """Lines on the files written, how weights were found, and how much of the update rounding left."""
+        """Lines on the files written, how weights were found, and how much of the update survives rounding."""
         lines = written_lines(self.output_dir, self.files)
         ways = Counter(how for _, how in dict.fromkeys((site.path, site.how) for site in self.sites))
         found = ", ".join(f"{count} {how}" for how, count in ways.items())

@@ -40,8 +40,8 @@ class OnnxRewriting:
     """The changes to an export's files."""
 
     models: Mapping[str, ir.Model]  # the models by file, whose initializers are changed in place
-    changed: set[str] = field(default_factory=set)  # the files whose graphs changed, so that they are saved anew
-    bytes_changed: int = 0  # how many bytes of weights are written anew
+    changed: set[str] = field(default_factory=set)  # the files whose graphs changed, so that they are saved again
+    bytes_changed: int = 0  # bytes of rewritten weights
     # names of the new initializers of single layers, by file, layer and old name
     renamed: dict[tuple[str, str, str], str] = field(default_factory=dict)
     _parts: dict[Path, list[Part]] = field(default_factory=dict)  # the tensors that change, by data file
@@ -108,7 +108,9 @@ class OnnxRewriting:
             self._edited[key] = source.nbytes, what
             self._schedule(value, source, edit, source.begin)
         elif self._edited[key] != (source.nbytes, what):
-            raise MergeError(f"{value.name} of {file} shares its bytes with another initializer that changes otherwise")
+            raise MergeError(
+                f"{value.name} of {file} shares its bytes with another initializer that changes differently"
+            )
 
     def _add(self, file: str, value: ir.Value, name: str, edit: Edit, readers: Iterable[Reader]) -> None:
         """Add an initializer, an edited copy of another, and redirect some readers to it."""

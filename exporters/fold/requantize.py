@@ -57,7 +57,7 @@ class QuantizedEdit:
     # the base's float weight `[out, in]` of a layer by its path, to quantize from; None to quantize from the
     # dequantized values
     base: Callable[[str], NDArray[Any]] | None
-    survival: dict[str, Survival] = field(default_factory=dict)  # how much of each update is left, by path
+    survival: dict[str, Survival] = field(default_factory=dict)  # how much of each update survives, by path
     _computed: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
 
     @property
@@ -283,7 +283,7 @@ def overall_share(survival: Mapping[str, Survival]) -> float | None:
 
 
 def check_survival(survival: Mapping[str, Survival]) -> None:
-    """Check that at every layer more than half of the update is left."""
+    """Check that more than half of the update survives at every layer."""
     shares = {path: part.share for path, part in survival.items()}
     lost = sorted((path for path in shares if shares[path] <= LEAST_SHARE), key=lambda path: shares[path])
     if not lost:
@@ -293,6 +293,6 @@ def check_survival(survival: Mapping[str, Survival]) -> None:
     raise MergeError(
         f"rounding leaves {100 * (overall_share(survival) or 0):.0f} % of the update, and half or less of it at "
         f"{len(lost)} of {len(shares)} layers: {worst}{more}. Give {option(base=...)}, to round the base's own "
-        f"weights with the update, fold before quantizing ({command('export_onnx')}), or write it all the same with "
+        f"weights with the update, fold before quantizing ({command('export_onnx')}), or write it anyway with "
         f"{option(force=True)}"
     )

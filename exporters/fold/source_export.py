@@ -144,14 +144,14 @@ def check_earlier_adapters(manifest: Manifest, adapter: StoredAdapter, sha256: s
             raise MergeError(
                 f"{adapter.directory} and the adapter {name!r} of the export both change {listed(shared, 3)}, which "
                 "one of them replaces as a whole; fold one of them into the base's export, or give "
-                f"{option(force=True)}, and the result has what is folded last"
+                f"{option(force=True)}, so that the last fold wins"
             )
         for config in (adapter.config, earlier):
             if not method_of(config).IS_ADDITIVE and (shared := sorted(_adapted_again(earlier, adapter))):
                 raise MergeError(
                     f"{adapter.directory} and the adapter {name!r} of the export both adapt {listed(shared, 3)}, and "
                     f"what a {config.TITLE} adapter does there depends on the weight; fold one of them into the base's "
-                    f"export, or give {option(force=True)}, and the result has what is folded last over the rest"
+                    f"export, or give {option(force=True)}, so that the last fold acts on the result of the others"
                 )
 
 

@@ -50,7 +50,7 @@ class Conversion:
         return tuple(model.active_adapters) if isinstance(model, GraloraModel) and self.adapters is not None else ()
 
     def check_kind(self, kind: str) -> None:
-        """Check that active adapters that take effect from a token on can be data of a kind of export."""
+        """Check that active adapters that tokens activate can be data of a kind of export."""
         for name in self.data_adapters:
             assert isinstance(self.model, GraloraModel)
             adapter = self.model.adapter(name)

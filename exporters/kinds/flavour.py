@@ -73,7 +73,7 @@ def storing_passes(conversion: Conversion, tables: frozenset[str] = frozenset())
 def with_rows(model: ir.Model, conversion: Conversion, rows: Callable[[Conversion], ir.Model]) -> Models:
     """Return a model and, if possible, its graph for rows that differ, over the same weights."""
     models, log = {MODEL: model}, conversion.log
-    apart = PassLog(log.dump, log.reports)  # its counts are of one graph
+    apart = PassLog(log.dump, log.reports)  # its counts are those of one graph
     try:
         models[ROWS] = rows(conversion.by_row(apart))
         entry = RowsEntry(ROWS_NAME)
@@ -90,7 +90,7 @@ def note_rows(entry: RowsEntry, model: ir.Model, log: PassLog) -> None:
 
 
 def _write_nothing(directory: Path, traced: TracedModel, models: Models) -> None:
-    """Write nothing: most flavours consist of their models alone."""
+    """Write nothing: most kinds consist of their models alone."""
 
 
 @dataclass(frozen=True)

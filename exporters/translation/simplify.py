@@ -118,7 +118,7 @@ def _named_axes(node: fx.Node) -> None:
 
 
 def _empty(node: fx.Node) -> None:
-    """Make a tensor without values anew: in a new shape of ONNX, 0 stands for a size as it was."""
+    """Create an empty tensor instead of reshaping to it: in an ONNX shape, 0 means an unchanged size."""
     node.args, node.kwargs = (node.args[1], 0), {"dtype": node.meta["val"].dtype}
     node.target = aten.full.default
 

@@ -194,16 +194,16 @@ def _function(name: str, graph_module: fx.GraphModule, model: ir.Model, log: Pas
 
 
 def _placeholder_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor to translate with: itself, or an expanded zero if it is on the meta device."""
+    """Return the tensor itself, or an expanded zero of its shape if it is on the meta device."""
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) if tensor.is_meta else tensor
 
 
 def _constant(tensor: Tensor) -> Tensor | None:
-    """Return a tensor that has values and is no parameter, or None."""
+    """Return the tensor if it has values and is not a parameter, else None."""
     return None if isinstance(tensor, nn.Parameter) or tensor.is_meta else tensor
 
 
-@functools.cache  # made by parsing the source of some 500 functions, and only read afterwards
+@functools.cache  # parses the source of some 500 functions; read-only afterwards
 def _registry() -> Any:
     registry = new_registry(OPSET)
     for target, function in onnx_translations().items():
