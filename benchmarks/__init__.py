@@ -1,1 +1,1 @@
-"""Benchmarks beside PEFT, each a file with a `run() -> Report`; `python -m benchmarks` runs them."""
+"""Benchmarks, each a file with a `run() -> Report`; `python -m benchmarks` runs them."""

@@ -64,21 +64,21 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run benchmarks by name, all of them where none is named.
+    """Run benchmarks by name, or all of them.
 
     Args:
-        arguments: Names of modules in this package, and `--threads N`. On a machine that others use too, one thread
-            measures best: with more, each parallel region waits until the busy core comes round.
+        arguments: Names of modules in this package, and `--threads N`. On a shared machine, one thread measures best:
+            with more, each parallel region waits for the busiest core.
 
     Returns:
-        The exit status: 2 for an unknown name, else 0; a check that failed is in the table.
+        The exit status: 2 for an unknown name, else 0; the table shows failed checks.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure gralora-fx beside PEFT.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; none for all")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice if left out")
     parser.add_argument("--only", metavar="CLASS,CLASS", help="of a survey: the classes to check; left out for all")
     parser.add_argument("--workers", type=int, help="of a survey: how many classes at a time; 2 if left out")
-    parser.add_argument("--seconds", type=float, help="of clients and many-adapters: how long clients ask")
+    parser.add_argument("--seconds", type=float, help="of clients and many-adapters: how long clients send requests")
     parser.add_argument("--adapters", type=int, help="of many-adapters: how many are on disk; 200 if left out")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in NAMES]
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--adapters goes with many-adapters alone")
     chosen |= {} if options.seconds is None else {"seconds": options.seconds}
     chosen |= {} if options.adapters is None else {"adapters": options.adapters}
-    if len(names) > 1:  # each in a process of its own: what one frees would change what memory costs the next
+    if len(names) > 1:  # each in its own process: memory freed by one would change the next one's allocations
         threads = [] if options.threads is None else ["--threads", str(options.threads)]
         return max(subprocess.run([sys.executable, "-m", "benchmarks", name, *threads]).returncode for name in names)
     if options.threads is not None:
@@ -109,5 +109,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    use_huge_pages()  # as the service does; where memory lies makes ratios of equal graphs differ by 4 % else
+    use_huge_pages()  # as in the service; without, memory placement alone changes ratios of equal graphs by 4 %
     sys.exit(main(sys.argv[1:]))

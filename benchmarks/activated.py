@@ -1,8 +1,8 @@
-"""Sixteen activated adapters over one context: what each reads of it, its first token, and a step of eight rows.
+"""Sixteen activated adapters over one context: tokens that each reads of it, its first token, and a step of eight rows.
 
-SmolLM2-135M with a LoRA on all seven projections for each adapter, which acts from its own invocation tokens on. One
-decoder, with a prefix cache, reads a context of 2,000 tokens for the first; the others take it over. A step of eight
-rows with activated adapters is measured beside one of eight rows with plain adapters of the same tensors.
+SmolLM2-135M with LoRA adapters on all seven projections, each activated by its own invocation tokens. One decoder with
+a prefix cache reads a context of 2,000 tokens for the first; the others reuse it. A step of eight rows with activated
+adapters is measured beside one of eight rows with plain adapters of the same tensors.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _invocation(number: int) -> list[int]:
 
 
 def _export(base: Path) -> Path:
-    """An export with the adapters, and plain ones of the first's form for the rows beside them, made once."""
+    """Make an export with the adapters, and plain ones like the first for the compared rows, once."""
     path = RUNS / "data"
     if (path / EXPORT_FILE).is_file():
         return path
@@ -98,7 +98,7 @@ def _export(base: Path) -> Path:
 
 
 def _first_token(decoder: Decoder, prompt: list[int], adapter: str) -> tuple[int, float]:
-    """How many tokens a request reads, and the seconds until the first one of its answer."""
+    """Return the number of tokens that a request reads, and the seconds until its answer's first token."""
     started = time.perf_counter()
     row = decoder.open(adapter, start=decoder.start_of(adapter, prompt))
     at = filled = decoder.fill(row, prompt)
@@ -113,7 +113,7 @@ def _first_token(decoder: Decoder, prompt: list[int], adapter: str) -> tuple[int
 
 
 class TokenSteps:
-    """Rows that have read a prompt each, all but its start as the base, and read one token after the other."""
+    """Rows that have each read a prompt, its first `start` tokens as the base; a step reads a token in each."""
 
     def __init__(self, model: Any, prefix: str, start: int = 0) -> None:
         """Open a row for each of the adapters `<prefix>_0`, `<prefix>_1` and so on."""
@@ -124,7 +124,7 @@ class TokenSteps:
         self._decoder.step({row: generator.integers(100, 40_000, 32).tolist() for row in self._rows})
 
     def __call__(self) -> None:
-        """Let every row read a token, which it then forgets."""
+        """Read a token in every row, and rewind it."""
         self._decoder.step({row: [123] for row in self._rows})
         for row in self._rows:
             self._decoder.rewind(row, 32)

@@ -1,4 +1,4 @@
-"""Eight adapters of SmolLM2-135M trained in one batch, beside eight batches one after the other."""
+"""Eight adapters of SmolLM2-135M trained in one batch, compared with eight batches in sequence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADAPTERS, BATCH, LENGTH = 8, 2, 64
 
 
 def run(iterations: int = 5) -> Report:
-    """Compare whole steps: forward, backward and an AdamW of each adapter's own."""
+    """Compare whole steps: forward, backward and a separate AdamW per adapter."""
     report = Report(
         "adapter-rows",
         f"adapter rows: a step of {ADAPTERS} GraLoRA adapters of SmolLM2-135M, {BATCH}x{LENGTH} tokens each, fp32",

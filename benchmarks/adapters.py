@@ -1,8 +1,8 @@
-"""Adapters as data: what a decoder pays for them a token, and what a switch costs.
+"""Adapters as data: their cost per decoded token, and the cost of a switch.
 
 SmolLM2-135M with a GraLoRA adapter on all seven projections: the export with the adapter folded in, the base's, and
-those with adapters as data in both forms, driven by onnxruntime-genai in turns in one process. onnxruntime-genai's own
-export of a LoRA adapter is measured beside its base.
+those with adapters as data in both forms, run by onnxruntime-genai in turns in one process. onnxruntime-genai's own
+export of a LoRA adapter is compared with its base.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _export(base: Path, adapter: Path | None, name: str, precision: str, *option
 
 
 def _export_data(base: Path, adapter: Path, name: str, precision: str, form: str) -> Path:
-    """An export with the adapter as data, in a form that the rule would not choose everywhere."""
+    """Return an export with the adapter as data, in a given form instead of the rule's choice."""
     output = RUNS / name
     if not (output / "model.onnx").is_file():
         progress(f"export {name}")
@@ -108,7 +108,7 @@ def _compare_decode(
 
 
 def _interleaved(sides: Mapping[str, Side], name: str, iterations: int) -> dict[str, float]:
-    """Median seconds of a token by side."""
+    """Return the median seconds per token by side."""
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     numbers = np.random.default_rng(0)
     for iteration in range(-1, iterations):
@@ -122,14 +122,14 @@ def _interleaved(sides: Mapping[str, Side], name: str, iterations: int) -> dict[
 
 
 def _nodes(directory: Path) -> int:
-    """Nodes of a graph once functions are inlined."""
+    """Count the nodes of a graph after inlining its functions."""
     model = onnx.load(directory / "model.onnx", load_external_data=False)
     bodies = {function.name: len(function.node) for function in model.functions}
     return sum(bodies.get(node.op_type, 1) for node in model.graph.node)
 
 
 def _compare_genai(report: Report, base: Path, iterations: int) -> None:
-    """onnxruntime-genai's own LoRA of rank 8 over int4, over its base; the adapter is part of the graph there."""
+    """Compare onnxruntime-genai's own rank-8 LoRA over int4 with its base; there the adapter is part of the graph."""
     lora = _lora(RUNS / "lora_8", base)
     cache = RUNS / "cache"
     plain, adapted = RUNS / "genai_int4", RUNS / "genai_int4_lora"
@@ -160,7 +160,7 @@ def _lora(directory: Path, base: Path) -> Path:
 
 
 def _compare_switches(report: Report, directory: Path, calls: int = 60) -> None:
-    """A call with another adapter than the call before, over one with the same; and binding all tensors."""
+    """Compare a call that switches adapters with one that does not; and binding all tensors."""
     served = load(directory)
     served.load_adapter("other", directory / "adapters" / "default.onnx_adapter")
     ids = np.array([[5]])

@@ -1,8 +1,8 @@
-"""What grammars cost: steps of 8 rows that choose their tokens with a grammar each, beside the same rows without.
+"""The cost of grammars: steps of 8 rows that each choose tokens under a grammar, compared with the same rows without.
 
 SmolLM2-135M with a GraLoRA adapter folded in, float32 and int4, on two threads. Every row has its own JSON schema,
-whose answer is a list of objects that is never over while it is measured. Both sides take a step in turns, one token a
-row. Tokens that a grammar forces are counted, and not read, so that rows stay equally long.
+whose answer is a list of objects that does not end during the measurement. Both sides step in turns, one token per row.
+Forced tokens are counted but not read, so that rows stay equally long.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Rows:
     """Rows that read a prompt and then take steps of one token each.
 
     Attributes:
-        forced: How many tokens the grammars forced.
+        forced: Number of tokens that the grammars forced.
     """
 
     def __init__(self, model: Any, has_grammars: bool, options: Mapping[str, Any]) -> None:
@@ -84,7 +84,7 @@ class _Rows:
         self.forced = 0
 
     def step(self) -> tuple[float, float]:
-        """Choose a token in each row and let it be read; the seconds of that, and of choosing alone.
+        """Choose a token in each row and read it; return the seconds of both, and of choosing alone.
 
         Forced tokens are left to the next steps, so that both sides read one token a row.
         """
@@ -100,7 +100,7 @@ class _Rows:
 
 
 def _form(number: int) -> AnswerForm:
-    """A schema of its own for each row: a long list of objects with a few fields."""
+    """Return a row's own schema: a long list of objects with a few fields."""
     fields = {
         f"name_{number}": {"type": "string", "maxLength": 40},
         "count": {"type": "integer", "minimum": 0, "maximum": 10**6},

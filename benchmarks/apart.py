@@ -1,4 +1,4 @@
-"""Work on many models, each in a process of its own under a limit of processor time."""
+"""Run work on many models, each in its own process with a CPU time limit."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from gralora_fx.errors import first_line
 
 Result = TypeVar("Result")
 Note = Callable[[str], None]
-Work = Callable[[str, Note], Result]  # of a name; it notes each stage that it begins
+Work = Callable[[str, Note], Result]  # takes a name, and a function that records each stage as it begins
 
-LIMIT = 90  # seconds of processor time that one name may take
-PATIENCE = 10 * LIMIT  # seconds on the clock, however busy the machine is
+LIMIT = 90  # CPU seconds that one name may take
+PATIENCE = 10 * LIMIT  # wall-clock seconds, however busy the machine is
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result]):
-    """What became of one name: a result, or the reason why there is none.
+    """The outcome for one name: a result, or the reason why there is none.
 
     Attributes:
-        name: What was worked on.
-        seconds: Processor time, or time on the clock where the process was ended.
+        name: The name.
+        seconds: CPU time, or wall-clock time if the process was killed.
         result: The result, or None.
-        stage: The last stage that began.
+        stage: The last stage that was entered.
         reason: Why there is no result, or an empty string.
     """
 
@@ -53,19 +53,19 @@ def survey(
     module: str,
     at_once: int,
 ) -> list[Outcome[Result]]:
-    """Work on all names, or on some of them, and print what became of each.
+    """Run work for all names, or for some of them, and print each outcome.
 
     Args:
         known: All names.
-        only: Those to work on; none for all.
+        only: Those to run; empty for all.
         work: As in `each_apart`, as are `module` and `at_once`.
-        verdict: Says of an outcome what to print.
-        kind: What transformers has by these names, for an error.
+        verdict: Returns the text to print for an outcome.
+        kind: What the names are in transformers, for an error message.
         module: The module whose imports every process shares.
         at_once: How many processes run at a time.
 
     Raises:
-        ValueError: A name is not known.
+        ValueError: A name is unknown.
     """
     names = list(known)
     if unknown := sorted(set(only) - set(names)):
@@ -81,14 +81,14 @@ def survey(
 def each_apart(
     names: Sequence[str], work: Work[Result], *, module: str, at_once: int, limit: int = LIMIT
 ) -> Iterator[Outcome[Result]]:
-    """The outcome of each name, in their order.
+    """Run work for each name in its own process; yield the outcomes in the order of the names.
 
     Args:
-        names: What to work on.
-        work: A function of a module, so that another process finds it.
+        names: The names.
+        work: A function at module level, so that another process can import it.
         module: The module whose imports every process shares.
         at_once: How many processes run at a time.
-        limit: Seconds of processor time that each may take.
+        limit: CPU seconds that each may take.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.warm", module])  # the imports, once
@@ -97,7 +97,7 @@ def each_apart(
 
 
 def _apart(context: Any, name: str, work: Work[Result], limit: int) -> Outcome[Result]:
-    """Work on one name in another process, which is ended at the limit."""
+    """Run work for one name in another process, which is killed at the limit."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(name, work, limit, sender), daemon=True)
     begin, stage = time.perf_counter(), ""

@@ -1,7 +1,7 @@
-"""Texts of different lengths through MiniLM: batched in the order of arrival, and with those nearest in length.
+"""Texts of different lengths through MiniLM: batched in the order of arrival, or with texts of similar length.
 
-Both run in this process and in turns, by the queue of the service: what waits is queued, and then run. Padding costs
-less here than elsewhere, since our exports of encoders leave it out of linear layers.
+Both run in turns in this process, through the service's queue. Padding costs less here than elsewhere, since our
+exports of encoders skip it in linear layers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run(iterations: int = 7) -> Report:
 
 
 def _mixtures() -> dict[str, list[str]]:
-    """Texts by how their lengths are mixed."""
+    """Return texts by the name of their mixture of lengths."""
     words = [word for text, _ in load_news(0).train[:300] for word in text.split()]
     draw = random.Random(0)
 
@@ -68,7 +68,7 @@ def _mixtures() -> dict[str, list[str]]:
 
 
 def _case(name: str, model: OrtModel, reader: TextReader, rows: Sequence[Tokens]) -> Case[None]:
-    """Run all texts through a queue, which knows their lengths or does not."""
+    """Return a case that runs all texts through a queue, with or without their lengths."""
 
     def run_batch(jobs: Sequence[RowJob]) -> Sequence[Any]:
         inputs: dict[str, Any] = reader.padded([job.payload for job in jobs])

@@ -1,7 +1,7 @@
-"""Eight rows with an adapter each in one run, beside eight runs with a switch between.
+"""Eight rows with an adapter each in one run, compared with eight runs and a switch between them.
 
 SmolLM2-135M with GraLoRA adapters on all seven projections: `model_rows.onnx` and `model.onnx` of one export. Every row
-has read a prompt of its own and decodes its next token. Then a chunk of a long prompt joins seven decoding rows.
+has read its own prompt and decodes its next token. Then a chunk of a long prompt joins seven decoding rows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run(iterations: int = 15, ranks: tuple[int, ...] = (32, 8)) -> Report:
 
 
 def _export(base: Path, rank: int) -> Path:
-    """An export with the adapters, made once."""
+    """Make an export with the adapters, once."""
     path = RUNS / f"data_{rank}"
     if path.is_dir():
         return path
@@ -132,7 +132,7 @@ class _Singles:
         self.length = prompts.shape[1]
 
     def decode(self, ids: np.ndarray[Any, Any]) -> list[torch.Tensor]:
-        """Logits of a token of each row; the caches stay."""
+        """Return the logits of a token of each row; the caches stay as they are."""
         return [as_tensor(self._run(index, row[None])["logits"])[0, -1] for index, row in enumerate(ids)]
 
     def _run(self, index: int, ids: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -159,6 +159,6 @@ class _Rows:
         self.past += prompts.shape[1]
 
     def step(self, ids: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> torch.Tensor:
-        """Logits of each row, which stays where it is: the next step writes over this one."""
+        """Return the logits of each row; rows do not advance, so the next step overwrites this one."""
         feed = {"input_ids": ids, QUERY_SEQLENS: counts.astype(np.int32), PAST_SEQLENS: self.past}
         return self.steps({**feed, ADAPTER_IDS: self.ids}, self.stack.values)[:, -1]

@@ -1,4 +1,4 @@
-"""A training step of SmolLM2-135M with gradient checkpointing and without, beside PEFT's; and blocks as modules."""
+"""A training step of SmolLM2-135M with and without gradient checkpointing, and PEFT's; and blocks as modules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {"r": RANK, "gralora_k": K, "target_modules": smollm2.PR
 
 
 def run(iterations: int = 5) -> Report:
-    """Compare whole steps (forward and backward), what they keep for the backward pass, and the forward pass alone."""
+    """Compare whole steps (forward and backward), memory kept for the backward pass, and the forward pass alone."""
     report = Report(
         "checkpointing",
         f"checkpointing: a step of SmolLM2-135M, batch {BATCH}x{LENGTH}, seven projections, r={RANK} k={K}, fp32",
@@ -83,7 +83,7 @@ def run(iterations: int = 5) -> Report:
 
 
 def _compilations() -> list[dict[str, Any]]:
-    """Processor seconds of the first step of a compiled model, whole and by block."""
+    """Return a table of the CPU seconds of a compiled model's first step, whole and by block."""
     ids = torch.randint(1024, (2, 16))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     rows = []
@@ -109,7 +109,7 @@ def step(model: nn.Module, inputs: Mapping[str, Tensor], ids: Tensor) -> None:
 
 
 def kept(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """Bytes of the tensors that autograd keeps between forward and backward, each storage once, parameters apart."""
+    """Return the bytes that autograd keeps between forward and backward, each storage once, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
 

@@ -1,7 +1,7 @@
-"""MiniLM's sentence embeddings for 64 clients at a time over HTTP, beside a bare loop of ONNX Runtime.
+"""MiniLM's sentence embeddings for 64 concurrent HTTP clients, compared with a bare ONNX Runtime loop.
 
-Both sides take turns. The loop runs batches of the same size and texts, whose tokens are made beforehand; a second one
-makes them as it goes. The service makes tokens, batches what comes, and shares the cores with its clients.
+Both sides take turns. The loop runs batches of the same size and texts, tokenized beforehand; a second loop tokenizes
+too. The service tokenizes, batches requests, and shares the cores with its clients.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(seconds: float = 20.0) -> Report:
     """Measure the service and the loops in turns.
 
     Args:
-        seconds: How long clients ask, all rounds together.
+        seconds: How long clients send requests, over all rounds.
     """
     report = Report("clients", f"clients: MiniLM, {CLIENTS} clients, batches of {BATCH}, {THREADS} threads")
     texts = [" ".join(text.split()[:WORDS]) for text, _ in load_news(0).train[:512]]
@@ -70,7 +70,7 @@ def run(seconds: float = 20.0) -> Report:
 def _loops(
     directory: Path, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Callable[[int], object]]:
-    """What runs a batch of texts in a bare loop, by name; a batch is given by its number."""
+    """Return the functions that run a batch in a bare loop, by name; they take the batch's number."""
     session = onnxruntime.InferenceSession(directory / "model.onnx", yielding_options(THREADS))
     names = [value.name for value in session.get_inputs()]
 
@@ -87,7 +87,7 @@ def _loops(
 
 
 def _rate(loop: Callable[[int], object], seconds: float) -> float:
-    """Texts a second of a loop."""
+    """Return a loop's texts per second."""
     started, count = time.perf_counter(), 0
     while time.perf_counter() < started + seconds:
         loop(count)

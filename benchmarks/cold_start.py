@@ -1,6 +1,6 @@
-"""From nothing to the first token: a process of the runtime alone beside one of onnxruntime-genai; its size on disk.
+"""From process start to the first token: the runtime alone compared with onnxruntime-genai; and its size on disk.
 
-SmolLM2-135M in int4, the same directory for both. Each process imports, opens the model, reads a prompt and ends.
+SmolLM2-135M in int4, the same directory for both. Each process imports, opens the model, reads a prompt and exits.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run(iterations: int = 15) -> Report:
 
 
 def _export() -> Path:
-    """The export, made once in a process of its own."""
+    """Make the export, once, in its own process."""
     path = RUNS / "int4"
     if not (path / EXPORT_FILE).is_file():
         base = smollm2.base(RUNS / "base")
@@ -91,7 +91,7 @@ def _export() -> Path:
 
 
 def _runtime() -> Path:
-    """The interpreter of an environment of the runtime alone, made once."""
+    """Return the interpreter of an environment with the runtime alone, created once."""
     place = (RUNS / "environment").absolute()
     python = place / "bin" / "python"
     if not (place / "lib").is_dir():

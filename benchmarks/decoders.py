@@ -1,9 +1,9 @@
-"""Which decoders hold: every causal language model of transformers, tiny and random, from trace to greedy tokens.
+"""Which decoders pass: every causal language model of transformers, tiny and random, from trace to greedy tokens.
 
 Each is built from its default configuration with every size set small, traced with a cache, rewritten with adapters on
 all linear layers, exported with verification, and its greedy tokens on ONNX Runtime are compared with those of
-transformers' own generation; so are answers to prompts of unequal length, given together and alone. Each runs in a
-process of its own under a time limit.
+transformers' own generation; so are answers to prompts of unequal length, together and alone. Each runs in its own
+process with a time limit.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Found = Outcome[Checked]
 
 
 def run(only: Sequence[str] = (), workers: int = 2) -> Report:
-    """Check every decoder, or those named.
+    """Check every decoder, or those in `only`.
 
     Args:
         only: Class names; none for all.
-        workers: How many are checked at a time.
+        workers: Number of concurrent checks.
 
     Raises:
         ValueError: A name is not a causal language model of transformers.
@@ -39,7 +39,7 @@ def run(only: Sequence[str] = (), workers: int = 2) -> Report:
 
 
 def known_to_genai() -> frozenset[str]:
-    """The classes that onnxruntime-genai's builder supports, read from its source; empty if it is not installed."""
+    """Return the classes in the source of onnxruntime-genai's builder; empty if it is not installed."""
     spec = find_spec("onnxruntime_genai")
     if spec is None or spec.origin is None:
         return frozenset()
@@ -58,7 +58,7 @@ def _verdict(result: Found) -> str:
 
 
 def _holds(result: Found) -> bool:
-    """Whether an architecture was exported, verified, and gives the model's tokens."""
+    """Return whether an architecture was exported and verified, and generates the model's tokens."""
     return result.result is not None and result.result.holds
 
 
@@ -93,7 +93,7 @@ def _report(entries: Sequence[Found]) -> Report:
 
 
 def _how(checked: Checked | None) -> dict[str, str]:
-    """What a step keeps, which operators compute it, what they do not and why; empty if there is no export."""
+    """Describe what a step keeps, its operators, and what is not fused and why; empty without an export."""
     if checked is None:
         return dict.fromkeys(("keeps", "operators", "not fused", "rows of their own lengths"), "")
     counts = Counter(checked.plain.values())

@@ -1,8 +1,8 @@
-"""Eight rows with a DoRA adapter each, beside eight with LoRA of the same rank, over floats, int8 and int4.
+"""Eight rows with a DoRA adapter each, compared with eight with LoRA of the same rank, in float, int8 and int4.
 
-SmolLM2-135M with adapters on all seven projections. LoRA's rows run in an export that takes LoRA alone, as without DoRA
-one has it, and in the one that takes both. Then what it costs to load a directory that PEFT saved, and a thousand
-interleavings of random requests to a tiny Llama, of the base and of plain, activated and DoRA adapters.
+SmolLM2-135M with adapters on all seven projections. LoRA's rows run in an export that takes LoRA only, and in one that
+takes both. Then the cost of loading a directory that PEFT saved, and a thousand interleavings of random requests to a
+tiny Llama, for the base and for plain, activated and DoRA adapters.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(iterations: int = 25, interleavings: int = 1000) -> Report:
     for name, options in WEIGHTS.items():
         plain, both = (_export(base, f"{kind}_{name}", options) for kind in ("lora", "dora"))
         progress(f"steps of eight rows, {name}")
-        # threads stop when a step ends, else those of one session would take the cores from the next
+        # threads stop when a step ends; otherwise one session's would take cores from the next
         loaded = [load(path, session_options=yielding_options(THREADS)) for path in (plain, both)]
         steps = {LORA: (loaded[0], "lora"), BESIDE: (loaded[1], "lora"), DORA: (loaded[1], "dora")}
         cases = [Case.of(step, TokenSteps(*where)) for step, where in steps.items()]
@@ -68,7 +68,7 @@ def run(iterations: int = 25, interleavings: int = 1000) -> Report:
 
 
 def _export(base: Path, name: str, options: dict[str, Any]) -> Path:
-    """An export with the adapters, made once; the LoRA adapters are the same in both."""
+    """Make an export with the adapters, once; both exports have the same LoRA adapters."""
     path = RUNS / name
     if (path / EXPORT_FILE).is_file():
         return path
@@ -87,13 +87,13 @@ def _export(base: Path, name: str, options: dict[str, Any]) -> Path:
     model.save_pretrained(saved, list(model.configs))
     model.set_adapter([adapter for adapter in model.configs if adapter.startswith("lora")])
     export_onnx(model, path, adapters="data", verify=False, overwrite=True, **options)
-    for adapter in set(model.configs) - set(model.active_adapters):  # of which no two are active at one layer
+    for adapter in set(model.configs) - set(model.active_adapters):  # no two may be active at one layer
         export_adapter(saved / adapter, path, adapter)
     return path
 
 
 def _seconds(path: Path, kind: str) -> float:
-    """The seconds to convert an adapter as a service does that loads it."""
+    """Return the seconds to convert an adapter as a service does when it loads one."""
     manifest = read_manifest(path)
     saved = path.with_name(f"saved_{path.name}") / f"{kind}_0"
     for _ in range(2):  # the first time imports what it needs

@@ -1,8 +1,9 @@
-"""Which encoders hold: every encoder class of transformers, tiny and random, from trace to a verified export.
+"""Which encoders pass: every encoder class of transformers, tiny and random, from trace to a verified export.
 
 Each is built from its default configuration with every size set small, run on the inputs of its task, traced, rewritten
-with adapters on all linear layers, exported, and compared with the model on other sizes. Each runs in a process of its
-own under a time limit. A class that cannot be built or run so is left out of the shares, and listed with the reason.
+with adapters on all linear layers, exported, and compared with the model on other sizes. Each runs in its own process
+with a time limit. A class that cannot be built or run this way does not count in the shares, and is listed with the
+reason.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.architectures.encoder_check import STAGES, Checked, check_encoder
 from tests.architectures.tiny_encoders import Listed, encoder_classes, skipped_types, tiny_encoder
 
 Found = Outcome[Checked]
-# stage: why a class that does not come through it says nothing about an export
+# by stage: why a class that fails there says nothing about an export
 _LEFT_OUT = {
     "build": "it does not build tiny, or needs a package that is not installed",
     "run": "the tiny model itself does not run on the inputs that its task gives",
@@ -27,11 +28,11 @@ _LEFT_OUT = {
 
 
 def run(only: Sequence[str] = (), workers: int = 2) -> Report:
-    """Check every encoder class, or those named.
+    """Check every encoder class, or those in `only`.
 
     Args:
         only: Class names; none for all.
-        workers: How many are checked at a time.
+        workers: Number of concurrent checks.
 
     Raises:
         ValueError: A name is not an encoder class of transformers.
@@ -51,7 +52,7 @@ def _check(tasks: dict[str, str], name: str, note: Note) -> Checked:
 
 
 def _verdict(result: Found) -> str:
-    """How far a class came, and why not further."""
+    """Describe how far a class got, and why not further."""
     checked = result.result
     if checked is None:
         return f"{result.stage}: {result.reason}"
@@ -62,7 +63,7 @@ def _verdict(result: Found) -> str:
 
 
 def _passed(result: Found, stage: str) -> bool:
-    """Whether a class came through a stage."""
+    """Return whether a class passed a stage."""
     if result.result is not None:
         return stage != "hold" or result.result.holds
     return STAGES.index(stage) < STAGES.index(result.stage or STAGES[0])
@@ -73,7 +74,7 @@ def _is_fused(result: Found) -> bool:
 
 
 def _has_attention(result: Found) -> bool:
-    """Whether a class that holds has attention, through transformers' interface."""
+    """Return whether a passing class has attention, through transformers' interface."""
     checked = result.result
     return checked is not None and checked.holds and checked.uses_interface and bool(checked.fused or checked.plain)
 

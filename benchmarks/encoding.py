@@ -1,9 +1,9 @@
-"""Encoders on ONNX Runtime's CPU provider, beside three peers: MiniLM, and layers of BERT-base's and ViT-base's width.
+"""MiniLM and layers of BERT-base's and ViT-base's width on ONNX Runtime's CPU provider, compared with three peers.
 
 The peers are transformers' exporter with its fusions for the CPU, the same exporter's graph optimized by onnxruntime's
 transformers optimizer, and PyTorch itself. Every side runs in one process, in turns, with the same number of threads.
-Other rows: int8-dynamic over float32, and the time of an export in a process that has exported another model, so that
-its imports are made.
+    Other rows: int8-dynamic over float32, and the time of an export in a process that has already exported another
+    model, imports excluded.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Feed = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Shape:
-    """What is fed at once.
+    """The shape of one feed.
 
     Attributes:
         batch: Number of texts or images.
@@ -66,19 +66,19 @@ class Shape:
     padding: float = 0.0
 
     def __str__(self) -> str:
-        """`16 x 128, 34 % padding`."""
+        """Format it, as `16 x 128, 34 % padding`."""
         size = f"{self.batch} x {self.length}" if self.length else f"{self.batch} images"
         return size + (f", {self.padding:.0%} padding" if self.padding else "")
 
     def texts(self) -> Feed:
-        """Random ids with their mask and types."""
+        """Return random ids with their mask and types."""
         ids = np.random.default_rng(0).integers(1000, 20_000, (self.batch, self.length))
         lengths = np.linspace(self.length * (1 - 2 * self.padding), self.length, self.batch).round()
         mask = (np.arange(self.length) < lengths[:, None]).astype(np.int64)
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
 
     def images(self) -> Feed:
-        """Random pixels."""
+        """Return random pixels."""
         return {"pixel_values": np.random.default_rng(0).standard_normal((self.batch, 3, 224, 224), dtype=np.float32)}
 
 
@@ -131,7 +131,7 @@ def _compare(
 
 
 def export_sides(model: PreTrainedModel, task: str, sample: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """The ONNX models of every side.
+    """Return the ONNX models of every side.
 
     Args:
         model: A transformers model in evaluation mode.
@@ -162,7 +162,7 @@ def export_sides(model: PreTrainedModel, task: str, sample: dict[str, Any], fold
 
 
 def operators_table(label: str, sides: Mapping[str, Path]) -> Table:
-    """How many operators of each type the graphs of all sides have, as they are written."""
+    """Return a table of the operators in the graphs of all sides, as written."""
     rows = []
     for name, path in sides.items():
         graph = onnx.load(path, load_external_data=False).graph
@@ -198,7 +198,7 @@ def _measure(runs: Mapping[str, Callable[[Feed], object]], inputs: Feed, iterati
 
 
 def _time_exports(report: Report, times: int = 3) -> None:
-    """Add the time from a model to its export, without verification, once all imports are made."""
+    """Add the time from a model to its export, without verification and imports."""
     progress("encoding, export of MiniLM")
     seconds = []
     for _ in range(times):

@@ -1,7 +1,7 @@
-"""One stream: this engine beside onnxruntime-genai on the same directory, which both open.
+"""One stream: this engine compared with onnxruntime-genai on the same directory.
 
 SmolLM2-135M with a GraLoRA adapter folded in, float32 and int4, on two threads. Both read a prompt in pieces of one
-length and take the likeliest token; both are loaded anew for every prompt, in turns, in one process.
+length and decode greedily; both are reloaded for every prompt, in turns, in one process.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _compare(report: Report, directory: Path, precision: str, iterations: int) -
 
 
 def _ours(directory: Path, ids: np.ndarray[Any, Any]) -> list[float]:
-    """Seconds of the prompt, then of each token."""
+    """Return the seconds of the prompt, then of each token."""
     decoder = load(directory, threads=THREADS).decoder(rows=1, capacity=CONTEXT + STEPS + 1, chunk=CHUNK)
     row = decoder.open()
     prompt = ids[0].tolist()

@@ -1,8 +1,8 @@
-"""Mixtures of experts: a prompt and a token of an export beside transformers, and beside the products it had before.
+"""Mixtures of experts: a prompt and a token of an export, compared with transformers and with separate products.
 
-The models are Mixtrals with random weights: eight wide experts of which a token has two, as Mixtral, and 64 narrow ones
-of which it has eight, as newer models. "Products" is a trace without the operator of experts: tokens sorted by expert,
-and a product for each expert of the layer. "fp32" is the export as this project opens it, "fp32, MoE" as others do.
+The models are Mixtrals with random weights: eight wide experts, two per token, as in Mixtral, and 64 narrow ones, eight
+    per token, as in newer models. "Products" is a trace without the operator for experts: tokens sorted by expert, and
+    a product for each expert. "fp32" is the export as this project opens it, "fp32, MoE" as other programs do.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PRODUCTS, OURS, OPERATOR, INT8, INT4 = "products", "fp32", "fp32, MoE", "int8", 
 
 
 def run(iterations: int = 9) -> Report:
-    """Measure both kinds of mixtures, and what a streamed export of eight experts takes."""
+    """Measure both kinds of mixtures, and the memory of a streamed export of eight experts."""
     report = Report("experts", f"experts: a prompt of {PROMPT} tokens, and a token after it; times in ms")
     _stream(report)
     for name, sizes in KINDS.items():
@@ -68,7 +68,7 @@ def run(iterations: int = 9) -> Report:
 
 
 def _stream(report: Report) -> None:
-    """The peak memory of streamed exports, each in a process of its own, from files with a matrix for each expert."""
+    """Measure peak memory of streamed exports, each in its own process, from files with a matrix for each expert."""
     hidden, width = STREAMED["hidden_size"], STREAMED["intermediate_size"]
     matrix = 4 * 2 * width * hidden
     with tempfile.TemporaryDirectory(prefix="gralora-experts-") as scratch:
@@ -92,7 +92,7 @@ def _stream(report: Report) -> None:
 
 
 def export_streamed() -> None:
-    """What the other process runs: a streamed export, then its peak memory in bytes."""
+    """Run a streamed export and print its peak memory in bytes; called in the other process."""
     from gralora_fx.core.loading.models import load_streamed
 
     base, output, options = sys.argv[1:]
@@ -137,7 +137,7 @@ def _model(sizes: dict[str, int]) -> PreTrainedModel:
 
 
 def _exports(model: PreTrainedModel, root: Path) -> dict[str, Callable[[], Callable[[Tensor], object]]]:
-    """Steps of each export: a call of a function begins a sequence, and a call of what it gives reads tokens."""
+    """Return for each export a function that begins a sequence; it returns a function that reads tokens."""
     with patch.object(interface, "gate_of", lambda _: None):
         before = trace(model, task=TASK)
     traced = trace(model, task=TASK)
@@ -183,7 +183,7 @@ def _transformers(model: PreTrainedModel, implementation: str) -> Callable[[], C
 
 
 def _timed(begin: Callable[[], Callable[[Tensor], object]], is_token: bool) -> Callable[[], object]:
-    """What is timed: a prompt from nothing, or the next token of a sequence."""
+    """Return the timed case: a prompt from an empty cache, or the next token of a sequence."""
     prompt = torch.randint(VOCABULARY, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     if not is_token:
         return lambda: begin()(prompt)

@@ -1,4 +1,4 @@
-"""Weights of few bits: what they cost SmolLM2's tokens, and what others make of the same bytes."""
+"""Low-bit weights: their effect on SmolLM2's tokens, compared with other quantizers at the same size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from benchmarks.harness import Report
 
 
 def run() -> Report:
-    """Measure bits, bytes, the share of positions with float32's token, and divergence."""
+    """Measure bits, bytes, the share of positions with float32's token, and KL divergence."""
     report = Report("few_bits", "few bits: SmolLM2-135M on held-out news")
     few_bits_quality.measure(report)
     few_bits_speed.add_speed(report)

@@ -1,9 +1,9 @@
-"""SmolLM2-135M on the base of a QLoRA adapter: our exports beside PEFT over bitsandbytes' NF4 layers, on the CPU.
+"""SmolLM2-135M on a QLoRA adapter's base: our exports compared with PEFT over bitsandbytes' NF4 layers, on the CPU.
 
 PEFT trains a GraLoRA adapter for a few steps over the base that bitsandbytes quantized (NF4, scales in 8 bits, products
 in float32), and its logits on held-out news are the reference. Exports take the base's rounded values: in float32,
-which has to be PEFT's model, and in int8, which is served. Speed is that of one graph with other values, so it is
-compared with int8 of the float base.
+which must equal PEFT's model, and in int8, which is served. Only the values differ from an int8 export of the float
+base, so speed is compared with that.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ PROMPT, STEPS = 64, 8
 
 
 def measure(report: Report, iterations: int = 16) -> None:
-    """Add a table and what is promised of it.
+    """Add a table and its claims.
 
     Args:
-        report: Where to add them.
-        iterations: Times that a token of each export is measured.
+        report: The report.
+        iterations: Timed tokens of each export.
     """
     smollm2.base(BASE)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
@@ -92,7 +92,7 @@ _EXPORTS: dict[str, dict[str, Any]] = {
 
 
 def _by_peft(train: Iterable[Tensor], test: Iterable[Tensor]) -> list[Tensor]:
-    """Logits `[length, vocabulary]` of an adapter that is trained on the base in NF4, and saved."""
+    """Train an adapter on the base in NF4 and save it; return its logits `[length, vocabulary]`."""
     import bitsandbytes
 
     how = BitsAndBytesConfig(
@@ -128,7 +128,7 @@ def _row(expected: list[Tensor], found: Iterable[Tensor]) -> dict[str, Any]:
 
 
 def _decode(names: tuple[str, str], iterations: int) -> float:
-    """How much longer a token takes in one export than in another: in turns, on one thread, by its own time."""
+    """Return the ratio of a token's time in two exports: in turns, on one thread, by the thread's CPU time."""
     options = Runtime(session_options=quiet_options(1))
     sessions = {name: open_session(OUTPUT / name, options) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}

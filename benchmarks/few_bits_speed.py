@@ -1,8 +1,8 @@
-"""How fast few bits read and decode: SmolLM2-135M's prompt, token and rows, and MiniLM's batch of texts.
+"""Speed of low-bit weights: SmolLM2-135M's prompt, token and rows, and MiniLM's batch of texts.
 
-Every side is served by this project's engine in one process, in turns; the processor's instruction sets are printed, as
-ratios depend on them: int8 products need VNNI, and with AMX they are several times faster still. The form for
-processors without VNNI is measured beside them, on this processor.
+Every side runs in this project's engine in one process, in turns; the processor's instruction sets are printed, since
+ratios depend on them: int8 products need VNNI, and are several times faster still with AMX. The form for processors
+without VNNI is measured too, on this processor.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PRODUCTS = {"MatMul", "Gemm", "FusedGemm", "MatMulIntegerToFloat"}
 
 
 def add_speed(report: Report, iterations: int = 7) -> None:
-    """Add tables and what is promised of them."""
+    """Add tables and their claims."""
     report.notes.append(f"instruction sets: {_instruction_sets()}")
     _decoder(report, iterations)
     _encoder(report, iterations)
@@ -120,7 +120,7 @@ def _encoder(report: Report, iterations: int) -> None:
 
 
 def _add_floor(report: Report, title: str, prefix: str, feed: dict[str, Any], past: int = 0) -> None:
-    """Say what int8-dynamic would take if rounding cost nothing: its products, and what float32 has beside its own."""
+    """Add the floor of int8-dynamic if rounding were free: its products, plus float32's other operators."""
     times = {kind: _operator_times(OUTPUT / f"{prefix}{kind}" / "model.onnx", feed, past) for kind in (FLOAT, DYNAMIC)}
     products = {kind: sum(times[kind][name] for name in PRODUCTS) for kind in times}
     whole = times[FLOAT].total()
@@ -134,7 +134,7 @@ def _add_floor(report: Report, title: str, prefix: str, feed: dict[str, Any], pa
 
 
 def _operator_times(path: Path, feed: dict[str, Any], past: int, runs: int = 10) -> Counter[str]:
-    """Milliseconds of all nodes of each operator, of each node the least of some runs."""
+    """Return the milliseconds of each operator: the sum over its nodes of each node's fastest run."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level, options.enable_profiling = 1, 3, True
     least: dict[tuple[str, str], float] = {}
@@ -192,7 +192,7 @@ def _step(kind: str, model: Any, ids: list[list[int]]) -> Case[Any]:
 
 
 def _embeddings(model: Any, texts: list[str]) -> Tensor:
-    """Mean vectors of texts, `[texts, width]`."""
+    """Return the mean vectors of texts, `[texts, width]`."""
     parts = []
     for start in range(0, len(texts), BATCH):
         inputs = model.tokenizer(
@@ -204,7 +204,7 @@ def _embeddings(model: Any, texts: list[str]) -> Tensor:
 
 
 def _order(vectors: Tensor) -> Tensor:
-    """The other texts by their similarity to each query, `[queries, texts - queries]`."""
+    """Return the other texts sorted by similarity to each query, `[queries, texts - queries]`."""
     return (vectors[:QUERIES] @ vectors[QUERIES:].T).argsort(dim=-1, descending=True)
 
 

@@ -1,4 +1,4 @@
-"""An adapter folded into an exported SmolLM2-135M: time beside a copy of its data and beside an export, and memory."""
+"""An adapter folded into an exported SmolLM2-135M: memory, and time beside a copy of its data and an export."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _compare_with_copy(report: Report, exported: Path, adapter: Path, iterations
     sites = len(fold_onnx(exported, adapter, output).sites)
     clear(None)
     size = data.stat().st_size
-    title = f"{sites} layers, {size / 1e6:.0f} MB, each file written anew, digests computed"
+    title = f"{sites} layers, {size / 1e6:.0f} MB, each file rewritten, digests computed"
     report.tables.append(Table(title, [timings.row(name, COPY) for name in (FOLD, COPY)]))
     report.claims.append(
         Claim("fold / copy of the data file, ratio of medians", timings.ratio(FOLD, COPY).of_medians, at_most=2.0)
@@ -76,7 +76,7 @@ def _compare_with_copy(report: Report, exported: Path, adapter: Path, iterations
 
 
 def _export(base: Path, adapter: Path | None, output: Path) -> float:
-    """Seconds of an export by the command line."""
+    """Return the seconds of an export from the command line."""
     shutil.rmtree(output, ignore_errors=True)
     command = ["export", "--model", base, "--task", "text-generation-with-past", "--output", output, "--no-verify"]
     command += [] if adapter is None else ["--adapter", adapter]
@@ -86,7 +86,7 @@ def _export(base: Path, adapter: Path | None, output: Path) -> float:
 
 
 def _process(exported: Path, adapter: Path) -> dict[str, float]:
-    """What a fold takes in a process of its own."""
+    """Measure a fold in its own process."""
     output = RUNS / "folded"
     code = "from benchmarks.fold import measured_fold; measured_fold()"
     begin = time.perf_counter()
@@ -103,7 +103,7 @@ def _process(exported: Path, adapter: Path) -> dict[str, float]:
 
 
 def measured_fold() -> None:
-    """What the other process runs: a fold, then its seconds and the peaks of memory in bytes."""
+    """Run a fold and print its seconds and peak memory in bytes; called in the other process."""
     import gralora_fx.exporters.onnx_fold  # noqa: F401  # before the first measurement
 
     imports, begin = peak_memory(), time.perf_counter()

@@ -1,9 +1,9 @@
-"""GraLoRA's blocks, or the plain LoRA that an adapter equals: what each form of adapters as data costs a decoder.
+"""GraLoRA's blocks or the equivalent plain LoRA: the cost of each form of adapters as data in a decoder.
 
 Two layers of SmolLM2-135M's and of Llama-3.2-1B's widths with a GraLoRA adapter on all seven projections, float32 and
 int4. Both forms are exported and stepped in turns on two threads: one row decodes, eight rows decode with an adapter
-each, and one row reads a prompt. An export takes the form that `gralora_fx.exporters.kinds.data_sites.takes_blocks`
-says; here both are made, and what the rule chooses is compared with the better one.
+each, and one row reads a prompt. `gralora_fx.exporters.kinds.data_sites.takes_blocks` chooses an export's form; here
+both are made, and its choice is compared with the better one.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ SIZES: Mapping[str, Mapping[str, int]] = {
 }
 BLOCKS, LORA = "blocks", "LoRA"
 STEPS = ("one row decodes", "eight rows decode", f"{PROMPT} tokens are read")
-# how much longer a step may take in the form that the rule chooses: the better one differs by step, machine and noise
+# allowed ratio of the chosen form to the better one, which differs by step, machine and noise
 MOST = 1.15
 
 
 def in_form(form: str) -> AbstractContextManager[Any]:
-    """Exports within a block have a form, whatever the rule says: `BLOCKS` or `LORA`."""
+    """Use a form for exports within the block, whatever the rule chooses: `BLOCKS` or `LORA`."""
     return mock.patch("gralora_fx.exporters.kinds.data_sites.takes_blocks", return_value=form == BLOCKS)
 
 
@@ -132,7 +132,7 @@ class _Steps:
         return decoder, rows
 
     def named(self, step: str) -> Callable[[], object]:
-        """A step by its name."""
+        """Return a step by name."""
         return {STEPS[0]: self._decode_one, STEPS[1]: self._decode_many, STEPS[2]: self._read}[step]
 
     def _decode_one(self) -> object:

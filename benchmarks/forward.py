@@ -1,9 +1,8 @@
-"""What an adapter adds to a forward without gradients, beside PEFT's: one linear layer at 512 tokens, and MiniLM.
+"""Overhead of an adapter in a forward pass without gradients, compared with PEFT's: a linear layer, and MiniLM.
 
-PEFT makes tensors of the output's size on the way, ours none. What they cost depends on the allocator, so it is
-measured in two states of it that glibc reaches by itself: in a process that has freed nothing larger than the layer's
-output, which gives PEFT's memory back after every call and faults it in at the next, and in one that has freed 32 MiB
-at once, which keeps it.
+PEFT allocates intermediate tensors of the output's size, ours none. Their cost depends on the allocator, so two states
+are measured that glibc reaches by itself: a process that has freed nothing larger than the layer's output returns
+PEFT's memory after every call and faults it in at the next; one that has freed 32 MiB at once keeps it.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ RANKS = ((32, 2, 0), (64, 4, 0), (32, 2, 16))
 def run() -> Report:
     """Compare the overhead over the bare layer for several widths and ranks, and over a whole model."""
     report = Report("forward", f"forward: overhead over the bare layer, {TOKENS} tokens, fp32, no gradients")
-    with torch.no_grad():  # layers first: memory that was freed before them would be reused
+    with torch.no_grad():  # layers first: they would reuse memory freed before them
         for state, largest_freed in STATES.items():
             report.tables.append(Table(f"one layer, {state}; ms", _layers(report, state, largest_freed)))
         report.tables.append(_model())
@@ -42,7 +41,7 @@ def run() -> Report:
 
 
 def _layers(report: Report, state: str, largest_freed: int | None) -> list[dict[str, Any]]:
-    """Rows of every width and rank; promises are for the state that counts allocation."""
+    """Return the rows of every width and rank; claims are for the state in which allocation counts."""
     rows = []
     for width, iterations in ITERATIONS.items():
         set_allocator(largest_freed or TOKENS * width * 4)
@@ -70,9 +69,9 @@ def _row(label: str, timings: Timings) -> dict[str, Any]:
 
 
 def _layer(width: int, options: dict[str, Any], *, rank: int, iterations: int) -> Timings:
-    """Times of the bare layer, of the rewritten graph and model, of PEFT's layer, and of the floor.
+    """Time the bare layer, the rewritten graph and model, PEFT's layer, and the floor.
 
-    All sides read one and the same weight.
+    All sides read the same weight.
     """
     torch.manual_seed(0)
     source = OneLinear(width).eval()
@@ -95,7 +94,7 @@ def _layer(width: int, options: dict[str, Any], *, rank: int, iterations: int) -
 
 
 def _model() -> Table:
-    """MiniLM with every linear layer adapted, over the eager model and over its trace."""
+    """Time MiniLM with every linear layer adapted, relative to the eager model and to its trace."""
     progress("forward, MiniLM")
     torch.manual_seed(0)
     source = minilm()

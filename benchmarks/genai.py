@@ -1,4 +1,4 @@
-"""onnxruntime-genai as a side of a benchmark: its builder, and seconds of each token of a graph that it drives."""
+"""onnxruntime-genai as a side of a benchmark: its builder, and the seconds of each token of a graph that it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import onnxruntime_genai as og
 
 
 def build(model: Path, output: Path, precision: str, cache: Path, **extra: str) -> Path:
-    """Build a graph with onnxruntime-genai's builder, in a process of its own.
+    """Build a graph with onnxruntime-genai's builder, in its own process.
 
     Args:
         model: A checkpoint.
@@ -35,7 +35,7 @@ def run_process(arguments: Sequence[Any], output: Path) -> None:
     """Run Python with arguments, its output directory emptied first.
 
     Raises:
-        RuntimeError: It ends with an error.
+        RuntimeError: The process failed.
     """
     shutil.rmtree(output, ignore_errors=True)
     done = subprocess.run([sys.executable, "-W", "ignore", *map(str, arguments)], capture_output=True, text=True)
@@ -44,14 +44,14 @@ def run_process(arguments: Sequence[Any], output: Path) -> None:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+    """Return the seconds of a call."""
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
 
 
 def open_model(directory: Path, threads: int) -> Any:
-    """A graph opened by onnxruntime-genai, with a number of threads."""
+    """Open a graph with onnxruntime-genai, with a number of threads."""
     config = og.Config(str(directory))
     options = {"intra_op_num_threads": threads, "log_severity_level": 4}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
@@ -61,13 +61,13 @@ def open_model(directory: Path, threads: int) -> Any:
 def token_times(
     model: Any, ids: np.ndarray[Any, Any], steps: int, *, chunk: int = 0, adapter: tuple[Any, str] | None = None
 ) -> list[float]:
-    """Seconds of a prompt, then of each further token.
+    """Return the seconds of a prompt, then of each further token.
 
     Args:
         model: The result of `open_model`.
         ids: `[1, length]`, the prompt.
         steps: Tokens after the first.
-        chunk: Tokens of the prompt that are read at once; 0 for all.
+        chunk: Prompt tokens read per step; 0 for all.
         adapter: Adapters of the model, and the name of the active one; None for none.
     """
     parameters = og.GeneratorParams(model)

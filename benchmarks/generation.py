@@ -1,10 +1,9 @@
-"""An export that generates, beside onnxruntime-genai's own graph: time to export, prefill, decode, and the same tokens.
+"""An export that generates, compared with onnxruntime-genai's own graph: export time, prefill, decode, and tokens.
 
 SmolLM2-135M with a GraLoRA adapter on all seven projections; genai's builder and transformers' exporter start from the
-checkpoint that PEFT merged. Exports are whole processes, one after the other; speed is measured through
-onnxruntime-genai for both graphs, in turns, in one process, on two threads, both loaded anew for every prompt. Prompts
-are read by both graphs in both ways: in pieces, as `generate()` reads them, and at once, as onnxruntime-genai does
-where it is not told otherwise.
+checkpoint that PEFT merged. Exports are whole processes, one after the other; onnxruntime-genai runs both graphs, in
+turns, in one process, on two threads, reloaded for every prompt. Both graphs read prompts in both ways: in pieces, as
+`generate()` does, and at once, onnxruntime-genai's default.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def run(iterations: int = 8, exports: int = 2) -> Report:
 
     Args:
         iterations: Prompts that each graph is timed on.
-        exports: Times that each export is run; transformers' exporter is run once.
+        exports: Runs of each export; transformers' exporter runs once.
     """
     report = Report("generation", "generation: SmolLM2-135M with GraLoRA on all seven projections")
     base = smollm2.base(RUNS / "base")
@@ -133,7 +132,7 @@ def _compare_tokens(report: Report, base: Path, adapter: Path) -> None:
 
 
 def _without_end(tokens: Sequence[int], tokenizer: Any) -> list[int]:
-    """Tokens up to the one that ends an answer, which one side gives and the other does not."""
+    """Drop the token that ends an answer, which only one side returns."""
     end = tokenizer.eos_token_id
     return list(tokens[: tokens.index(end)] if end in tokens else tokens)
 
@@ -149,7 +148,7 @@ def _compare_speed(
         progress(f"{precision}, prompt {iteration + 2} of {iterations + 1}")
         ids = numbers.integers(10, 40000, (1, CONTEXT)).astype(np.int32)
         turn = 1 if iteration % 2 else -1
-        # loaded anew, the other one first: what memory a session gets moves its decode by two percent
+        # reloaded, the other one first: a session's memory placement changes its decode by two percent
         opened = {name: open_model(directory, THREADS) for name, directory in [(OURS, ours), (GENAI, theirs)][::turn]}
         for graph, way in runs[::turn]:
             times = token_times(opened[graph], ids, STEPS, chunk=CHUNK if way == PIECES else 0)

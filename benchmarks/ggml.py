@@ -1,4 +1,4 @@
-"""llama.cpp's quantizers as a side of a benchmark: by the C functions that the package `xllamacpp` brings."""
+"""llama.cpp's quantizers as a side of a benchmark, called by the C functions in the package `xllamacpp`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 
 INSTALL = "pip install --no-deps xllamacpp gguf"
 _SUPER = 256  # values of a super-block of k-quants
-# what llama.cpp takes where rows are not whole super-blocks (`llama-quant.cpp`, `tensor_type_fallback`)
+# llama.cpp's fallbacks for rows that are not whole super-blocks (`llama-quant.cpp`, `tensor_type_fallback`)
 _FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 
 
 class Quantized(NamedTuple):
-    """Matrices quantized by llama.cpp, as the floats that they stand for.
+    """Matrices quantized by llama.cpp, dequantized.
 
     Attributes:
-        values: Of each matrix `[out, in]`, float32.
-        stored_bits: Bits of all of them with scales and minima.
-        types: How many matrices have each type.
+        values: The values of each matrix `[out, in]`, float32.
+        stored_bits: Total bits, with scales and minima.
+        types: Number of matrices by type.
     """
 
     values: Mapping[str, NDArray[np.float32]]
@@ -32,15 +32,15 @@ class Quantized(NamedTuple):
 
 
 def is_installed() -> bool:
-    """Whether both packages are."""
+    """Return whether both packages are installed."""
     return find_spec("xllamacpp") is not None and find_spec("gguf") is not None
 
 
 def quantized(matrices: Mapping[str, NDArray[np.float32]], recipe: str, layers: int) -> Quantized:
-    """A Llama's matrices in a recipe of llama.cpp.
+    """Quantize a Llama's matrices by a recipe of llama.cpp.
 
     Args:
-        matrices: Of each linear layer `[out, in]`, by transformers' names; a tied head's too.
+        matrices: The weight of each linear layer `[out, in]`, by transformers' names; a tied head's too.
         recipe: `"Q4_1"` or `"Q4_K_M"`.
         layers: Number of layers.
     """
@@ -58,7 +58,7 @@ def quantized(matrices: Mapping[str, NDArray[np.float32]], recipe: str, layers: 
 
 
 def _type_of(name: str, width: int, recipe: str, layers: int) -> str:
-    """The type that llama.cpp gives a matrix (`llama-quant.cpp`, `llama_tensor_get_type`)."""
+    """Return the type that llama.cpp gives a matrix (`llama-quant.cpp`, `llama_tensor_get_type`)."""
     kind = "Q4_K" if recipe == "Q4_K_M" else recipe
     if name == "lm_head":
         kind = "Q6_K"
@@ -70,7 +70,7 @@ def _type_of(name: str, width: int, recipe: str, layers: int) -> str:
 
 
 def _quantize(matrix: NDArray[np.float32], kind: Any) -> NDArray[np.uint8]:
-    """Rows `[out, in]` as packed rows, by `ggml_quantize_chunk`."""
+    """Quantize `[out, in]` to packed rows with `ggml_quantize_chunk`."""
     import gguf
     import xllamacpp
 

@@ -1,8 +1,8 @@
-"""One small harness for every benchmark: all sides in one process, in turns, so that what disturbs one disturbs all.
+"""The harness of all benchmarks: all sides in one process, in turns, so that noise affects all of them alike.
 
-A shared machine changes its speed from second to second. What survives that is the comparison of runs that are next
-to each other: each iteration runs every case once, in an order that rotates, and the ratio of two cases is given twice,
-as the ratio of their medians and as the median of the ratios within each iteration.
+The speed of a shared machine changes from second to second, so only neighbouring runs are comparable: each iteration
+    runs every case once, in rotating order, and the ratio of two cases is reported twice, as the ratio of their medians
+    and as the median of the ratios within each iteration.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ State = TypeVar("State")
 console = Console(width=None if Console().is_terminal else 140)
 
 _SETTLING = 4.0  # seconds
-_PAUSE = 0.02  # seconds in which the last case's threads stop to wait for more work, which takes a whole core
+_PAUSE = 0.02  # seconds in which the last case's threads stop spinning, which takes a whole core
 _PACKAGES = ("gralora-fx", "torch", "transformers", "peft", "onnxruntime", "onnxruntime-ep-openvino", "numpy")
 
 
@@ -42,10 +42,10 @@ class Case(Generic[State]):
     """One side of a comparison.
 
     Attributes:
-        name: What it is called in tables.
+        name: Its name in tables.
         run: What is timed.
-        setup: Makes the state that `run` takes; once, untimed.
-        reset: Undoes what `run` did and returns the state of the next run; after each run, untimed.
+        setup: Creates the state that `run` takes; once, untimed.
+        reset: Undoes a run and returns the state for the next; after each run, untimed.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Case(Generic[State]):
 
     @classmethod
     def of(cls, name: str, function: Callable[[], object]) -> Case[None]:
-        """A case without a state: `function` leaves everything as it finds it."""
+        """Return a case without a state: `function` has no side effects."""
         return Case(name, lambda _: function(), lambda: None)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How one series of times compares to another, iteration by iteration."""
+    """The ratio of one series of times to another, iteration by iteration."""
 
     of_medians: float
     median_of_pairs: float
@@ -70,7 +70,7 @@ class Ratio:
 
     @classmethod
     def between(cls, upper: Sequence[float], lower: Sequence[float]) -> Ratio:
-        """The ratio `upper / lower` of two series that were measured in the same iterations."""
+        """Return the ratio `upper / lower` of two series from the same iterations."""
         pairs = [a / b for a, b in zip(upper, lower, strict=True)]
         of_medians = statistics.median(upper) / statistics.median(lower)
         return cls(of_medians, statistics.median(pairs), min(pairs), max(pairs))
@@ -78,28 +78,28 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of every run, by case; runs at one index were made in one iteration."""
+    """Seconds of every run, by case; runs with one index belong to one iteration."""
 
     seconds: Mapping[str, tuple[float, ...]]
 
     def median(self, name: str) -> float:
-        """Median time of a case in seconds."""
+        """Return the median time of a case in seconds."""
         return statistics.median(self.seconds[name])
 
     def ratio(self, upper: str, lower: str) -> Ratio:
-        """The ratio of two cases' times."""
+        """Return the ratio of two cases' times."""
         return Ratio.between(self.seconds[upper], self.seconds[lower])
 
     def over(self, name: str, base: str) -> tuple[float, ...]:
-        """What a case took beyond another, in seconds, iteration by iteration."""
+        """Return the seconds that a case took longer than another, iteration by iteration."""
         return tuple(a - b for a, b in zip(self.seconds[name], self.seconds[base], strict=True))
 
     def best(self, names: Sequence[str]) -> str:
-        """The case with the smallest median."""
+        """Return the case with the smallest median."""
         return min(names, key=self.median)
 
     def row(self, name: str, base: str | None = None) -> dict[str, Any]:
-        """A table row: median, smallest and largest time in ms, and the ratio to the times of `base`."""
+        """Return a table row: median, smallest and largest time in ms, and the ratio to the times of `base`."""
         times = self.seconds[name]
         row = {"case": name, "median ms": _ms(self.median(name)), "min": _ms(min(times)), "max": _ms(max(times))}
         if base is not None:
@@ -112,7 +112,7 @@ def measure(cases: Sequence[Case[Any]], *, iterations: int, warmup: int = 2) -> 
     """Time cases in turns.
 
     Args:
-        cases: What to compare; names are unique.
+        cases: The cases, with unique names.
         iterations: Timed runs of each case.
         warmup: Runs of each case before the first timed one.
 
@@ -134,10 +134,10 @@ def measure(cases: Sequence[Case[Any]], *, iterations: int, warmup: int = 2) -> 
 
 
 def remove(path: Path) -> None:
-    """Remove a file or directory that a case has written, and wait until its memory has gone back.
+    """Remove a file or directory that a case has written, and wait until its memory is returned.
 
-    A virtual machine gives freed pages back to its host after a second or two. A writer that comes sooner finds some
-    pages still there and some gone, and takes half the time or twice as much, whichever case it is.
+    A virtual machine returns freed pages to its host after a second or two. An earlier writer finds some pages present
+    and some gone, and takes half or twice the time, whichever case it is.
     """
     if path.is_dir():
         shutil.rmtree(path)
@@ -147,9 +147,9 @@ def remove(path: Path) -> None:
 
 
 def peak_allocation(function: Callable[[], object]) -> int:
-    """Peak CPU memory in bytes allocated by a call, beyond what was allocated before it.
+    """Return the peak CPU memory in bytes that a call allocates, beyond what was allocated before it.
 
-    Counted at torch's allocator, so the scratch of the BLAS is not in it.
+    It is counted at torch's allocator, so BLAS scratch memory is not included.
     """
     with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = function()
@@ -163,17 +163,17 @@ def peak_allocation(function: Callable[[], object]) -> int:
 
 
 def set_allocator(largest_freed: int) -> bool:
-    """Bring glibc's allocator into the state it reaches by itself once a tensor of a size has been freed.
+    """Bring glibc's allocator into the state that it reaches after a tensor of a size was freed.
 
-    Larger tensors are then mapped anew, smaller ones come from the heap, and the heap's free end goes back to the
-    system where it exceeds twice that size; pages that went back fault in again. Left alone the state depends on what
-    ran before.
+    Larger tensors are then mapped each time, smaller ones come from the heap, and the heap's free end is returned to
+    the system if it exceeds twice that size; returned pages fault in again. Otherwise the state depends on earlier
+    runs.
 
     Args:
         largest_freed: Size in bytes; 32 MiB is the largest that glibc adapts to.
 
     Returns:
-        Whether it could be set; it stays until it is set again, and glibc adapts no more in this process.
+        Whether it could be set; it stays until it is set again, and glibc no longer adapts in this process.
     """
     trim_threshold, mmap_threshold = -1, -3
     size = min(largest_freed + 2**13, 2**25)  # with the header, alignment and whole pages
@@ -194,13 +194,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Claim:
-    """A promise and what was measured of it.
+    """A claim and its measured value.
 
     Attributes:
-        text: What is promised, without the bound.
-        value: What was measured.
-        at_least: The bound from below, or None.
-        at_most: The bound from above, or None.
+        text: The claim, without the bound.
+        value: The measured value.
+        at_least: The lower bound, or None.
+        at_most: The upper bound, or None.
     """
 
     text: str
@@ -210,12 +210,12 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether the value keeps every bound."""
+        """Whether the value is within its bounds."""
         above = self.at_least is None or self.value >= self.at_least
         return above and (self.at_most is None or self.value <= self.at_most)
 
     def __str__(self) -> str:
-        """One line: the promise, the value and whether it holds."""
+        """Return a line: the claim, the value and whether it holds."""
         bounds = [f">= {self.at_least:g}"] if self.at_least is not None else []
         bounds += [f"<= {self.at_most:g}"] if self.at_most is not None else []
         return f"{'holds' if self.holds else 'FAILS'}: {self.text} {' and '.join(bounds)}: {_shown(self.value)}"
@@ -223,7 +223,7 @@ class Claim:
 
 @dataclass
 class Report:
-    """What a benchmark found."""
+    """The results of a benchmark."""
 
     name: str
     title: str
@@ -232,7 +232,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def show(self) -> None:
-        """Print every table, note and promise."""
+        """Print every table, note and claim."""
         console.rule(self.title)
         host = environment()
         versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items() if version)
@@ -250,10 +250,10 @@ class Report:
             console.print(line, markup=False, highlight=False)
 
     def write(self, directory: Path) -> Path:
-        """Write `<name>.json` with the machine and the versions it was measured on.
+        """Write `<name>.json`, including the machine and package versions.
 
         Args:
-            directory: Where to write; made if it does not exist.
+            directory: The directory, created if it does not exist.
 
         Returns:
             The file.
@@ -267,7 +267,7 @@ class Report:
 
 
 def environment() -> dict[str, Any]:
-    """Date, machine, threads and package versions."""
+    """Return date, machine, threads and package versions."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
@@ -281,7 +281,7 @@ def environment() -> dict[str, Any]:
 
 
 def progress(text: str) -> None:
-    """Say what is being measured; nothing is drawn while it runs, so nothing disturbs it."""
+    """Print what is measured next; nothing is printed during a measurement."""
     console.print(f"... {text}", style="dim", highlight=False)
 
 
@@ -296,13 +296,13 @@ def _timed(run: Callable[[Any], object], state: Any) -> float:
     finally:
         if was_enabled:
             gc.enable()
-    del result  # after the clock: freeing what a case returns is not its work
+    del result  # after the timing, which excludes freeing a case's result
     return elapsed
 
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Send standard error nowhere: the profiler writes notes of its own to the descriptor itself."""
+    """Discard stderr: the profiler writes notes to the file descriptor itself."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -1,4 +1,4 @@
-"""Clients that post to an HTTP service over plain sockets, which cost next to nothing beside what they measure."""
+"""HTTP clients over plain sockets, whose own cost is negligible."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ HOST = "127.0.0.1"
 
 @dataclass
 class Load:
-    """What clients saw.
+    """The clients' measurements.
 
     Attributes:
-        seconds: How long they asked.
+        seconds: Duration of the load.
         statuses: Answers by status.
         latencies: Seconds of each answer with status 200.
     """
@@ -36,17 +36,17 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Answers with status 200 a second."""
+        """Answers with status 200 per second."""
         return self.statuses[200] / self.seconds
 
 
 @contextmanager
 def served(directory: Path, *options: str) -> Iterator[tuple[int, psutil.Process]]:
-    """The port and the process of `gralora-fx serve`, while it runs.
+    """Run `gralora-fx serve` within the block; yield its port and process.
 
     Args:
         directory: An export.
-        *options: Of the command.
+        *options: Options of the command.
     """
     command = [sys.executable, "-m", "gralora_fx.cli", "serve", str(directory), "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -63,14 +63,14 @@ def served(directory: Path, *options: str) -> Iterator[tuple[int, psutil.Process
 
 
 def ask(port: int, path: str, bodies: Sequence[dict[str, Any]], *, clients: int, seconds: float) -> Load:
-    """Let clients post bodies, each its next once the last is answered.
+    """Let clients post bodies, each one after the previous answer.
 
     Args:
-        port: Where the service listens.
+        port: The service's port.
         path: The path to post to.
-        bodies: What they post, in turns.
-        clients: How many at a time.
-        seconds: How long.
+        bodies: The bodies, posted in turns.
+        clients: Number of concurrent clients.
+        seconds: Duration.
     """
     requests = []
     for body in bodies:

@@ -1,6 +1,6 @@
-"""A token of an export with memory in huge pages, which `serve` asks for, over one without.
+"""A token of an export with memory in huge pages, as `serve` requests them, compared with small pages.
 
-glibc reads what is asked for when a process starts, so each side is a process of its own; the two decode in turns.
+glibc reads this setting when a process starts, so each side is its own process; they decode in turns.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run(iterations: int = 60) -> Report:
         times: dict[str, list[float]] = {side: [] for side in SIDES}
         for iteration in range(-2, iterations):
             for side in list(SIDES)[:: 1 if iteration % 2 else -1]:
-                time.sleep(PAUSE)  # until the threads of the other process have stopped waiting for work
+                time.sleep(PAUSE)  # until the threads of the other process have stopped spinning
                 seconds = _asked(workers[side])
                 times[side] += [seconds] if iteration >= 0 else []
         plain, huge = times.values()
@@ -53,7 +53,7 @@ def run(iterations: int = 60) -> Report:
 
 
 def decode() -> None:
-    """What each process runs: for each line that it reads, some tokens, and the seconds of one."""
+    """Decode some tokens for each line on stdin, and print the seconds per token; called in each process."""
     decoder = load(sys.argv[1]).decoder(rows=1, capacity=CAPACITY)
     row = decoder.open()
     decoder.step({row: list(range(10, 10 + PAST))})

@@ -1,8 +1,7 @@
-"""Decoders with a state beside transformers' eager code and onnxruntime-genai: a prompt in one call, a token after it.
+"""Decoders with a state, compared with transformers' eager code and onnxruntime-genai: a prompt, and a token after it.
 
-Mamba2 at 130M's widths, with random weights: the state does not depend on what is in it. Both sides run in one process,
-in turns, on two threads. What the prompt and the token are made of is read off ONNX Runtime's own profile; the floor is
-their matrix products alone.
+Mamba2 at 130M's widths, with random weights, which do not change the time. Both sides run in one process, in turns, on
+two threads. Times by operator come from ONNX Runtime's own profile; the floor is the matrix products alone.
 """
 
 from __future__ import annotations
@@ -48,18 +47,18 @@ def run(iterations: int = 5) -> Report:
 
 
 def mamba2() -> Mamba2ForCausalLM:
-    """A random model of the widths of `state-spaces/mamba2-130m`."""
+    """Return a random model of the widths of `state-spaces/mamba2-130m`."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24, "head_dim": 64, "state_size": 128}
     return Mamba2ForCausalLM(Mamba2Config(**sizes, n_groups=1, vocab_size=50288)).eval()
 
 
 def compare(report: Report, name: str, model: PreTrainedModel, path: Path, iterations: int) -> None:
-    """Time a prompt in one call and a token after it, on both sides, and tell what ours is made of.
+    """Time a prompt in one call and a token after it, on both sides, and report ours by operator.
 
     Args:
-        report: Gets tables and claims.
-        name: What the model is called.
+        report: Receives tables and claims.
+        name: The model's name.
         model: The eager model.
         path: Its export.
         iterations: Timed runs of each side.
@@ -91,7 +90,7 @@ def compare(report: Report, name: str, model: PreTrainedModel, path: Path, itera
 
 
 def _eager_steps(model: PreTrainedModel, ids: np.ndarray[Any, Any]) -> tuple[Callable[[], object], ...]:
-    """A prompt, and a token after it, by transformers."""
+    """Return functions that run a prompt, and a token after it, in transformers."""
     prompt, token = torch.from_numpy(ids[:, :-1]), torch.from_numpy(ids[:, -1:])
     with torch.no_grad():
         cache = model(prompt, use_cache=True, logits_to_keep=1).cache
@@ -106,7 +105,7 @@ def _eager_steps(model: PreTrainedModel, ids: np.ndarray[Any, Any]) -> tuple[Cal
 def _session_steps(
     session: onnxruntime.InferenceSession, ids: np.ndarray[Any, Any]
 ) -> tuple[Callable[[], object], ...]:
-    """A prompt, and a token after it, by ONNX Runtime; states stay where it has put them."""
+    """Return functions that run a prompt, and a token after it, in ONNX Runtime, which keeps the states."""
     names = [output.name for output in session.get_outputs()]
     empty = {
         value.name: np.zeros(
@@ -141,7 +140,7 @@ def _opened(path: Path, profile: Path | None = None) -> onnxruntime.InferenceSes
 
 
 def _profile(path: Path, ids: np.ndarray[Any, Any], place: int, runs: int = 3) -> Counter[str]:
-    """Milliseconds of each kind of operator in one run."""
+    """Return the milliseconds of each kind of operator in one run."""
     with tempfile.TemporaryDirectory() as folder:
         session = _opened(path, Path(folder) / "profile")
         step = _session_steps(session, ids)[place]

@@ -1,9 +1,9 @@
-"""Qwen3.5 and LFM2 beside onnxruntime-genai's own builder: seconds of a prompt and of a token, float32 and int4.
+"""Qwen3.5 and LFM2, compared with graphs of onnxruntime-genai's builder: a prompt and a token, float32 and int4.
 
-Random weights at the widths of LFM2-350M and Qwen3.5-0.8B, with fewer layers and a smaller vocabulary. Both graphs are
-driven by onnxruntime-genai, in turns, in one process, with the same threads, loaded anew for every prompt, of which the
-second run counts. In int4 genai's builder gives every matrix four bits; ours is measured with as many, and with its
-default, 4.5 in the mean.
+Random weights at the widths of LFM2-350M and Qwen3.5-0.8B, with fewer layers and a smaller vocabulary.
+onnxruntime-genai runs both graphs, in turns, in one process, with the same threads, reloaded for every prompt, of which
+the second run counts. In int4 genai's builder gives every matrix four bits; ours is measured with four, and with its
+default, a mean of 4.5.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def compare(report: Report, iterations: int = 6) -> None:
     """Measure both models in both precisions.
 
     Args:
-        report: Gets a table and two promises for each.
+        report: Receives a table and two claims for each.
         iterations: Prompts that each graph is timed on.
     """
     for name, make in (("LFM2", _lfm2), ("Qwen3.5", _qwen3_5)):
@@ -56,7 +56,7 @@ def compare(report: Report, iterations: int = 6) -> None:
 
 
 def _lfm2(directory: Path) -> tuple[Path, Path]:
-    """LFM2 at the widths of LFM2-350M; both builders read one checkpoint."""
+    """Save LFM2 at the widths of LFM2-350M; both builders read one checkpoint."""
     path = directory / "model"
     if not (path / "config.json").is_file():
         layers = ["full_attention" if layer in (2, 5) else "conv" for layer in range(LAYERS)]
@@ -68,7 +68,7 @@ def _lfm2(directory: Path) -> tuple[Path, Path]:
 
 
 def _qwen3_5(directory: Path) -> tuple[Path, Path]:
-    """Qwen3.5 at the widths of its 0.8B model: the text model, and with a small vision tower, as genai takes it."""
+    """Save Qwen3.5 at its 0.8B model's widths: the text model, and one with a small vision tower, as genai needs it."""
     text, whole = directory / "text", directory / "whole"
     if not (whole / "config.json").is_file():
         sizes = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -87,7 +87,7 @@ def _qwen3_5(directory: Path) -> tuple[Path, Path]:
 
 def _save(model: PreTrainedModel, directory: Path) -> None:
     AutoTokenizer.from_pretrained(smollm2.base(RUNS / "base")).save_pretrained(directory)
-    model.save_pretrained(directory)  # the last, as it tells that the directory is whole
+    model.save_pretrained(directory)  # last, as a sign that the directory is complete
 
 
 def _export(model: Path, output: Path, options: Sequence[str]) -> Path:
@@ -106,9 +106,9 @@ def _built(model: Path, output: Path, precision: str) -> Path:
 
 
 def _first_grid(file: Path) -> None:
-    """Give rotary embeddings the first of three equal rows of positions, in place.
+    """Feed rotary embeddings the first of three equal rows of positions, in place.
 
-    The CPU kernel of onnxruntime 1.32 refuses all three, so that the builder's Qwen3.5 does not run there as it is.
+    The CPU kernel of onnxruntime 1.32 refuses all three, so the builder's Qwen3.5 does not run there unchanged.
     """
     model = ir.load(file)
     positions = next((value for value in model.graph.inputs if value.name == "position_ids"), None)
@@ -132,7 +132,7 @@ def _compare_speed(report: Report, title: str, graphs: Mapping[str, Path], itera
         ids = numbers.integers(10, VOCABULARY - 10, (1, CONTEXT)).astype(np.int32)
         for name in list(graphs)[:: 1 if iteration % 2 else -1]:
             model = open_model(graphs[name], THREADS)
-            token_times(model, ids, 1)  # the first use of memory takes longer
+            token_times(model, ids, 1)  # the first use of memory is slower
             times = token_times(model, ids, STEPS)
             if iteration >= 0:
                 prompt[name].append(times[0])

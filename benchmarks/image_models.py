@@ -1,7 +1,7 @@
 """Which models that read images hold: every such class of transformers, tiny and random, from trace to answers.
 
 Each is exported with verification, and its greedy tokens after prompts with one image, with two and beside a text are
-compared with those of transformers' own generation. Each runs in a process of its own under a time limit.
+compared with those of transformers' own generation. Each runs in its own process with a time limit.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _POSITIONS = 512  # of a text: prompts of tiny models have up to a hundred token
 
 
 def run(only: Sequence[str] = (), workers: int = 2) -> Report:
-    """Check every model, or those named.
+    """Check every model, or those in `only`.
 
     Args:
         only: Class names; none for all.
-        workers: How many are checked at a time.
+        workers: Number of concurrent checks.
 
     Raises:
         ValueError: A name is not a model of transformers that reads images beside a text.
@@ -45,7 +45,7 @@ def _shown(found: Found) -> str:
 
 
 def _verdict(found: Found) -> tuple[str, str]:
-    """How much of a model is exported, and why no more."""
+    """Describe how much of a model is exported, and why no more."""
     if (checked := found.result) is None:
         return REFUSED, found.reason
     if checked.answers:

@@ -1,7 +1,7 @@
-"""CPU time of an int4 export of SmolLM2-135M by stage, without verification, and the tokens that it gives.
+"""CPU time of an int4 export of SmolLM2-135M by stage, without verification, and the quality of its tokens.
 
-CPU seconds of all threads are counted, so that others on the machine count little; threads that wait for work count
-too, so one thread (`--threads 1`) tells the stages apart best.
+CPU seconds of all threads are counted, so that other load matters little; spinning threads count too, so one thread
+(`--threads 1`) separates the stages best.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ REST = "conversion and the rest"
 
 
 def run() -> Report:
-    """Measure the CPU time of each stage, and how near the tokens are to float32's."""
+    """Measure the CPU time of each stage, and how close the tokens are to float32's."""
     report = Report("int4_export", "int4 export of SmolLM2-135M without verification")
     source, tokenizer, traced = permuted_model()
     rows = held_out(tokenizer, traced)
@@ -64,7 +64,7 @@ def run() -> Report:
 
 
 def _spent(traced: TracedModel, quantize: Any) -> dict[str, float]:
-    """CPU seconds of each stage of an export, without those of stages within it."""
+    """Return the CPU seconds of each stage of an export, without those of nested stages."""
     progress(f"export, {quantize or 'float32'}")
     with _watched_stages() as spent:
         begin = time.process_time()
@@ -76,7 +76,7 @@ def _spent(traced: TracedModel, quantize: Any) -> dict[str, float]:
 @contextmanager
 def _watched_stages() -> Iterator[dict[str, float]]:
     spent: dict[str, float] = defaultdict(float)
-    within = [0.0]  # of each stage that has begun, CPU seconds of stages within it
+    within = [0.0]  # for each stage entered, CPU seconds of nested stages
 
     def watched(function: Callable[..., Any], label: str) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -17,13 +17,13 @@ def main(file: str, threads: str, rows: str, tokens: str) -> None:
         file: The model.
         threads: Threads of an operator.
         rows: How many requests run together.
-        tokens: Positions of all of them.
+        tokens: Positions of all requests together.
     """
     parameters = xllamacpp.CommonParams()
     parameters.model.path = file
     parameters.n_parallel, parameters.n_ctx, parameters.port = int(rows), int(tokens), 0
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = int(threads)
-    parameters.cache_prompt = False  # a prompt is read each time, as on the other side
+    parameters.cache_prompt = False  # read each prompt in full, as on the other side
     server = xllamacpp.Server(parameters)
     print(server.listening_address, flush=True)
     sys.stdin.read()

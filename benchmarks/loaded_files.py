@@ -1,7 +1,7 @@
-"""The project's files that a process has loaded once it has done a job, and the files that name a feature.
+"""The project's files that a process has loaded after a job, and the files that name a feature.
 
-Each job runs in an interpreter of its own. A loaded file is in `sys.modules`; a reader who follows the job may have to
-open it. Models are made within the process, so that the count is of the job and not of what saved them.
+Each job runs in its own interpreter. A loaded file is in `sys.modules`; a reader who follows the job may have to open
+it. Models are created within the process, so that only the job counts.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Job:
 
     Attributes:
         name: Its name in the table.
-        program: What the process runs; `directory` is the path of an export that it may write or read.
-        files: The most files that it should load.
-        lines: The most lines in them.
+        program: The code; `directory` is the path of an export that it may write or read.
+        files: Maximum of loaded files.
+        lines: Maximum of their lines.
     """
 
     name: str
@@ -97,7 +97,7 @@ APART = (
     "states",
     "structured_outputs",
     "tools",
-)  # of these, the features that hardly any other file names
+)  # features that hardly any other file names
 NAMED_OUTSIDE = 3  # files outside its folder that may name a feature
 
 
@@ -124,7 +124,7 @@ def loaded(program: str, directory: Path) -> list[Path]:
 
     Args:
         program: Python code.
-        directory: What the code knows as `directory`.
+        directory: The value of `directory` in the code.
 
     Raises:
         RuntimeError: The program failed.
@@ -138,11 +138,11 @@ def loaded(program: str, directory: Path) -> list[Path]:
 
 
 def naming(feature: str, word: str) -> Iterator[Path]:
-    """Yield the files outside a feature's folder in which a word occurs.
+    """Yield the files outside a feature's folder that contain a word.
 
     Args:
         feature: The name of its folder.
-        word: A regular expression, in which case does not count.
+        word: A regular expression, matched case-insensitively.
     """
     for folder in _SOURCE:
         for file in sorted((_ROOT / folder).rglob("*.py")):

@@ -1,7 +1,7 @@
-"""What a prompt that is far too long costs: processor time until it is refused, beside that of tokenizing it.
+"""The cost of prompts that are far too long: CPU time until refusal, compared with tokenizing them.
 
-Texts of 10 MB through the tokenizers of SmolLM2 (bytes) and MiniLM (words), and what reading a vocabulary takes once.
-A text whose words no tokenizer can count before it reads them, such as one word of 10 MB, fits, and is tokenized.
+Texts of 10 MB with the tokenizers of SmolLM2 (bytes) and MiniLM (words), and the one-time cost of reading a vocabulary.
+A text with no bound on its number of tokens, such as one word of 10 MB, is tokenized.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def run(iterations: int = 3) -> Report:
     """Measure each text with each tokenizer.
 
     Args:
-        iterations: Refusals of each, of which the quickest counts.
+        iterations: Refusals of each text; the fastest counts.
     """
     report = Report("long_prompts", "prompts of 10 MB, processor time")
     for name, tokenizer, limit in _tokenizers():
@@ -53,7 +53,7 @@ def _tokenizers() -> Iterator[tuple[str, PreTrainedTokenizerBase, int]]:
 
 
 def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Seconds of processor time that some work takes, and what it gives."""
+    """Return the CPU seconds of a call, and its result."""
     begin = time.process_time()
     result = work(*arguments)
     return time.process_time() - begin, result

@@ -1,9 +1,9 @@
-"""A thousand adapters on disk, 32 in memory: what a miss costs beyond a hit, and how much memory the service takes.
+"""A thousand adapters on disk, 32 in memory: the cost of a miss over a hit, and the service's memory.
 
 SmolLM2-135M in float32 with GraLoRA adapters of r=16 on all seven projections, 20 MB each, as files of a root. Clients
-name them by Zipf's law, one client alone and four at a time, and take the time to the first token of a stream. Before
-each request a client asks whether its adapter is loaded. The default is a smaller run; `--adapters 1000` is the whole.
-Then rows of small adapters take their steps with and without one of a large rank beside them.
+choose them by Zipf's law, one client alone and four at a time, and measure the time to a stream's first token. Before
+each request a client asks whether its adapter is loaded. The default is a smaller run; `--adapters 1000` is the full
+one. Then steps of rows with small adapters are measured with and without one of a large rank.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ _MIB = 2**20
 
 
 def run(adapters: int = 200, seconds: float = 60.0) -> Report:
-    """Ask a service for adapters, and measure steps of mixed ranks.
+    """Measure requests for adapters, and steps of mixed ranks.
 
     Args:
-        adapters: How many are on disk.
-        seconds: How long one client asks, and then four.
+        adapters: Number of adapters on disk.
+        seconds: Duration of one client's requests, and of four clients'.
     """
     report = Report("many-adapters", f"{adapters} adapters on disk, {LOADED} in memory: SmolLM2-135M, r={RANK}")
     base = smollm2.base(RUNS / "base")
     export = _export(base)
     root = _root(export, adapters)
     options = ["--adapter-root", str(root), "--max-adapters", str(LOADED), "--threads", "2", "--max-context", "256"]
-    options += ["--prefix-cache", "none"]  # which fills its own bound first
+    options += ["--prefix-cache", "none"]  # a prefix cache would first fill its own bound
     seen: dict[str, _Seen] = {}
     with served(export, *options) as (port, process):
         memory = _Memory(process)
@@ -91,7 +91,7 @@ def run(adapters: int = 200, seconds: float = 60.0) -> Report:
 
 @dataclass
 class _Seen:
-    """What clients saw.
+    """The clients' measurements.
 
     Attributes:
         hits: Seconds to the first token where the adapter was in memory.
@@ -116,7 +116,7 @@ class _Seen:
         }
 
     def within(self, seconds: float) -> float:
-        """The share of misses that are at most some seconds above the median hit."""
+        """Return the share of misses that are at most some seconds above the median hit."""
         most = statistics.median(self.hits) + seconds
         return sum(miss <= most for miss in self.misses) / len(self.misses)
 
@@ -145,27 +145,27 @@ class _Memory:
             self._samples.append((self._name, self._process.memory_info().rss / _MIB))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Twelve moments."""
+        """Return twelve moments as rows."""
         step = max(len(self._samples) // 12, 1)
         moments = range(step - 1, len(self._samples), step)
         return [{"second": at + 1, "phase": self._samples[at][0], "MiB": self._samples[at][1]} for at in moments]
 
     def growth(self) -> float:
-        """The memory of the last tenth of the time, in times that of the first."""
+        """Return the memory of the last tenth of the time relative to that of the first."""
         sizes = [size for _, size in self._samples]
         tenth = max(len(sizes) // 10, 1)
         return statistics.median(sizes[-tenth:]) / statistics.median(sizes[:tenth])
 
 
 def _warm_up(port: int, adapters: int) -> None:
-    """Fill the memory with adapters, the last of them first, in rows that run at once."""
+    """Fill the memory with adapters, the last one first, in concurrent rows."""
     names = [f"{NAME}{number}" for number in reversed(range(min(LOADED + ROWS, adapters)))]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda name: _first_token(port, name, [5] * PROMPT), names))
 
 
 def _ask(port: int, adapters: int, clients: int, seconds: float) -> _Seen:
-    """Ask for completions by Zipf's law, for a time."""
+    """Request completions by Zipf's law, for a time."""
     weights = 1 / np.arange(1, adapters + 1)
     weights /= weights.sum()
     seen, lock, end = _Seen(), threading.Lock(), time.monotonic() + seconds
@@ -198,7 +198,7 @@ def _get(port: int, path: str) -> bytes:
 
 
 def _first_token(port: int, name: str, prompt: Sequence[int]) -> tuple[int, float]:
-    """The status of a streamed answer, which is read to its end, and the seconds until its first event."""
+    """Read a streamed answer to its end; return its status, and the seconds until its first event."""
     connection = http.client.HTTPConnection(HOST, port, timeout=120)
     body = {"model": name, "prompt": prompt, "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "stream": True}
     start = time.perf_counter()
@@ -213,7 +213,7 @@ def _first_token(port: int, name: str, prompt: Sequence[int]) -> tuple[int, floa
 
 
 def _export(base: Path) -> Path:
-    """An export without adapters of its own, and one adapter beside it; made once."""
+    """Make an export without adapters, and one adapter beside it, once."""
     path = RUNS / "data_fp32"
     if not path.is_dir():
         progress(f"export {path.name}")
@@ -227,7 +227,7 @@ def _export(base: Path) -> Path:
 
 
 def _root(export: Path, adapters: int) -> Path:
-    """Adapters of different values, each a file with its record."""
+    """Write adapters of different values, each a file with its record."""
     root, template = RUNS / "root", RUNS / "template" / f"template{SUFFIX}"
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
@@ -248,7 +248,7 @@ def _root(export: Path, adapters: int) -> Path:
 
 
 def _measure_loads(report: Report, export: Path, root: Path, adapters: int) -> None:
-    """The processor time of loads, which says more than the clock where others use the machine, too."""
+    """Measure the CPU time of loads, more reliable than wall-clock time on a shared machine."""
     progress("loads in this process")
     engine = open_engine(ServiceSettings(export, max_adapters=ROWS, max_context=256, prefix_cache="none"), Metrics())
     store, files = engine.models, RootFiles(AdapterRoot.of(root), export)
@@ -268,7 +268,7 @@ def _measure_loads(report: Report, export: Path, root: Path, adapters: int) -> N
 
 
 def _measure_ranks(report: Report, export: Path) -> None:
-    """Steps of rows with small adapters, alone and with one of a large rank, in one stack and as they are run."""
+    """Measure steps of rows with small adapters, alone and beside a large one, in one stack and as rows are run."""
     progress("steps of mixed ranks")
     model = load(export, threads=2)
     adapters: dict[str, LoadedAdapter] = {}

@@ -1,4 +1,4 @@
-"""Folding an adapter into one large linear layer: PEFT's two ways beside ours, time and peak memory."""
+"""Folding an adapter into one large linear layer: time and peak memory, compared with PEFT's two ways."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZE = 4096
 
 
 def adapter_options(r: int, k: int, hybrid_r: int) -> dict[str, Any]:
-    """Options of an adapter with random values, which PEFT's configuration and ours take alike."""
+    """Return options of an adapter with random values, for PEFT's configuration and ours."""
     return {"r": r, "gralora_k": k, "hybrid_r": hybrid_r, "target_modules": [LAYER], "init_weights": False}
 
 
@@ -51,7 +51,7 @@ def _compare(report: Report, label: str, options: dict[str, Any], *, block: int,
 
 
 def _peak(case: Case[Any]) -> int:
-    """Peak of the second run: the first leaves the buffer that is kept."""
+    """Return the peak memory of the second run; the first allocates the buffer that is kept."""
     state = case.setup()
     case.run(state)
     state = case.reset(state)

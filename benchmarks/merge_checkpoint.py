@@ -1,7 +1,7 @@
-"""What folding an adapter into a model's files takes: time beside a copy of the files, and memory.
+"""Folding an adapter into a model's files: time compared with copying the files, and memory.
 
-The model is a Llama of TinyLlama's shape with random weights, all of whose projections are adapted. A copy and a merge
-alternate in one process; memory is that of a process of its own, beyond what it has imported.
+The model is a Llama of TinyLlama's shape with random weights and all projections adapted. A copy and a merge alternate
+in one process; memory is measured in a separate process, beyond its imports.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run() -> Report:
 
 
 def _writing(name: str, write: Callable[[Path], object], path: Path) -> Case[Path]:
-    """A case that writes a directory, which is removed after each run."""
+    """Return a case that writes a directory, which is removed after each run."""
 
     def removed(written: Path) -> Path:
         remove(written)
@@ -62,7 +62,7 @@ def _writing(name: str, write: Callable[[Path], object], path: Path) -> Case[Pat
 
 
 def _memory(root: Path) -> int:
-    """Peak memory of one merge in bytes, beyond that of a process that has made its imports."""
+    """Return the peak memory of one merge in bytes, beyond the process's imports."""
     code = "from benchmarks.merge_checkpoint import merge_alone; merge_alone()"
     arguments = [str(root / name) for name in ("base", "adapter", "alone")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
@@ -71,7 +71,7 @@ def _memory(root: Path) -> int:
 
 
 def merge_alone() -> None:
-    """What the other process runs: a merge, and its peak memory in bytes before and after."""
+    """Run a merge and print the peak memory in bytes before and after; called in the other process."""
     import_module("transformers.models.llama.modeling_llama")
     imports = peak_memory()
     merge_checkpoint(*sys.argv[1:])

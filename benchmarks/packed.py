@@ -1,4 +1,4 @@
-"""A training step over a base in NF4 with gradient checkpointing, beside PEFT's over bitsandbytes' layers (QLoRA)."""
+"""A training step over a base in NF4 with gradient checkpointing, compared with PEFT over bitsandbytes (QLoRA)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LORA: dict[str, Any] = {"r": RANK, "target_modules": smollm2.PROJECTIONS}
 
 
 def run(iterations: int = 5) -> Report:
-    """Compare whole steps: their time, and the memory that they take and keep beside the model."""
+    """Compare whole steps: their time, and the memory that they allocate and keep beside the model."""
     report = Report(
         "packed",
         f"packed: a step of SmolLM2-135M in NF4, checkpoints, {BATCH}x{LENGTH}, seven projections, r={RANK} k={K}",
@@ -61,18 +61,18 @@ def run(iterations: int = 5) -> Report:
 
 
 def _by_bitsandbytes(base: Path) -> Any:
-    """The base with bitsandbytes' four-bit layers, as PEFT has them prepared."""
+    """Return the base with bitsandbytes' four-bit layers, prepared as PEFT requires."""
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=how, dtype=torch.float32)
     return peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _peak(model: Any, inputs: dict[str, Tensor], ids: Tensor) -> int:
-    """The most memory that the process holds during a step beyond what it holds before, in bytes (Linux alone)."""
+    """Return the process's peak memory during a step beyond that before it, in bytes (Linux only)."""
     step(model, inputs, ids)
     model.zero_grad(set_to_none=True)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it counts again
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory, so that it counts again
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _held("VmRSS")
     step(model, inputs, ids)

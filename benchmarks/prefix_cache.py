@@ -1,9 +1,9 @@
-"""The prefix cache: first tokens, a chat of ten turns, what copying costs, and answers beside cold ones.
+"""The prefix cache: first tokens, a chat of ten turns, the cost of copies, and answers compared with cold ones.
 
 Times are of SmolLM2-135M with a GraLoRA adapter folded in, float32 and int4, and of a random Mamba2 of 130M's widths,
-on two threads: prompts, of whose tokens 1,000 are known or none, go through the scheduler of the service. A thousand
-random interleavings of requests are those of a tiny Llama with eight adapters, which are replaced meanwhile, and of a
-tiny Falcon-H1.
+on two threads: prompts with 1,000 cached tokens or none go through the service's scheduler. A thousand random
+    interleavings of requests go to a tiny Llama with eight adapters, which are replaced meanwhile, and to a tiny
+    Falcon-H1.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from gralora_fx.serving import Decoder, OrtModel, load
 
 RUNS, TINY, TESTS = Path("runs/generation"), Path("runs/prefix_cache"), Path(__file__).parents[1] / "tests"
 THREADS, CHUNK, LIMIT = 2, 64, 2**29
-SHARED, OWN = 1000, 16  # tokens of a prompt that others have too, and that it has alone
-TURNS, SAID, ANSWERED = 10, 40, 24  # of a chat: turns, and tokens of a user and of an answer
-STEPS, PROMPT = 128, 100  # of rows that decode, and tokens that they have read before
+SHARED, OWN = 1000, 16  # a prompt's tokens: shared with others, and its own
+TURNS, SAID, ANSWERED = 10, 40, 24  # of a chat: turns, and tokens per user message and answer
+STEPS, PROMPT = 128, 100  # steps of decoding rows, and tokens in their caches
 COLD, WARM, WITHOUT, WITH = "cold", "1,000 tokens known", "without a prefix cache", "with one"
 
 
@@ -44,7 +44,7 @@ def run(iterations: int = 7, interleavings: int = 1000) -> Report:
 
     Args:
         iterations: Prompts of each side.
-        interleavings: How many there are.
+        interleavings: Number of interleavings.
     """
     report = Report("prefix_cache", "prefix cache: SmolLM2-135M, and a tiny Llama with eight adapters")
     for precision, directory in chain(smollm2.exports(RUNS), _mamba2()):
@@ -67,11 +67,11 @@ def _mamba2() -> Iterator[tuple[str, Path]]:
 
 
 class _Service(Observer):
-    """A scheduler with a prefix cache that runs, and what it has read.
+    """A running scheduler with a prefix cache, and the prompt tokens that it has read.
 
     Attributes:
         decoder: Its rows.
-        prompt_tokens: How many tokens of prompts were read.
+        prompt_tokens: Number of prompt tokens read.
     """
 
     def __init__(self, model: OrtModel) -> None:
@@ -85,7 +85,7 @@ class _Service(Observer):
         self.prompt_tokens += tokens
 
     def answer(self, prompt: Sequence[int], count: int) -> tuple[float, list[int], int]:
-        """Seconds to the first token, the answer, and how many tokens of the prompt were known."""
+        """Return the seconds to the first token, the answer, and the number of cached prompt tokens."""
         pieces: queue.Queue[Any] = queue.Queue()
         request = TextRequest(tuple(prompt), count, AnswerOptions(Sampling(eos_token_id=[])))
         started = time.perf_counter()
@@ -111,7 +111,7 @@ def _compare_first_tokens(report: Report, model: OrtModel, precision: str, itera
         shared = numbers.integers(10, 40000, SHARED).tolist()
         for side in seconds:
             if side == WARM and service.decoder.prefix_cache.keeps_states:
-                service.answer([*shared, 5, 6, 7, 8], 1)  # leaves a snapshot where it parts from the first
+                service.answer([*shared, 5, 6, 7, 8], 1)  # leaves a snapshot where it diverges from the first
             prompt = shared + numbers.integers(10, 40000, OWN).tolist()
             first, _, known = service.answer(prompt, 1)
             assert known == (0 if side == COLD else SHARED)
@@ -148,7 +148,7 @@ def _count_a_chat(report: Report, model: OrtModel, precision: str) -> None:
     report.claims.append(
         Claim(f"{precision}, tokens of prompts that are read over the last prompt's", of_prompts, at_most=1.0)
     )
-    if precision.startswith("fp32"):  # elsewhere an answer is read once more, as a part of the next prompt
+    if precision.startswith("fp32"):  # in other precisions an answer is read again, as a part of the next prompt
         once = (service.prompt_tokens + decoded) / (len(text) - 1)
         report.claims.append(Claim(f"{precision}, all tokens that are read over those of the chat", once, at_most=1.0))
 
@@ -195,7 +195,7 @@ class _Rows:
         self._decoder.step(dict(zip(self._rows, self._texts, strict=True)))
 
     def step(self) -> float:
-        """Seconds of a step."""
+        """Return the seconds of a step."""
         tokens = {row: [7 + len(text) % 1000] for row, text in zip(self._rows, self._texts, strict=True)}
         started = time.perf_counter()
         self._decoder.step(tokens)
@@ -205,7 +205,7 @@ class _Rows:
         return seconds
 
     def store(self) -> float:
-        """Seconds of keeping all that a row has read, of an empty cache."""
+        """Return the seconds to store all that a row has read in an empty cache."""
         cache, shared = self._decoder.prefix_cache, self._decoder._shared
         assert cache is not None
         assert shared is not None
@@ -216,7 +216,7 @@ class _Rows:
         return time.perf_counter() - started
 
     def fill(self) -> float:
-        """Seconds of filling a row that is opened with all that another has read."""
+        """Return the seconds to fill a new row with all that another has read."""
         cache, shared = self._decoder.prefix_cache, self._decoder._shared
         assert cache is not None
         assert shared is not None

@@ -1,8 +1,8 @@
-"""MiniLM on ONNX Runtime's CPU provider and on OpenVINO's plug-in, in float32 and with a hint of bfloat16.
+"""MiniLM on ONNX Runtime's CPU provider and on OpenVINO's plug-in, in float32 and with a bfloat16 hint.
 
-The same export runs on every side, in one process and in turns, with the same number of threads. What bfloat16 gains is
-the processor's: with AMX (`amx_bf16`) its matrices are multiplied in tiles, with `avx512_bf16` alone in vectors.
-OpenVINO's plug-in takes Intel's processors; where it has no device, the report says so and measures the CPU provider.
+The same export runs on every side, in one process and in turns, with the same number of threads. The gain of bfloat16
+    depends on the processor: AMX (`amx_bf16`) multiplies matrices in tiles, `avx512_bf16` alone in vectors. OpenVINO's
+    plug-in needs an Intel processor; without a device, the report says so and measures the CPU provider.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run(iterations: int = 15) -> Report:
 
 
 def open_sides(directory: Path) -> tuple[dict[str, OrtModel], list[str]]:
-    """The export opened on every side, and why it could not be on the others.
+    """Return the export opened on every side, and why it could not be opened on the others.
 
     Args:
         directory: An export.
@@ -74,7 +74,7 @@ def open_sides(directory: Path) -> tuple[dict[str, OrtModel], list[str]]:
 
 
 def random_feed() -> Feed:
-    """Ids, mask and types of `[batch, length]`, without padding."""
+    """Return ids, mask and types of `[batch, length]`, without padding."""
     ids = np.random.default_rng(0).integers(1000, 20_000, (BATCH, LENGTH))
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
@@ -105,7 +105,7 @@ def providers_table(models: Mapping[str, OrtModel], feed: Feed, *, iterations: i
 
 
 def cpu_flags() -> list[str]:
-    """Which of the processor's instructions matter here; none where the system does not say."""
+    """Return the processor's relevant instruction sets; none if the system does not list them."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     known = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])

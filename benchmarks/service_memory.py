@@ -1,7 +1,7 @@
-"""What `gralora-fx serve` takes with its defaults: memory at each stage, time to start, and what growing costs a token.
+"""`gralora-fx serve` with its defaults: memory at each stage, start-up time, and the cost of growing caches per token.
 
-SmolLM2-135M in int4. The service is a process of its own; its memory is what the kernel counts (RSS). Tokens are timed
-in this process: rows whose buffers grow, beside rows whose buffers lie in huge pages, of which numpy's zeros take all.
+SmolLM2-135M in int4. The service is a separate process; its memory is its RSS. Tokens are timed in this process: rows
+with growing buffers, compared with rows whose buffers are numpy zeros, allocated whole in huge pages.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from gralora_fx.serving import OrtModel, load
 
 RUNS = Path("runs/service_memory")
 THREADS, MB = 2, 10**6
-SHORT, AT_ONCE, NEW = 67, 16, 64  # tokens of prompts, requests, and tokens of their answers
+SHORT, AT_ONCE, NEW = 67, 16, 64  # tokens per prompt, requests, and tokens per answer
 LONG, LONG_ROWS, LONG_NEW = 1000, 4, 160
-SETTLED = 2.5  # seconds after which an idle service has given memory back
-OVERHEAD, SPARE, SLOWER = 300, 1.1, 1.02  # MB beside the weights, times what rows hold, times a token
-ROOM, TOKEN = 16 * 8192, 2 * 30 * 3 * 64 * 4  # tokens that rows have room for, and bytes of each in the caches
+SETTLED = 2.5  # seconds after which an idle service has returned memory
+OVERHEAD, SPARE, SLOWER = 300, 1.1, 1.02  # bounds: MB beside the weights, ratio to the rows' caches, ratio per token
+ROOM, TOKEN = 16 * 8192, 2 * 30 * 3 * 64 * 4  # capacity of all rows in tokens, and cache bytes per token
 CONTEXTS, ROWS = (128, 1000), (1, 8, 16)
 GROWING, FIXED = "growing", "fixed, huge pages"
 
@@ -51,7 +51,7 @@ def run(iterations: int = 40, starts: int = 3) -> Report:
 
     Args:
         iterations: Timed tokens of each kind.
-        starts: How often the service is started.
+        starts: Number of starts of the service.
     """
     report = Report("service-memory", "gralora-fx serve with its defaults: SmolLM2-135M in int4")
     path = _export()
@@ -69,7 +69,7 @@ def run(iterations: int = 40, starts: int = 3) -> Report:
 
 
 def _export() -> Path:
-    """The export, made once."""
+    """Make the export, once."""
     path = RUNS / "int4"
     if not (path / EXPORT_FILE).is_file():
         base = smollm2.base(RUNS / "base")
@@ -107,12 +107,12 @@ def _measure_memory(report: Report, service: _Service, path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Memory:
-    """MB of a service.
+    """A service's memory in MB.
 
     Attributes:
-        rss: What the kernel counts.
-        prefix_cache: What of it is the prefix cache.
-        rows_hold: Keys and values of the tokens that rows have read.
+        rss: Its resident set.
+        prefix_cache: The prefix cache's part of it.
+        rows_hold: Keys and values of the tokens in the rows' caches.
     """
 
     rss: float
@@ -122,13 +122,13 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _Service:
-    """A service that runs.
+    """A running service.
 
     Attributes:
         url: Its address.
         process: Its process.
-        seconds: How long it took to start.
-        cpu_seconds: How long processors worked for that.
+        seconds: Wall-clock seconds of its start.
+        cpu_seconds: CPU seconds of its start.
     """
 
     url: str
@@ -137,7 +137,7 @@ class _Service:
     cpu_seconds: float
 
     def memory(self) -> _Memory:
-        """Its memory now."""
+        """Return its memory now."""
         with urlopen(f"{self.url}/metrics") as answer:
             text = answer.read().decode()
 
@@ -150,7 +150,7 @@ class _Service:
         return _Memory(self.process.memory_info().rss / MB, of("gralora_fx_prefix_cache_bytes") / MB, rows_hold)
 
     def most(self, numbers: random.Random, count: int, length: int, new: int) -> _Memory:
-        """Its memory while it answers prompts of random tokens at once: when their rows hold most."""
+        """Return its memory while it answers concurrent random prompts, when their rows hold most."""
         prompts = [[numbers.randrange(10, 40000) for _ in range(length)] for _ in range(count)]
         found = [self.memory()]
         with ThreadPoolExecutor(count) as pool:
@@ -171,7 +171,7 @@ class _Service:
 
 @contextmanager
 def _served(path: Path) -> Iterator[_Service]:
-    """A service over an export, with its defaults."""
+    """Run a service over an export with its defaults within the block."""
     command = [sys.executable, "-m", "gralora_fx.cli", "serve", "--onnx", str(path), "--port", "0"]
     started = time.perf_counter()
     with subprocess.Popen([*command, "--threads", str(THREADS)], stderr=subprocess.PIPE, text=True) as process:
@@ -204,7 +204,7 @@ def _measure_tokens(report: Report, model: OrtModel, iterations: int) -> None:
 
 
 class _FixedBytes:
-    """Zeros in the pages that numpy asks for, which stay."""
+    """Zeros in the pages that numpy requests, never released."""
 
     def __init__(self, count: int) -> None:
         self.array = np.zeros(count, np.uint8)
@@ -217,7 +217,7 @@ class _FixedBytes:
 
 
 class _Rows:
-    """Rows that have read a prompt each, and decode."""
+    """Decoding rows that have each read a prompt."""
 
     def __init__(self, model: OrtModel, count: int, context: int) -> None:
         numbers = np.random.default_rng(0)
@@ -225,12 +225,12 @@ class _Rows:
         self._rows = [self._decoder.open() for _ in range(count)]
         for row in self._rows:
             prompt = numbers.integers(10, 40000, context).tolist()
-            self._decoder.fill(row, prompt)  # which says what is to be read
+            self._decoder.fill(row, prompt)  # records the tokens to read
             while prompt:
                 part = part_length(len(prompt), self._decoder.chunk)
                 self._decoder.step({row: prompt[:part]})
                 prompt = prompt[part:]
 
     def step(self) -> None:
-        """Let every row read a token."""
+        """Read a token in every row."""
         self._decoder.step({row: [7] for row in self._rows})

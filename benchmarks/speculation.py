@@ -1,8 +1,8 @@
-"""Speculation by n-grams beside the same engine without it: the same tokens, and how much sooner.
+"""Speculation by n-grams, compared with the same engine without it: equal tokens, and the speedup.
 
-SmolLM2-135M with a GraLoRA adapter folded in, as float32 and int4, on two threads. Some prompts hold a news text that
-the answer repeats: word for word, with changes, or as a quotation. Others are ordinary questions. Both sides answer in
-turns, in one process, and every answer is compared.
+SmolLM2-135M with a GraLoRA adapter folded in, as float32 and int4, on two threads. Some prompts contain a news text
+that the answer repeats: verbatim, with changes, or as a quotation. Others are ordinary questions. Both sides answer in
+turns, in one process, and all answers are compared.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def run(iterations: int = 3) -> Report:
     """Measure answers.
 
     Args:
-        iterations: How often each set of prompts is answered on each side.
+        iterations: Runs of each set of prompts per side.
     """
     report = Report("speculation", "speculation: SmolLM2-135M, n-grams of the prompt and the answer")
     for precision, directory in smollm2.exports(RUNS):
@@ -156,7 +156,7 @@ def _length(model: OrtModel, answer: Any) -> int:
 
 
 def _joined(pieces: Sequence[Any]) -> list[Any]:
-    """The whole answers of a stream, each a text or token ids."""
+    """Return the whole answers of a stream, each a text or token ids."""
     if isinstance(pieces[0], str):
         return ["".join(pieces)]
     if pieces[0] and isinstance(pieces[0][0], (str, list)):
@@ -166,7 +166,7 @@ def _joined(pieces: Sequence[Any]) -> list[Any]:
 
 
 def _steps(model: OrtModel, precision: str, context: int = 400, iterations: int = 10) -> Table:
-    """What a step of some tokens takes beside one of one, in turns."""
+    """Measure steps of several tokens relative to steps of one, in turns."""
     progress(f"{precision}, steps")
     decoder = model.decoder(rows=1, capacity=context + 32, chunk=64)
     row = decoder.open()

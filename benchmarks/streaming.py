@@ -1,8 +1,7 @@
-"""What memory an export takes: streamed from safetensors files, of a decoder and of an encoder with an adapter.
+"""Memory of an export streamed from safetensors files: a decoder and an encoder with an adapter.
 
 The models are a Llama of TinyLlama's shape and a wide RoBERTa with random weights, written shard by shard, so that this
-process never holds them either. Each export runs in a process of its own, whose peak is what the system says when it
-has ended.
+process never holds them either. Each export runs in its own process, whose peak memory the system reports at its end.
 """
 
 from __future__ import annotations
@@ -63,11 +62,11 @@ class Kind:
     """One model.
 
     Attributes:
-        name: What it is called in tables.
+        name: Its name in tables.
         model_class: Its class in transformers.
         sizes: Fields of its configuration.
-        task: What it is exported for.
-        adapted: Expression that matches the paths of its adapted layers.
+        task: The task that it is exported for.
+        adapted: A regular expression for the paths of its adapted layers.
     """
 
     name: str
@@ -77,13 +76,13 @@ class Kind:
     adapted: str
 
     def config(self) -> PreTrainedConfig:
-        """Its configuration."""
+        """Return its configuration."""
         config_class = getattr(transformers, self.model_class).config_class
         config: PreTrainedConfig = config_class(**self.sizes, architectures=[self.model_class])
         return config
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter, of a model that takes no memory."""
+        """Return the shape of every parameter, without allocating the model."""
         with torch.device("meta"):
             model = getattr(transformers, self.model_class)(self.config())
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -127,7 +126,7 @@ def _rows(kind: Kind) -> tuple[list[dict[str, Any]], int]:
 
 
 def measure_export(root: Path, task: str, options: dict[str, Any]) -> dict[str, float]:
-    """Peak memory and seconds of one export in a process of its own."""
+    """Return peak memory and seconds of one export in its own process."""
     arguments = [str(root / "base"), str(root / "adapter"), str(root / "onnx"), task, json.dumps(options)]
     begin = time.perf_counter()
     code = "from benchmarks.streaming import export; export()"
@@ -137,7 +136,7 @@ def measure_export(root: Path, task: str, options: dict[str, Any]) -> dict[str, 
 
 
 def export() -> None:
-    """What the other process runs: a streamed export, then its peak memory in bytes."""
+    """Run a streamed export and print its peak memory in bytes; called in the other process."""
     from gralora_fx.core.loading.bases import load_traced
     from gralora_fx.exporters import export_onnx
 
@@ -149,13 +148,13 @@ def export() -> None:
 
 
 def peak_memory() -> int:
-    """The largest resident set of this program in bytes; `ru_maxrss` would count that of the process it came from."""
+    """Return this program's largest resident set in bytes; `ru_maxrss` would include its parent's."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def write_model(directory: Path, kind: Kind) -> int:
-    """Write a model with random bfloat16 weights, one shard a layer; the result is its number of parameters."""
+    """Write a model with random bfloat16 weights, one shard per layer; return its number of parameters."""
     config = kind.config()
     directory.mkdir(parents=True)
     config.save_pretrained(directory)

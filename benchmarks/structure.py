@@ -1,8 +1,8 @@
-"""How large the source is, what a job loads of it, and how far a reader walks: a trace, an export, a request.
+"""The size of the source, the files that a job loads, and a reader's walks: a trace, an export, a request.
 
-A walk is the package's functions in the order in which they are first called; to read one is to open its file. A
-return is a next function in a file that was opened before and left. A climb is a file that is opened for the first time
-and belongs to a later stage, by the order of imports in `tests/test_import_order.py`, than the file read before it.
+A walk is the package's functions in the order of their first call; reading one opens its file. A return is a step back
+to a file that was opened before and left. A climb opens a new file of a later stage, by the import order in
+`tests/test_import_order.py`, than the file before it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str | None]] = {
     "BERT": (lambda: BertForSequenceClassification(BertConfig(**_SIZES)), None),
     "Llama": (lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, pad_token_id=0)), "text-generation-with-past"),
 }
-_LINES, _FILES, _MEDIAN, _RETURNS, _CLIMBS = 64_000, 360, 120, 30, 20  # what the source aims at
+_LINES, _FILES, _MEDIAN, _RETURNS, _CLIMBS = 64_000, 360, 120, 30, 20  # targets
 _OPENED = {"trace": 30, "export": 80, "request": 22}  # files of a walk
 
 
@@ -71,7 +71,7 @@ def run() -> Report:
     for label, (make, task) in _MODELS.items():
         progress(f"structure, {label}")
         model = make().eval()
-        traced = trace(model, task=task)  # the first one loads what is loaded on first use
+        traced = trace(model, task=task)  # the first one triggers lazy imports
         walk = Walk()
         with walk.recorded():
             trace(model, task=task)
@@ -88,7 +88,7 @@ def run() -> Report:
 
 
 def _count_lines(report: Report) -> None:
-    """A table of the source's lines by kind, and the claims of its size."""
+    """Return a table of the source's lines by kind, and claims on its size."""
     files = [file for folder in ("gralora_fx", "exporters") for file in (_ROOT / folder).rglob("*.py")]
     files = sorted({file.resolve() for file in files})
     kinds: Counter[str] = Counter()
@@ -106,7 +106,7 @@ def _count_lines(report: Report) -> None:
 
 
 def _kinds(text: str) -> list[str]:
-    """What each line is part of: a docstring, an import, a comment, code, or nothing."""
+    """Return each line's kind: docstring, import, comment, code, or blank."""
     lines = text.splitlines()
     kinds = ["blank" if not line.strip() else "comment" if line.strip().startswith("#") else "code" for line in lines]
     for node in ast.walk(ast.parse(text)):
@@ -137,7 +137,7 @@ class Walk:
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
-        """Record what is called in this thread, and in those that are started."""
+        """Record the calls in this thread, and in those that it starts."""
         sys.setprofile(self._note)
         threading.setprofile(self._note)
         self._is_on = True
@@ -148,21 +148,21 @@ class Walk:
             threading.setprofile(None)
 
     def begin(self) -> None:
-        """Forget what was recorded."""
+        """Start a new recording."""
         self.files, self._seen, self._is_on = [], set(), True
 
     def end(self) -> None:
-        """Record no more."""
+        """Stop recording."""
         self._is_on = False
 
     @property
     def returns(self) -> int:
-        """How often it comes back to a file that was opened before and left."""
+        """Number of returns to a file that was opened before and left."""
         steps = [file for at, file in enumerate(self.files) if not at or file != self.files[at - 1]]
         return len(steps) - len(set(steps))
 
     def climbs(self, order: dict[str, Any]) -> int:
-        """How often a file is opened that belongs to a later stage than the one before.
+        """Return the number of opened files that belong to a later stage than the one before.
 
         Args:
             order: The names of `tests/test_import_order.py`.
@@ -172,16 +172,16 @@ class Walk:
         return sum(stages[at] > stages[at - 1] for at in opened)
 
     def opened(self, kind: str, label: str) -> Claim:
-        """Return the claim of how many files it opens.
+        """Return the claim on its number of opened files.
 
         Args:
             kind: A key of `_OPENED`.
-            label: What was walked.
+            label: The name of the walk.
         """
         return Claim(f"{kind}, {label}: files", len(set(self.files)), at_most=_OPENED[kind])
 
     def row(self, name: str, order: dict[str, Any]) -> dict[str, Any]:
-        """Its row in the table."""
+        """Return its row in the table."""
         return {
             "walk": name,
             "files": len(set(self.files)),
@@ -217,7 +217,7 @@ def _walk_exports(
 
 
 def _walk_request(report: Report, directory: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """A completion that is streamed, to its first event; the service has answered one before."""
+    """Walk a streamed completion to its first event; the service has answered one before."""
     walk = Walk()
     body = json.dumps(
         {"model": "default" if directory.name == "data" else directory.name, "prompt": "a b", "stream": True}
@@ -233,14 +233,14 @@ def _walk_request(report: Report, directory: Path, order: dict[str, Any]) -> dic
             assert response.status == 200, response.read()
             response.read()
             connection.close()
-            time.sleep(0.2)  # until what follows an answer has ended
+            time.sleep(0.2)  # until the work after an answer has ended
     report.claims.append(walk.opened("request", directory.name))
     return walk.row(f"request, {directory.name}", order)
 
 
 @contextlib.contextmanager
 def _served(directory: Path) -> Iterator[tuple[str, int]]:
-    """The address of a service of an export in this process."""
+    """Serve an export in this process within the block; yield the address."""
     protocol = limited(ConnectionLimits(), None)
     server = uvicorn.Server(
         uvicorn.Config(create_app(ServiceSettings(directory)), http=protocol, ws="none", log_level="error")

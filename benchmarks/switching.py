@@ -1,7 +1,7 @@
-"""What a switch of adapters costs, beside PEFT's, and what a disabled adapter costs while the model runs.
+"""The cost of switching adapters, compared with PEFT's, and of a disabled adapter while the model runs.
 
-The first switch to a state makes its graph and compiles it, so its time grows with the number of nodes; later ones take
-the graph that was made. PEFT sets attributes of modules. Both sides run in one process and are measured in turns.
+The first switch to a state builds and compiles its graph, so its time grows with the number of nodes; later ones reuse
+the graph. PEFT sets attributes of modules. Both sides run in one process and are measured in turns.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Sides:
         ours = rewrite(traced, GraloraConfig(**OPTIONS), adapter_name=ADAPTERS[0])
         theirs = peft.get_peft_model(copy.deepcopy(source), peft.GraloraConfig(**OPTIONS), adapter_name=ADAPTERS[0])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # PEFT's, of a second adapter on one model
+            warnings.simplefilter("ignore", UserWarning)  # PEFT's, about a second adapter on one model
             theirs.add_adapter(ADAPTERS[1], peft.GraloraConfig(**OPTIONS))
         ours.add_adapter(ADAPTERS[1], GraloraConfig(**OPTIONS))
         return cls(source, traced, ours, theirs.eval())
@@ -76,7 +76,7 @@ def run(iterations: int = 30) -> Report:
 
 
 def _switches(report: Report, label: str, sides: Sides, iterations: int) -> Table:
-    """Rows of every change, both sides in each."""
+    """Return a row for every change, with both sides."""
     ours, theirs = sides.ours, sides.theirs
 
     def switching(side: str, model: Any) -> Case[Any]:
@@ -104,7 +104,7 @@ def _switches(report: Report, label: str, sides: Sides, iterations: int) -> Tabl
     }
 
     def renewed(model: GraloraModel) -> GraloraModel:
-        """The model after another adapter came and went, for which graphs that were made are not valid."""
+        """Return the model after another adapter was added and removed, which invalidates its graphs."""
         model.set_adapter(ADAPTERS[0])
         model.add_adapter("other", GraloraConfig(**OPTIONS))
         model.delete_adapter("other")
@@ -125,7 +125,7 @@ def _switches(report: Report, label: str, sides: Sides, iterations: int) -> Tabl
 
 
 def _row(what: str, timings: Timings, nodes: int, *, peer: str | None = None) -> dict[str, Any]:
-    """Both sides of one change in one row."""
+    """Measure both sides of one change; return their row."""
     peer = peer or f"PEFT {what}"
     ours, theirs = timings.median(f"ours {what}"), timings.median(peer)
     ratio = timings.ratio(f"ours {what}", peer)
@@ -143,7 +143,7 @@ def _row(what: str, timings: Timings, nodes: int, *, peer: str | None = None) ->
 
 
 def _disabled_forward(report: Report, label: str, sides: Sides, iterations: int) -> Table:
-    """Forward with adapters disabled, each side over its own bare model."""
+    """Compare the forward pass with adapters disabled with each side's own bare model."""
     ids = torch.randint(sides.source.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     own = {"use_cache": False} if "CausalLM" in type(sides.source).__name__ else {}  # a trace has no cache

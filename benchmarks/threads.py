@@ -1,6 +1,6 @@
 """Generation by `serving.load` with its default number of threads, and with every number up to the machine's cores.
 
-SmolLM2-135M in int4: the prompt of 256 random tokens and 32 more, through `generate`. All sides run in one process, in
+SmolLM2-135M in int4: a prompt of 256 random tokens and 32 more, through `generate`. All sides run in one process, in
 turns.
 """
 

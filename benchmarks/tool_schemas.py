@@ -1,8 +1,8 @@
-"""The tools of the Berkeley function-calling leaderboard: each schema compiled or refused, and answered by any weights.
+"""The tools of the Berkeley function-calling leaderboard: each schema compiled or refused, called by a random model.
 
 The functions are those of every data file of the package `bfcl-eval` (`pip install --no-deps --target DIR bfcl-eval`,
-and DIR in PYTHONPATH), with types in the words of JSON schemas, as the package translates them for OpenAI's clients. A
-tiny Llama that was never trained must call each one over HTTP; its arguments are checked by the package jsonschema.
+and DIR in PYTHONPATH), with their types translated to JSON schema's, as the package does for OpenAI's clients. An
+untrained tiny Llama must call each one over HTTP; the package jsonschema checks its arguments.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.service.app import create_app
 
 CONTEXT, ROWS, SPECIAL = 4096, 16, 3
-# by the token's id: so that strings and lists of random letters do not become long
+# by token id: keeps random strings and lists short
 ENDINGS = {str(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()).index(letter)): 3.0 for letter in '"]}'}
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{# tools are not told to what cannot read #}"
 VALID, CUT, REFUSED, WRONG = "called with valid arguments", "cut by the context", "refused by name", "anything else"
 
 
 def run(iterations: int = 1) -> Report:
-    """Count what becomes of each schema.
+    """Count the outcomes of all schemas.
 
     Args:
-        iterations: How many answers to each, with other draws.
+        iterations: Answers to each schema, with different seeds.
     """
     files, functions = _functions()
     report = Report("tool_schemas", f"tool schemas: {len(functions)} functions of {files} files of bfcl-eval")
@@ -71,7 +71,7 @@ def run(iterations: int = 1) -> Report:
 
 
 def _outcome(client: TestClient, function: Mapping[str, Any], seed: int) -> tuple[str, str]:
-    """What becomes of a schema, and why it is refused."""
+    """Return a schema's outcome, and why it is refused."""
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "a"}],
@@ -98,7 +98,7 @@ def _outcome(client: TestClient, function: Mapping[str, Any], seed: int) -> tupl
 
 
 def _functions() -> tuple[int, list[tuple[str, Mapping[str, Any]]]]:
-    """How many files have functions, and each function once, with the first of its files."""
+    """Return the number of files with functions, and each function once, with its first file."""
     spec = find_spec("bfcl_eval")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
@@ -118,7 +118,7 @@ def _functions() -> tuple[int, list[tuple[str, Mapping[str, Any]]]]:
 
 
 def _entries(path: Path) -> list[Any]:
-    """What a file holds: a value, or one a line."""
+    """Return a file's entries: one value, or one per line."""
     text = path.read_text(encoding="utf-8")
     try:
         whole = json.loads(text)
@@ -128,7 +128,7 @@ def _entries(path: Path) -> list[Any]:
 
 
 def _within(entry: Any) -> Iterator[Mapping[str, Any]]:
-    """The functions of a line: a question's, or a single one."""
+    """Yield the functions of an entry: a question's, or a single one."""
     functions = entry.get("function", entry) if isinstance(entry, dict) else ()
     for function in [functions] if isinstance(functions, dict) else functions:
         if isinstance(function, dict) and isinstance(function.get("parameters"), dict) and "name" in function:
@@ -136,7 +136,7 @@ def _within(entry: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _translated(schema: Any, types: Mapping[str, str]) -> Any:
-    """A schema whose types are those of JSON schemas; others stay, and are refused."""
+    """Return a schema with JSON schema's types; unknown ones stay, and are refused."""
     if not isinstance(schema, dict):
         return schema
     own = dict(schema)
@@ -151,7 +151,7 @@ def _translated(schema: Any, types: Mapping[str, str]) -> Any:
 
 
 def _export(directory: Path) -> Path:
-    """A tiny model of random weights, whose tokens are bytes."""
+    """Make a tiny model of random weights, whose tokens are bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ("<pad>", "<s>", "</s>")
     own = Tokenizer(models.BPE({token: index for index, token in enumerate((*special, *alphabet))}, []))

@@ -1,8 +1,8 @@
-"""What spans cost: requests of a service that is traced, beside the same requests of one that is not.
+"""The cost of spans: requests to a traced service, compared with the same requests without tracing.
 
-SmolLM2-135M, int4, two threads. One app answers both sides in turns, once as it is and once within the
-middleware that makes spans, which go in batches to a collector of its own process, by OTLP over HTTP. A request that is
-traced has a parent that is sampled; on a third side its parent is not.
+SmolLM2-135M, int4, two threads. One app answers both sides in turns, with and without the middleware that creates
+spans, which are sent in batches to a collector in its own process, by OTLP over HTTP. A traced request has a sampled
+parent; on a third side the parent is not sampled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gralora_fx.service.app import create_app
 from gralora_fx.service.spans import SpanMiddleware, tracing_of_environment
 
 RUNS = Path("runs/generation")
-THREADS, CLIENTS, NEW, SHORT = 2, 8, 16, 10  # requests at once and their tokens, and short requests one after the other
+THREADS, CLIENTS, NEW, SHORT = 2, 8, 16, 10  # concurrent requests and their tokens, and short sequential requests
 PRECISION = "int4"
 PLAIN, TRACED, UNSAMPLED = "without spans", "with spans", "not sampled"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0"
@@ -92,7 +92,7 @@ async def _compare(report: Report, app: Any, sides: dict[str, Any], iterations: 
 
 
 async def _ask(app: Any, side: str) -> tuple[float, float]:
-    """Seconds of all requests at once, and processor time that the event loop takes for a short one, median of some."""
+    """Return the seconds of all concurrent requests, and the event loop's median CPU time for a short one."""
     headers = {"traceparent": PARENT + ("0" if side == UNSAMPLED else "1")}
     transport = httpx2.ASGITransport(app=app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://service", headers=headers) as client:
@@ -107,7 +107,7 @@ async def _ask(app: Any, side: str) -> tuple[float, float]:
         middle = time.perf_counter()
         short = []
         for _ in range(SHORT):
-            begun = time.thread_time()  # of the loop's thread, whatever else the machine does
+            begun = time.thread_time()  # CPU time of the loop's thread
             await ask(1)
             short.append(time.thread_time() - begun)
         return middle - started, statistics.median(short)
@@ -115,7 +115,7 @@ async def _ask(app: Any, side: str) -> tuple[float, float]:
 
 @contextmanager
 def _collector() -> Iterator[str]:
-    """The address of what takes spans, and does nothing with them."""
+    """Run a collector that discards spans within the block; yield its address."""
     process = subprocess.Popen([sys.executable, "-c", _COLLECTOR], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -1,6 +1,6 @@
-"""How long it takes until a model has adapters: `trace` and `rewrite`, beside PEFT's wrapping.
+"""The time to add adapters to a model: `trace` and `rewrite`, compared with PEFT's wrapping.
 
-PEFT replaces modules and traces nothing; transformers' exporter alone shows how much of ours is the tracing itself.
+PEFT replaces modules without tracing; transformers' exporter alone shows tracing's share of our time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A training step on MiniLM beside PEFT's GraLoRA and LoRA: eager and compiled, and what the adapters alone cost."""
+"""A training step on MiniLM, compared with PEFT's GraLoRA and LoRA: eager and compiled, and the adapters' own cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(iterations: int = 20, *, compiled: bool = True) -> Report:
     """Compare whole steps: forward, backward and AdamW.
 
     Args:
-        iterations: How often each step is timed.
+        iterations: Timed runs of each step.
         compiled: Whether to compile the models too, which takes minutes and a C++ compiler.
     """
     report = Report(
@@ -62,14 +62,14 @@ def run(iterations: int = 20, *, compiled: bool = True) -> Report:
 
 
 def _inputs(vocabulary: int) -> dict[str, Tensor]:
-    """A batch in which every fourth row is padded."""
+    """Return a batch in which every fourth row is padded."""
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask[::4, LENGTH * 3 // 4 :] = 0
     return {"input_ids": torch.randint(vocabulary, (BATCH, LENGTH)), "attention_mask": mask}
 
 
 def _frozen(source: nn.Module) -> nn.Module:
-    """The base alone, through all of which gradients flow to one vector added to its embeddings."""
+    """Return the base alone, with gradients through all of it to a vector added to its embeddings."""
     frozen: Any = copy.deepcopy(source).requires_grad_(False)
     frozen.offset = nn.Parameter(torch.zeros(frozen.config.hidden_size))
     frozen.get_input_embeddings().register_forward_hook(lambda *call: call[2] + frozen.offset)
@@ -82,7 +82,7 @@ def _timings(models: Mapping[str, Any], inputs: dict[str, Tensor], iterations: i
 
 
 def _stepper(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Callable[[], Any]]:
-    """Setup of a case: an optimizer over what trains, and a step with it."""
+    """Return a case's setup: an optimizer over the trainable parameters, and a step with it."""
 
     def setup() -> Callable[[], Any]:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

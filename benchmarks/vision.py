@@ -1,4 +1,4 @@
-"""What reads pixels beside PyTorch, at the widths of real towers, and the second turn of a chat about an image."""
+"""Vision towers at real widths, compared with PyTorch, and the second turn of a chat about an image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIDE = 448  # pixels on a side of an image of the windowed tower
 
 
 def _siglip() -> PreTrainedModel:
-    """SigLIP so400m's widths, as in Idefics3: tiles of 364 pixels."""
+    """Return a model of SigLIP so400m's widths, as in Idefics3: tiles of 364 pixels."""
     vision = {
         "hidden_size": 1152,
         "intermediate_size": 4304,
@@ -48,7 +48,7 @@ def _siglip() -> PreTrainedModel:
 
 
 def _windowed() -> PreTrainedModel:
-    """Qwen2.5-VL's widths: windows of 112 pixels, every fourth layer over the whole image."""
+    """Return a model of Qwen2.5-VL's widths: windows of 112 pixels, every fourth layer over the whole image."""
     vision = {
         "depth": LAYERS,
         "hidden_size": 1280,
@@ -106,7 +106,7 @@ def _compare_tower(
 
 
 def _compare_turns(report: Report, exported: OrtModel, inputs: dict[str, torch.Tensor], iterations: int) -> None:
-    """The first token after a prompt with an image: pixels and tokens read, and both known."""
+    """Compare the first token after a prompt with an image: pixels and tokens read, or both cached."""
     session = exported.companion_session("vision_encoder")
     feed = {key: value.numpy() for key, value in inputs.items()}
     decoder = exported.decoder(rows=1, prefix_cache=2**28)

@@ -1,6 +1,6 @@
-"""What a first export imports and makes, for processes that are forked: importing this module exports a BERT.
+"""Warm-up for forked processes: importing this module exports a BERT, so that a first export's imports are done.
 
-Nothing is run on ONNX Runtime, whose threads do not survive a fork.
+It runs nothing in ONNX Runtime, whose threads do not survive a fork.
 """
 
 import tempfile
