@@ -91,8 +91,7 @@ def export_onnx(
             not, they cost no time, and outputs are zero there. No effect on other models.
         tokenizer: A tokenizer, a processor, or the directory of a tokenizer, to save beside the model.
         verify: Whether to compare ONNX Runtime with PyTorch on fresh inputs before the directory is put in place, and
-            how thoroughly: True is `"quick"` (see `verify_onnx`). Not for a model whose weights are streamed
-            (`loading.load_streamed`), which cannot be run.
+            how thoroughly: True is `"quick"` (see `verify_onnx`).
         overwrite: Whether an earlier export of another base or task, or with more adapters, may be replaced.
         texts: Texts on which a quantized export is compared with the float32 model (`ExportReport.quality`); they need
             a tokenizer. With int4 and int8-dynamic every second one, from the first, is used to choose bits instead.

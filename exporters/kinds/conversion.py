@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gralora_fx.base.sources.lazy_tensors import sampled_values, stored_form_of
+from gralora_fx.base.sources.lazy_tensors import is_lazy, sampled_values, stored_form_of, without_values
 from gralora_fx.core.graph.pipeline import PassLog
 from gralora_fx.core.methods import method_of
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.rewrite import merge_lazily
 from gralora_fx.core.tracing.traced_model import CALL_TRACE, TracedModel
-from gralora_fx.errors import ExportError, command, option
+from gralora_fx.errors import ExportError
 from gralora_fx.exporters.formats import KEPT, Blocks, Format
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.rules.onnx_pipeline import export_log
@@ -123,21 +123,24 @@ def base_trace(model: TracedModel | GraloraModel) -> TracedModel:
     return model.traced if isinstance(model, GraloraModel) else model
 
 
+def is_streamed(model: TracedModel | GraloraModel) -> bool:
+    """Return whether a model's weights are read from files when they are needed."""
+    parameters = base_trace(model).tree.parameters.values()
+    if not any(map(is_lazy, parameters)):
+        return False
+    from gralora_fx.core.graph.packed_weights import packed_of
+
+    return any(is_lazy(parameter) and packed_of(parameter) is None for parameter in parameters)
+
+
 def check_runnable(model: TracedModel | GraloraModel) -> None:
-    """Check that a model is a traced or rewritten one whose weights are in memory."""
+    """Check that a model is a traced or rewritten one whose weights have values."""
     if not isinstance(model, (TracedModel, GraloraModel)):
         raise ExportError(f"cannot run a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned")
     traced = base_trace(model)
-    missing = [name for name, parameter in traced.tree.parameters.items() if parameter.is_meta]
-    if missing:
-        from gralora_fx.core.graph.packed_weights import packed_of
-
-        missing = [name for name in missing if packed_of(traced.tree.parameters[name]) is None]
-    if missing:
-        raise ExportError(
-            f"{missing[0]} has no values in memory, so there is nothing to compare with; export a streamed model with "
-            f"{option(verify=False)}, and compare the export with the model loaded whole ({command('verify_onnx')})"
-        )
+    for name, parameter in traced.tree.parameters.items():
+        if parameter.is_meta and not is_lazy(parameter):
+            raise without_values(name)
 
 
 def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:

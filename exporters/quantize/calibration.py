@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from gralora_fx.base.progress.stages import counted
+from gralora_fx.core.graph.packed_weights import runnable
 from gralora_fx.core.tracing.inputs.cache import empty_cache
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line, option
 from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
-from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
+from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, is_streamed
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities, draw, measure_sensitivities
 from gralora_fx.exporters.translation.export_graphs import precision_of
@@ -39,7 +41,7 @@ _Row: TypeAlias = Mapping[str, Tensor]  # a text as inputs of one row
 class Calibration:
     """Measurements of a model."""
 
-    model: TracedModel | None = None  # the float32 model in memory; None for one that cannot be run
+    model: TracedModel  # the float32 model
     cases: Sequence[Mapping[str, Any]] = ()  # inputs that it is run on
     measured: Sensitivities | None = None  # the measurements; None if there are none
     inputs: str = ""  # description of the inputs
@@ -48,13 +50,6 @@ class Calibration:
 
 def calibrate(conversion: Conversion, verification: Verification) -> Calibration:
     """Run a model on inputs, and measure how its outputs depend on rounding."""
-    if any(parameter.is_meta for parameter in base_trace(conversion.model).tree.parameters.values()):  # it is streamed
-        if conversion.options.choosing_texts is not None:
-            raise ExportError(
-                f"{option(texts=...)} choose bits by running the model, and a streamed model cannot run: "
-                "leave them out, or load the model whole"
-            )
-        return Calibration(problem="a streamed model is not run")
     given = _given(conversion.traced, conversion.options)  # raises errors in the texts before a copy is made
     traced = _runnable(conversion)
     with evaluating(conversion.model, traced):
@@ -68,8 +63,10 @@ def calibrate(conversion: Conversion, verification: Verification) -> Calibration
 
 
 def _runnable(conversion: Conversion) -> TracedModel:
-    """Return the adapter-free model in float32 with its weights in memory: itself, or a copy."""
+    """Return the adapter-free model in float32: itself, or a copy with its weights in memory or read one by one."""
     model, traced = conversion.model, conversion.traced
+    if is_streamed(model):
+        return dataclasses.replace(traced, graph_module=runnable(traced.graph_module))
     is_ready = traced is model or traced is base_trace(model)
     if is_ready and precision_of(traced.graph_module) == "fp32":
         return traced

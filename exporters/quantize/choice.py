@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from gralora_fx.base.compat.torch_graphs import tree_leaves
 from gralora_fx.base.progress.stages import counted
 from gralora_fx.base.sources.lazy_tensors import values_of
-from gralora_fx.core.graph.linear_calls import LinearCall, calls_at
+from gralora_fx.core.graph.linear_calls import LinearCall, calls_at, is_unpacked
 from gralora_fx.core.graph.sites import LinearSite, other_readers
 from gralora_fx.core.tracing.normalize.regions import LEAVE
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -79,7 +79,7 @@ class _Layer:
 
     def round(self) -> tuple[BlockArrays, Tensor]:
         """Return the blocks of its weight, and the dequantized weight."""
-        weight = self.site.weight.detach().float()
+        weight = values_of(self.site.weight, self.name).float()
         is_transposed = self.site.kind == "conv1d"
         matrix = np.ascontiguousarray((weight if is_transposed else weight.t()).numpy())  # [in, out]
         blocks = quantize_blocks(matrix, self.form, self.moments.products, self.name)
@@ -97,6 +97,7 @@ def round_in_order(
     """
     layers, rounded = _layers(model, forms), dict[str, BlockArrays]()
     runs = [_run(model, case) for case in cases]
+    unread = _read_when_rounded(layers)
     for node in counted(list(model.graph_module.graph.nodes), "rounding", "operations"):
         for layer, call in layers.pop(node, ()):
             if call.input not in layer.moments.read:
@@ -111,14 +112,27 @@ def round_in_order(
                     run.env[call.weight] = values
         if not layers:
             break
-        if node.target in LEAVE or node.target in LEAVE.values():  # gradients are off, and casts are not exported
-            continue
-        for run in runs:
-            if node not in run.env:
-                run.env[node] = run.run_node(node)
-            for unread in run.user_to_last_uses.get(node, ()):
-                run.env.pop(unread, None)
+        is_left = node.target in LEAVE or node.target in LEAVE.values()  # gradients are off, and casts not exported
+        if not is_left and node not in unread:
+            _run_node(node, runs)
     return rounded
+
+
+def _run_node(node: fx.Node, runs: Sequence[fx.Interpreter]) -> None:
+    """Run a node in all runs, once if it has no inputs, and forget what nothing reads any more."""
+    for run in runs:
+        if node not in run.env:
+            is_same = not node.all_input_nodes and node in runs[0].env
+            run.env[node] = runs[0].env[node] if is_same else run.run_node(node)
+    for run in runs:
+        for done in run.user_to_last_uses.get(node, ()):
+            run.env.pop(done, None)
+
+
+def _read_when_rounded(layers: Mapping[fx.Node, Sequence[tuple[_Layer, LinearCall]]]) -> set[fx.Node]:
+    """Return the nodes of weights that nothing reads before they are rounded."""
+    calls = [call for found in layers.values() for layer, call in found if len(layer.calls) == 1]
+    return {call.weight for call in calls if list(call.weight.users) == [call.node]}
 
 
 def _layers(
@@ -130,7 +144,8 @@ def _layers(
     shared: dict[Any, Moments] = {}
     for site in model.sites:
         calls = [call for name in site.calls for call in calls_at(nodes[name], site.path)]
-        calls = [call for call in calls if call.operand is None and call.rows is None and call.weight.op == "get_attr"]
+        whole = [call for call in calls if call.operand is None and call.rows is None]
+        calls = [call for call in whole if call.weight.op == "get_attr" or is_unpacked(call.weight)]
         if site.path in forms and calls:
             name, form = forms[site.path]
             inputs = tuple(call.input for call in calls)
@@ -176,8 +191,7 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     Each layer's rounding error is weighted by its effect on the model's outputs (see `sensitivity`). In int4, 8 bits go
     to the layers where they save most per additional bit, until the mean reaches the budget; in int8-dynamic, 16 bits
     go to the activations whose rounding costs most (see `row_errors`). The float model is run on every second of a
-    user's texts, on texts sampled from a decoder, or on random inputs of other models. A streamed model cannot be run:
-    the relative errors of the weights are used instead, as for layers that were not measured.
+    user's texts, on texts sampled from a decoder, or on random inputs of other models.
     """
     plan, traced = conversion.plan, conversion.traced
     if plan is None or (isinstance(plan.default, Blocks) and plan.default.bits != 4):
@@ -217,7 +231,6 @@ def _rounded(
     kept: Collection[str],
 ) -> dict[str, BlockArrays]:
     """Return the blocks of weights rounded by search, by all names of each, from the layers' paths."""
-    assert run.model is not None
     chosen = {path: (of[0], own.get(of[0], default)) for path, of in names.items() if of[0] not in kept}
     forms = {path: one for path, one in chosen.items() if one[1].rounding == "searched"}
     with evaluating(conversion.model, run.model):
@@ -227,7 +240,7 @@ def _rounded(
 
 def _with_rows(plan: QuantizationPlan, conversion: Conversion, run: Calibration) -> QuantizationPlan:
     """Return the plan of an export with rounded activations; without measurements if the model cannot be run."""
-    if run.model is None or not run.cases:
+    if not run.cases:
         return dataclasses.replace(plan, chosen_by=f"nothing, as {run.problem}")
     chosen_by = (
         f"the errors of the layers' own outputs on {run.inputs}, as {run.problem}" if run.problem else run.inputs

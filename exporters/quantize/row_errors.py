@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from gralora_fx.base.progress.stages import counted
+from gralora_fx.base.sources.lazy_tensors import values_of
 from gralora_fx.core.graph.linear_calls import calls_at
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import copy_graph
@@ -174,7 +175,7 @@ def _errors(
 ) -> NDArray[np.float64]:
     """Return the cost of rounding a layer's rows and its weights with each of some factors, `[factors, 2]`."""
     every = max(1, site.out_features // _OUTPUTS)
-    weight = site.weight.detach().float()
+    weight = values_of(site.weight, site.path).float()
     matrix = np.ascontiguousarray((weight if site.kind == "conv1d" else weight.t())[:, ::every].numpy())
     sample = torch.cat(read.sample)
     rows = sample[:: max(1, len(sample) // _TRIED)].numpy()

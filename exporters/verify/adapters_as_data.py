@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from onnxruntime import OrtValue
-from torch import nn
+from torch import Tensor, nn
 
+from gralora_fx.base.sources.lazy_tensors import computed_like, values_of
+from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.methods import AdapterTensors, Update
 from gralora_fx.core.methods.fold import fold
 from gralora_fx.core.methods.gralora import Factors
@@ -106,15 +109,22 @@ def with_folded(base: TracedModel, tensors: Mapping[str, NDArray[Any]], inputs: 
         if A_general is not None and B_general is not None:
             site, general = sites[entry.path], (A_general.t(), B_general.t())
             factors: AdapterTensors = LoraFactors(*general) if A is None or B is None else Factors(A, B, *general)
-            before, is_conv1d = site.weight.detach(), site.kind == "conv1d"
-            if scale is not None:
-                before = before * (1 + (scale if is_conv1d else scale.unsqueeze(1)))
-            folded = fold(before, [Update(factors, 1.0)], transposed=is_conv1d)
-            weights[entry.path] = nn.Parameter(folded, requires_grad=False)
+            weights[entry.path] = computed_like(site.weight, partial(_folded, site, factors, scale))
         if bias is not None:
             stored = base.tree.parameters[f"{entry.path}.bias"]
-            biases[id(stored)] = nn.Parameter(stored.detach() + bias, requires_grad=False)
+            biases[id(stored)] = computed_like(stored, partial(_added, stored, bias))
     return with_parameters(replace_weights(base, weights), biases)
+
+
+def _folded(site: LinearSite, factors: AdapterTensors, scale: Tensor | None) -> Tensor:
+    before, is_conv1d = values_of(site.weight, site.path), site.kind == "conv1d"
+    if scale is not None:
+        before = before * (1 + (scale if is_conv1d else scale.unsqueeze(1)))
+    return fold(before, [Update(factors, 1.0)], transposed=is_conv1d)
+
+
+def _added(stored: nn.Parameter, bias: Tensor) -> Tensor:
+    return values_of(stored, "a bias") + bias
 
 
 class MixedRows(SessionView):

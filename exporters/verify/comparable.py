@@ -11,15 +11,16 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from numpy.typing import NDArray
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from gralora_fx.base.sources.lazy_tensors import values_of
+from gralora_fx.base.sources.lazy_tensors import lazy_parameter, values_of
 from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
+from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters, is_streamed
 from gralora_fx.exporters.translation.export_graphs import DTYPES, cast_graph, precision_of
 from gralora_fx.exporters.verify.greedy_tokens import RowSteps
 from gralora_fx.exporters.verify.tolerances import arithmetic_of
@@ -178,7 +179,7 @@ def reference_model(
     traced = base_trace(model)
     if quantized is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
         return model
-    reference = float32_model(fold_adapters(model), precision)
+    reference = float32_model(fold_adapters(model), precision, streamed=is_streamed(model))
     if quantized is None:
         return reference
     from gralora_fx.exporters.verify.quantized_references import with_stored_weights
@@ -186,17 +187,26 @@ def reference_model(
     return with_stored_weights(reference, traced, quantized, directory)
 
 
-def float32_model(traced: TracedModel, precision: str) -> TracedModel:
-    """Return the model in float32 arithmetic, with copies of its weights rounded to a precision."""
+def float32_model(traced: TracedModel, precision: str, *, streamed: bool = False) -> TracedModel:
+    """Return the model in float32 arithmetic, with copies of its weights rounded to a precision.
+
+    Those of a streamed model are made when they are read.
+    """
     dtype = DTYPES[precision]
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "RoundedGraph")
     set_mode(graph_module.graph, False)
     graph_module = cast_graph(graph_module, "fp32")
 
     def cast(parameter: nn.Parameter, name: str) -> nn.Parameter:
-        values = values_of(parameter, name)
-        values = values.to(dtype).float() if values.is_floating_point() else values
-        return nn.Parameter(values, requires_grad=False)
+        def rounded() -> Tensor:
+            values = values_of(parameter, name)
+            return values.to(dtype).float() if values.is_floating_point() else values
+
+        if streamed:
+            return lazy_parameter(
+                rounded, parameter.shape, torch.float32 if parameter.is_floating_point() else parameter.dtype
+            )
+        return nn.Parameter(rounded(), requires_grad=False)
 
     map_parameters(graph_module, cast)
     graph_parameters = dict(graph_module.named_parameters(remove_duplicate=False))

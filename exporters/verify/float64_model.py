@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from transformers import Cache
 
 from gralora_fx.base.compat.torch_graphs import TorchDispatchMode, returns_alias, tree_map, tree_map_only
+from gralora_fx.core.graph.packed_weights import StreamedWeight, runnable
 from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import tensors_of, with_tensors
@@ -30,7 +32,7 @@ class Float64Model:
     def __call__(self, **inputs: Any) -> Any:
         """Return the model's outputs."""
         round_off = _RoundingNoise(self.draw)
-        graph_module = _widened(self._model.graph_module, round_off)
+        graph_module = _widened(runnable(self._model.graph_module), round_off)
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
@@ -46,6 +48,7 @@ class _RoundingNoise:
     """Adds relative noise of up to a bit of float32; draw 0 adds none."""
 
     def __init__(self, draw: int) -> None:
+        self.is_paused = False  # while a weight is read
         self._generator = torch.Generator().manual_seed(draw) if draw else None
 
     def __call__(self, values: Tensor) -> Tensor:
@@ -63,6 +66,8 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._noise = round_off
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if self._noise.is_paused:
+            return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(lambda v: torch.float64 if v is torch.float32 else v, (args, dict(kwargs or {})))
         result = func(*args, **kwargs)
         is_computed = isinstance(result, Tensor) and result.dtype == torch.float64 and not returns_alias(func)
@@ -71,6 +76,10 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _widened(graph_module: fx.GraphModule, round_off: _RoundingNoise) -> fx.GraphModule:
     wide_module = fx.GraphModule(graph_module, copy_graph(graph_module), "Float64Graph")
+    for node in wide_module.graph.nodes:
+        if isinstance(node.target, StreamedWeight):
+            node.target = _WideWeight(node.target, round_off)
+    wide_module.recompile()
 
     def wide(parameter: nn.Parameter, _: str) -> nn.Parameter:
         if parameter.dtype != torch.float32:
@@ -82,6 +91,25 @@ def _widened(graph_module: fx.GraphModule, round_off: _RoundingNoise) -> fx.Grap
         for tensors in (module._buffers, vars(module)):
             tensors |= {name: _wide(value) for name, value in tensors.items() if isinstance(value, Tensor)}
     return wide_module
+
+
+@dataclass(frozen=True, eq=False)
+class _WideWeight:
+    """Reads a streamed weight as it is, then casts it to float64."""
+
+    weight: StreamedWeight
+    round_off: _RoundingNoise
+    __name__ = "wide_weight"
+
+    def __call__(self) -> Any:
+        self.round_off.is_paused = True
+        torch.set_default_dtype(torch.float32)
+        try:
+            values = self.weight()
+        finally:
+            torch.set_default_dtype(torch.float64)
+            self.round_off.is_paused = False
+        return _wide(values)
 
 
 def _wide(value: Any) -> Any:

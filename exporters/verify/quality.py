@@ -24,7 +24,7 @@ from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
-from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
+from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters, is_streamed
 from gralora_fx.exporters.quantize.sensitivity import draw
 from gralora_fx.exporters.translation.export_graphs import precision_of
 from gralora_fx.exporters.verify.cases import Case, Verification, random_answers
@@ -74,7 +74,7 @@ def measure_quality(
 def _float32(model: TracedModel | GraloraModel) -> Iterator[TracedModel | GraloraModel]:
     """Yield the reference for quantization, in evaluation mode: the model, or its float32 version."""
     is_float32 = precision_of(base_trace(model).graph_module) == "fp32"
-    reference = model if is_float32 else float32_model(fold_adapters(model), "fp32")
+    reference = model if is_float32 else float32_model(fold_adapters(model), "fp32", streamed=is_streamed(model))
     with evaluating(model, reference):
         yield reference
 

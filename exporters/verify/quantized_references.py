@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +12,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from gralora_fx.base.features import marks, parts
+from gralora_fx.base.sources.lazy_tensors import computed_like, values_of
 from gralora_fx.core.graph.sites import LinearSite, other_readers
 from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.model.merging import replace_weights
@@ -51,7 +53,11 @@ def with_stored_weights(
             f"cannot be compared with a model of the same rounded weights; export with {option(verify=False)} and "
             "judge the export by its results"
         )
-    weights = {site.path: _rounded(site, stored[site.path]) for site in reference.sites if site.path in stored}
+    weights = {
+        site.path: computed_like(site.weight, partial(_rounded, site, stored[site.path], {}))
+        for site in reference.sites
+        if site.path in stored
+    }
     readers = other_readers(reference.graph_module, reference.sites) if quantized.lookups else {}
     shared = [
         site
@@ -95,19 +101,24 @@ def _is_shared(site: LinearSite, others: Sequence[str], weight: ProductWeight) -
     return bool(site.tied_with or others) and (weight.storage == "columns" or site.in_features % weight.block_size == 0)
 
 
-def _rounded(site: LinearSite, stored: _StoredWeight) -> nn.Parameter:
-    """Return the export's stored values of a site's weight, or the weight itself if those are no rounding of it."""
+def _rounded(site: LinearSite, stored: _StoredWeight, known: dict[int, bool]) -> Tensor:
+    """Return the export's stored values of a site's weight, or the weight itself if those are no rounding of it.
+
+    What was compared is noted in `known`, by the first row, for the next time.
+    """
     is_conv1d, (weight, start, stop) = site.kind == "conv1d", stored
     held = stored_values(weight)
-    own = site.weight.detach().t() if is_conv1d else site.weight.detach()  # [out, in]
+    own = values_of(site.weight, site.path)
+    own = own.t() if is_conv1d else own  # [out, in]
     parts = []
     for first in range(0, len(own), _ROWS):
         rows = own[first : first + _ROWS]
         outputs = slice(start + first, min(start + first + _ROWS, stop))
-        is_rounding = held.is_rounded(rows.numpy(), outputs)
-        parts.append(torch.from_numpy(held.values(outputs)) if is_rounding else rows)
+        if first not in known:
+            known[first] = held.is_rounded(rows.numpy(), outputs)
+        parts.append(torch.from_numpy(held.values(outputs)) if known[first] else rows)
     values = torch.cat(parts)
-    return nn.Parameter((values.t() if is_conv1d else values).contiguous(), requires_grad=False)
+    return (values.t() if is_conv1d else values).contiguous()
 
 
 _IN_FLOAT32 = 1  # the accuracy level

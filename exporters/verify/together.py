@@ -12,7 +12,7 @@ import torch
 from gralora_fx.base.features import parts
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
+from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters, is_streamed
 from gralora_fx.exporters.translation.export_graphs import precision_of
 from gralora_fx.exporters.verify.cases import Case
 from gralora_fx.exporters.verify.comparable import Variant, evaluating, float32_model
@@ -115,5 +115,8 @@ def _reference(part: TracedModel | GraloraModel, manifest: Manifest, variant: Va
         else:  # the base and the adapter's tensors are rounded separately
             from gralora_fx.exporters.verify.adapters_as_data import with_folded
 
-            return with_folded(float32_model(part.traced, manifest.precision), variant.tensors, inputs)
-    return part.eval() if is_exact else float32_model(fold_adapters(part), manifest.precision)
+            rounded = float32_model(part.traced, manifest.precision, streamed=is_streamed(part))
+            return with_folded(rounded, variant.tensors, inputs)
+    if is_exact:
+        return part.eval()
+    return float32_model(fold_adapters(part), manifest.precision, streamed=is_streamed(part))

@@ -50,9 +50,7 @@ NoTokenizer = Annotated[
 ]
 Stream = Annotated[
     bool,
-    typer.Option(
-        "--stream", help="Read weights one by one, to need less memory; nothing is compared.", rich_help_panel=WRITTEN
-    ),
+    typer.Option("--stream", help="Read weights one by one, to need less memory.", rich_help_panel=WRITTEN),
 ]
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch.", rich_help_panel=COMPARISON)
@@ -109,9 +107,8 @@ def export(
     the export fixes it. A language model is exported with a key-value cache, so that it can generate;
     --task text-generation leaves the cache out.
     """
-    without = [name for name, is_given in (("--no-verify", no_verify), ("--stream", stream)) if is_given]
-    _check_together(options, verify, without, texts, no_tokenizer=no_tokenizer)
-    options |= {"overwrite": overwrite, "dump": dump, "verify": verify or not without}
+    _check_together(options, verify, texts, no_verify=no_verify, no_tokenizer=no_tokenizer)
+    options |= {"overwrite": overwrite, "dump": dump, "verify": verify or not no_verify}
     if texts is not None:
         options["texts"] = read_texts(texts)
     traced = [own(**{each.name: options.pop(each.name) for each in declared_options(own)}) for own in _OTHERS]
@@ -159,7 +156,7 @@ def export(
 
 
 def _check_together(
-    options: Mapping[str, Any], verify: str | None, without: Sequence[str], texts: Path | None, *, no_tokenizer: bool
+    options: Mapping[str, Any], verify: str | None, texts: Path | None, *, no_verify: bool, no_tokenizer: bool
 ) -> None:
     """Check that every option has an effect beside the others."""
     for name in ("bits", "block_size", "accuracy_level"):
@@ -169,14 +166,13 @@ def _check_together(
     if texts is not None:
         if options["quantize"] is None:
             raise ConfigError("--texts has no effect without --quantize; give --quantize too, or leave it out")
-        unused = [name for name in without if name == "--stream" or options["quantize"] != "int4"]
-        if contradicting := ["--no-tokenizer"] * no_tokenizer + unused:
+        is_unused = no_verify and options["quantize"] != "int4"
+        if contradicting := ["--no-tokenizer"] * no_tokenizer + ["--no-verify"] * is_unused:
             raise ConfigError(
                 f"--texts contradicts {contradicting[0]}: texts are tokenized and compared; leave one out"
             )
-    if verify is not None and without:
-        other = "--stream, which leaves nothing to compare with" if without[0] == "--stream" else without[0]
-        raise ConfigError(f"--verify {verify} contradicts {other}; leave one of them out")
+    if verify is not None and no_verify:
+        raise ConfigError(f"--verify {verify} contradicts --no-verify; leave one of them out")
 
 
 def check_request(

@@ -25,7 +25,6 @@ from traces import fresh_trace
 from transformers import AutoModel
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
-from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.demo.news_classifier import package_folder
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
@@ -427,16 +426,6 @@ def test_the_manifest_says_how_weights_are_quantized(report: ExportReport, class
         "chosen_by": "3 of the given texts",
     }
     assert read_manifest(report.output_dir).quality == report.quality
-
-
-def test_a_streamed_export_is_the_other_byte_for_byte(tmp_path: Path) -> None:
-    tiny_model("gpt2").save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    for stream in (False, True):
-        model = load_traced(str(tmp_path / "base"), None, CACHED, stream=stream)
-        with unmeasured():  # a streamed model is not run
-            export_onnx(model, tmp_path / str(stream), verify=False, quantize=DYNAMIC)
-    for file in ("model.onnx", "model.onnx_data", "gralora_export.json"):
-        assert (tmp_path / "False" / file).read_bytes() == (tmp_path / "True" / file).read_bytes(), file
 
 
 def test_figures_are_those_of_the_served_export(report: ExportReport, classifier: GraloraModel) -> None:

@@ -206,16 +206,6 @@ def test_an_adapter_is_folded_into_formats_that_differ(tmp_path: Path, monkeypat
     assert verify_onnx(tmp_path / "folded", GraloraModel.from_pretrained(model.traced, tmp_path / "adapter")).passed
 
 
-def test_a_streamed_model_chooses_by_its_weights(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    streamed = load_traced(str(tmp_path / "base"), None, CACHED, stream=True)
-    report = export_onnx(streamed, tmp_path / "onnx", verify=False, quantize="int4", bits=5)
-    assert report.quantization is not None
-    assert report.quantization.chosen_by == "the errors of the weights themselves, as a streamed model is not run"
-    assert report.quantization.layers
-    assert verify_onnx(tmp_path / "onnx", load_traced(str(tmp_path / "base"), None, CACHED)).passed
-
-
 def test_texts_that_choose_are_not_those_that_are_compared(tmp_path: Path) -> None:
     texts = ["rates rose again", "the match was lost", "a new phone", "a film"]
     options = ExportOptions(quantize="int4", texts=texts, tokenizer=".")

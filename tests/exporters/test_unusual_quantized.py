@@ -13,13 +13,11 @@ import onnx_ir as ir
 import pytest
 import torch
 from damaged_exports import forget_digests
-from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor, nn
 from traces import fresh_trace
 
 from gralora_fx import trace
-from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
 from gralora_fx.exporters.formats import Blocks, Columns
@@ -238,16 +236,6 @@ def test_layers_in_branches_get_their_share(tmp_path: Path) -> None:
     report = exported(Branches(), torch.randn(4, 64), tmp_path / "onnx", "int4", bits=8)
     assert report.quantization is not None
     assert set(report.quantization.layers) == {"first.weight", "left.weight", "right.weight"}
-
-
-def test_a_streamed_model_says_that_nothing_was_measured(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    streamed = load_traced(str(tmp_path / "base"), None, CACHED, stream=True)
-    report = export_onnx(streamed, tmp_path / "onnx", quantize="int8-dynamic", verify=False)
-    assert chosen_by(report) == "nothing, as a streamed model is not run"
-    options: Any = {"quantize": "int4", "texts": ["rates rose"], "tokenizer": tiny_tokenizer(), "verify": False}
-    with pytest.raises(ExportError, match=r"a streamed model cannot run: leave them out"):
-        export_onnx(streamed, tmp_path / "int4", **options)
 
 
 def test_texts_are_cut_and_run_some_at_a_time_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:

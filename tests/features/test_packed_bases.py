@@ -124,7 +124,7 @@ def test_no_unpacked_weight_is_kept_for_the_backward_pass(bases: Any, name: str,
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         gralora(**gralora.traced.graph_inputs)
-    shapes = {tuple(packed.shape) for packed in gralora._state.base.packed.values()}
+    shapes = {tuple(packed.shape) for packed in gralora._state.base.computed.values()}
     assert shapes
     assert not {*shapes, *(shape[::-1] for shape in shapes)} & set(kept)
 

@@ -32,6 +32,13 @@ def with_source(parameter: nn.Parameter, source: Callable[[], Tensor]) -> nn.Par
     return parameter
 
 
+def computed_like(parameter: Tensor, values: Callable[[], Tensor]) -> nn.Parameter:
+    """Return a parameter of a float32 parameter's shape with other values, computed when it is read if that one is."""
+    if is_lazy(parameter):
+        return lazy_parameter(values, parameter.shape, parameter.dtype)
+    return nn.Parameter(values(), requires_grad=False)
+
+
 def is_lazy(tensor: Tensor) -> bool:
     """Return whether a tensor's values are computed when they are read."""
     return hasattr(tensor, _SOURCE)
@@ -105,8 +112,13 @@ def raw_values_of(tensor: Tensor, name: str) -> Tensor:
         return tensor.detach()
     source: Callable[[], Tensor] | None = getattr(tensor, _SOURCE, None)
     if source is None:
-        raise ExportError(
-            f"{name} is on the meta device and has no source of values; load the model with its "
-            "weights, or with gralora_fx.loading.load_streamed"
-        )
+        raise without_values(name)
     return source().detach()
+
+
+def without_values(name: str) -> ExportError:
+    """Return the error for a parameter on the meta device whose values cannot be read."""
+    return ExportError(
+        f"{name} is on the meta device and has no source of values; load the model with its "
+        "weights, or with gralora_fx.loading.load_streamed"
+    )

@@ -15,7 +15,7 @@ from gralora_fx.errors import MergeError
 
 if TYPE_CHECKING:
     from gralora_fx.base.sources.same_base import BaseSource
-    from gralora_fx.core.graph.packed_weights import PackedWeight
+    from gralora_fx.core.graph.packed_weights import PackedWeight, StreamedWeight
 
 
 class ParameterSlot(NamedTuple):
@@ -43,12 +43,12 @@ class Base:
         traced: The trace.
         trainable: Names of the parameters that required gradients before there was an adapter.
         running_block: Returns a block of the module that runs, by its path.
-        packed: Packed weights by name; the tree has buffers in their place.
+        computed: Packed and streamed weights by name; the tree has buffers in place of packed ones.
         slots: The parameters of the trace, and the place of each in the tree.
         seen_graph: The trace's graph at the last comparison.
     """
 
-    packed: Mapping[str, PackedWeight]
+    computed: Mapping[str, PackedWeight | StreamedWeight]
 
     def __init__(self, traced: TracedModel) -> None:
         """Start with the trace's own parameters."""
@@ -87,7 +87,7 @@ class Base:
 
         self.tree, self.traced = unpack_module(state["tree"]), state["traced"]
         self.seen_graph = self.traced.graph_module
-        self.packed = {}  # a trace with packed weights is not pickled
+        self.computed = {}  # a trace with packed weights is not pickled
         self.trainable = state["trainable"]
         self._install_blocks()
         self.slots = self.find_slots(self.traced)
@@ -99,7 +99,7 @@ class Base:
         other.tree = copy.deepcopy(self._plain_tree(), memo)
         other.seen_graph = other.traced.graph_module
         other.trainable = list(self.trainable)
-        other.packed = self.packed
+        other.computed = self.computed
         other._install_blocks()
         other.slots = other.find_slots(other.traced)
         return other
@@ -114,20 +114,20 @@ class Base:
 
     def _hold_packed(self) -> None:
         """Put buffers in the tree in place of the trace's packed weights."""
-        self.packed = {}
+        self.computed = {}
         if any(is_lazy(parameter) for parameter in self.traced.tree.parameters.values()):
-            from gralora_fx.core.graph.packed_weights import hold_packed, packed_parameters
+            from gralora_fx.core.graph.packed_weights import computed_parameters, hold_packed
 
-            self.packed = packed_parameters(self.traced.graph_module)
+            self.computed = computed_parameters(self.traced.graph_module)
             hold_packed(self.tree)
 
     def graph_module(self, graph: fx.Graph, training: bool, class_name: str) -> fx.GraphModule:
         """Return a graph module of a graph of the trace, over the tree's tensors."""
         root = self.tree
-        if self.packed:
+        if self.computed:
             root = copy.copy(root)
             root.__dict__["_modules"] = dict(root._modules)
-            names = self.packed.keys() & self.traced.tree.parameters.keys()
+            names = self.computed.keys() & self.traced.tree.parameters.keys()
             replace_parameters(root, {name: self.traced.tree.parameters[name] for name in names})
         return copy_in_mode(root, graph, training, class_name)
 
@@ -163,10 +163,10 @@ class Base:
         parameters = dict(traced.graph_module.named_parameters(remove_duplicate=False))
         slots = []
         for name, parameter in parameters.items():
-            if name in self.packed:
-                continue
             owner, _, key = name.rpartition(".")
-            slots.append(ParameterSlot(name, self.tree.get_submodule(owner), key, parameter))
+            module = self.tree.get_submodule(owner)
+            if key in module._parameters:  # a packed one is not there
+                slots.append(ParameterSlot(name, module, key, parameter))
         return slots
 
 

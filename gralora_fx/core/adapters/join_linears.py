@@ -116,7 +116,7 @@ def _product(linear: Any) -> tuple[fx.Node, Any, Any] | None:
         is_turned = True
     else:
         return None
-    if is_unpacked(weight):
+    if is_unpacked(weight) and weight.args:  # in few bits, not read from a file
         return x, (weight.target, weight.args, is_turned), bias
     return None if is_turned else (x, weight, bias)
 

@@ -135,7 +135,7 @@ class StateGraph:
 
     def _training_passes(self) -> tuple[Pass[fx.Graph], ...]:
         """Return the passes for training graphs, which replace subgraphs by nodes with gradients of their own."""
-        adapted = self._base.packed or self.flat.module.graph.find_nodes(op="call_function", target=accumulate)
+        adapted = self._base.computed or self.flat.module.graph.find_nodes(op="call_function", target=accumulate)
         if not (self.state.training and adapted):
             return ()
         from gralora_fx.core.adapters.join_linears import join_adapted_linears
@@ -241,10 +241,10 @@ def _passes(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter])
     replaced = tuple(site for site in traced.adaptable if site.path in state.weights)
     yield UntieWeights(replaced)  # else others that read a tied weight would get the folded one
     yield SetWeights(replaced, state.weights)
-    if base.packed:
-        from gralora_fx.core.graph.packed_weights import UnpackWeights
+    if base.computed:
+        from gralora_fx.core.graph.packed_weights import ComputeWeights
 
-        yield UnpackWeights(base.packed, {name for site in replaced for name in traced.tree.names_of(site.weight)})
+        yield ComputeWeights(base.computed, {name for site in replaced for name in traced.tree.names_of(site.weight)})
     if state.by_row:
         from gralora_fx.core.adapters.insert_by_row import InsertByRow
 

@@ -26,11 +26,11 @@ _SLICE = {_aten.slice.Tensor}
 _NARROW = {_aten.narrow.default, torch.narrow, "narrow"}
 
 
-_UNPACKED = "gralora_unpacked"  # of a node that computes a parameter from few bits: the parameter's name
+_UNPACKED = "gralora_unpacked"  # of a node that computes a parameter, from few bits or a file: the parameter's name
 
 
 def mark_unpacked(node: fx.Node, name: str) -> None:
-    """Mark a node as the unpacked values of a parameter, which a linear call may multiply by."""
+    """Mark a node as the computed values of a parameter, which a linear call may multiply by."""
     node.meta.setdefault("custom", {})[_UNPACKED] = name
 
 
@@ -163,7 +163,10 @@ def _height(value: object) -> int | None:
     if origin.rows is not None:
         return origin.rows[1] - origin.rows[0]
     owner = origin.node.graph.owning_module
-    tensor = None if owner is None else tensor_at(owner, str(origin.node.target))
+    if is_unpacked(origin.node):
+        tensor = origin.node.meta.get("val")
+    else:
+        tensor = None if owner is None else tensor_at(owner, str(origin.node.target))
     return None if tensor is None or not tensor.ndim else tensor.shape[0]
 
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 from gralora_fx.core.graph.linear_calls import (
     LinearCall,
     calls_at,
+    is_unpacked,
     match_linear_call,
     note_weight,
     readers,
@@ -139,6 +140,8 @@ def other_readers(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> 
     sources: dict[int, list[fx.Node]] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         sources.setdefault(id(tensor_at(graph_module, str(node.target))), []).append(node)
+    for node in filter(is_unpacked, graph_module.graph.nodes):
+        sources.setdefault(id(getattr(node.target, "parameter", None)), []).append(node)
     others: dict[str, tuple[str, ...]] = {}
     for site in sites:
         if site.kind == "parameter":  # all of its readers are its own

@@ -233,7 +233,7 @@ def load_streamed(
 ) -> PreTrainedModel:
     """Load the same model with its weights left in their files, as lazy parameters on the meta device.
 
-    It can be traced, rewritten and exported (reading one tensor at a time), but not run.
+    Once traced, it runs, is rewritten and exported, reading one tensor at a time.
 
     Args:
         name: Local directory or hub id, of safetensors files.

@@ -173,7 +173,7 @@ class TracedModel:
         return self.with_graph(graph_module, self.tree)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph like the model."""
+        """Run the graph like the model; a weight that is packed, or left in a file, is computed for its reader."""
         inputs = self.bind(args, kwargs)
         if not any(map(is_lazy, self.tree.parameters.values())):
             return self.graph_module(**inputs)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gralora_fx.base.sources.lazy_tensors import computed_like, value_entries
 from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.pipeline import Skip
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -207,14 +208,18 @@ def rounded_experts(directory: Path, reference: TracedModel) -> tuple[dict[int, 
         for (name, own), is_up in zip(expert_matrices(reference, experts).items(), (True, False), strict=False):
             if name not in weights:
                 continue
-            held, parts = stored_values(weights[name]), []
-            for index, matrix in enumerate(own.detach().numpy()):
-                rows = arranged(matrix, experts.gate, is_up=is_up, is_transposed=experts.is_transposed)
-                outputs = slice(index * len(rows), (index + 1) * len(rows))
-                rows = held.values(outputs) if held.is_rounded(rows, outputs) else rows
-                parts.append(as_modelled(rows, experts.gate, is_up=is_up, is_transposed=experts.is_transposed))
-            rounded[id(own)] = nn.Parameter(torch.from_numpy(np.stack(parts)), requires_grad=False)
+            rounded[id(own)] = computed_like(own, functools.partial(_rounded, own, weights[name], experts, is_up=is_up))
     return rounded, sum(weight.out_features * weight.in_features for weight in weights.values())
+
+
+def _rounded(own: Tensor, weight: ProductWeight, experts: Experts, *, is_up: bool) -> Tensor:
+    held, parts = stored_values(weight), []
+    for index, matrix in enumerate(value_entries(own, weight.name)):
+        rows = arranged(matrix.numpy(), experts.gate, is_up=is_up, is_transposed=experts.is_transposed)
+        outputs = slice(index * len(rows), (index + 1) * len(rows))
+        rows = held.values(outputs) if held.is_rounded(rows, outputs) else rows
+        parts.append(as_modelled(rows, experts.gate, is_up=is_up, is_transposed=experts.is_transposed))
+    return torch.from_numpy(np.stack(parts))
 
 
 def experts_in_floats(model: ir.Model) -> None:
