@@ -23,7 +23,7 @@ from benchmarks.few_bits_quality import TEXTS, held_out, permuted_model
 from benchmarks.harness import Claim, Report, Table, progress
 from gralora_fx import TracedModel
 from gralora_fx.exporters import export_onnx, onnx
-from gralora_fx.exporters.quantize import calibration, choice
+from gralora_fx.exporters.quantize import calibration, choice, round_in_order
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
 from gralora_fx.exporters.verify.quality import kl_divergence
 from gralora_fx.run.sessions.session import open_session
@@ -34,8 +34,8 @@ STAGES = (
     (calibration, "measure_sensitivities", "it is run forward and backward"),
     (choice, "_candidate", "bits are chosen"),
     (choice, "round_in_order", "it is run layer by layer"),
-    (choice.Moments, "add", "products of inputs"),
-    (choice._Layer, "round", "rounding to 4 bits"),
+    (round_in_order.Moments, "add", "products of inputs"),
+    (round_in_order._Layer, "round", "rounding to 4 bits"),
     (onnx, "save_models", "rounding to 8 bits, packing, writing"),
 )
 REST = "conversion and the rest"

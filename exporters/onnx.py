@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, TraceError, listed, marked, option, warn_caller
-from gralora_fx.exporters.artifact.manifest import describe, save_models, write_manifest
+from gralora_fx.exporters.artifact.manifest import describe, made_from, save_models, write_manifest
 from gralora_fx.exporters.artifact.program_files import write_program_files
 from gralora_fx.exporters.artifact.staging import (
     check_folder,
@@ -24,8 +25,8 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
-from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, conversion_of
-from gralora_fx.exporters.kinds.flavour import Models, flavour_of
+from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, conversion_of, is_streamed
+from gralora_fx.exporters.kinds.flavour import Flavour, Models, flavour_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.reports import ExportReport, layers_reports
 from gralora_fx.exporters.translation.export_graphs import check_exportable
@@ -140,11 +141,37 @@ def export_onnx(
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
     companions = _companions(model, conversion, seconds) if flavour.has_companions else {}
     _warn_of_parts_left_out(model, conversion, companions)
-    if conversion.plan is not None:
-        from gralora_fx.exporters.quantize.choice import choose_formats
+    with ExitStack() as kept:
+        if conversion.plan is not None:
+            conversion = _with_formats(conversion, flavour, output_dir, kept, seconds)
+        return _written(model, output_dir, conversion, flavour, companions, seconds)
 
-        with timed("choose", seconds, "quantizing"):
-            conversion = dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
+
+def _with_formats(
+    conversion: Conversion, flavour: Flavour, output_dir: str | Path, kept: ExitStack, seconds: dict[str, float]
+) -> Conversion:
+    """Return a quantized export's conversion with the formats chosen; of a streamed model, results are kept."""
+    from gralora_fx.exporters.quantize.choice import choose_formats
+
+    if is_streamed(conversion.model):
+        from gralora_fx.exporters.quantize.kept_work import work_beside
+
+        work = kept.enter_context(work_beside(output_dir, made_from(conversion)))
+        conversion = dataclasses.replace(conversion, work=work)
+    with timed("choose", seconds, "quantizing"):
+        return dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
+
+
+def _written(
+    model: TracedModel | GraloraModel,
+    output_dir: str | Path,
+    conversion: Conversion,
+    flavour: Flavour,
+    companions: dict[str, Conversion],
+    seconds: dict[str, float],
+) -> ExportReport:
+    """Convert a model, write the directory, and compare it with the model before it is put in place."""
+    options = conversion.options
     with timed("convert", seconds, "converting"), gc_pause():
         models = flavour.convert(conversion)
         models, companions, programs = _with_companions(models, conversion, companions)

@@ -168,6 +168,14 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 
+def made_from(conversion: Conversion) -> dict[str, Any]:
+    """Return what the results of an export depend on, as JSON takes it."""
+    options = dataclasses.asdict(dataclasses.replace(conversion.options, tokenizer=None, dump=None))
+    adapters = {name: dataclasses.asdict(entry) for name, entry in describe_adapters(conversion.model).items()}
+    packages = {name: installed_version(name) for name in ("gralora-fx", *_PACKAGES)}
+    return {"base": conversion.fingerprint, "adapters": adapters, "options": options, "packages": packages}
+
+
 def describe_adapters(model: TracedModel | GraloraModel) -> dict[str, AdapterEntry]:
     """Return configuration and digest of each adapter that an export folds or that was merged before, by name."""
     found: Mapping[str, Any] = model.merged_adapters if isinstance(model, TracedModel) else _active(model)

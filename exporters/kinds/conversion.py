@@ -25,6 +25,7 @@ from gralora_fx.format.adapter_paths import check_can_act
 
 if TYPE_CHECKING:
     from gralora_fx.exporters.kinds.data_sites import DataSites
+    from gralora_fx.exporters.quantize.kept_work import KeptWork
     from gralora_fx.exporters.quantize.plan import QuantizationPlan
 
 _SAMPLES = 64  # values of a parameter that the fingerprint samples
@@ -42,6 +43,7 @@ class Conversion:
     # the layers whose adapters are data of the ONNX models; None if adapters are folded
     adapters: DataSites | None = None
     plan: QuantizationPlan | None = None  # how matrices are stored; None for floats
+    work: KeptWork | None = None  # where results that take long are kept while a streamed model is exported
 
     @property
     def data_adapters(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from gralora_fx.errors import ExportError, first_line, option
 from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, is_streamed
 from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantize.kept_work import KeptWork
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities, draw, measure_sensitivities
 from gralora_fx.exporters.translation.export_graphs import precision_of
 from gralora_fx.exporters.verify.cases import Verification, random_answers
@@ -33,6 +34,8 @@ _DRAWN, _FEWEST, _MOST = 32, 16, 48  # tokens of a sampled text; minimum and max
 _TOGETHER = 512  # positions run at once, and approximate positions for measuring sensitivity
 _LEAST_POSITIONS = 16
 _TEXTS, _LONGEST = 256, 128  # maximum number of texts, and tokens of each
+
+_TEXTS_DRAWN, _MEASURED = "the texts that the model drew", "the measurements of what rounding costs"  # kept results
 
 _Row: TypeAlias = Mapping[str, Tensor]  # a text as inputs of one row
 
@@ -51,15 +54,24 @@ class Calibration:
 def calibrate(conversion: Conversion, verification: Verification) -> Calibration:
     """Run a model on inputs, and measure how its outputs depend on rounding."""
     given = _given(conversion.traced, conversion.options)  # raises errors in the texts before a copy is made
-    traced = _runnable(conversion)
+    traced, work = _runnable(conversion), conversion.work or KeptWork()
     with evaluating(conversion.model, traced):
         cases: list[Mapping[str, Any]] = []
         inputs = ""
         try:
-            cases, inputs = _cases(traced, given, verification)
-            return Calibration(traced, cases, measure_sensitivities(traced, _some(cases)), inputs)
+            cases, inputs = _cases(traced, given, verification, work)
+            return Calibration(traced, cases, _measured(traced, _some(cases), work), inputs)
         except (RuntimeError, NotImplementedError) as error:
             return Calibration(traced, cases, None, inputs, f"the model gives no gradients ({first_line(error)})")
+
+
+def _measured(traced: TracedModel, cases: Sequence[Mapping[str, Any]], work: KeptWork) -> Sensitivities:
+    known = work.read(_MEASURED)
+    if known is not None:
+        return Sensitivities.of(known)
+    measured = measure_sensitivities(traced, cases, work.directory)
+    work.keep(_MEASURED, measured.arrays())
+    return measured
 
 
 def _runnable(conversion: Conversion) -> TracedModel:
@@ -90,7 +102,7 @@ def _given(traced: TracedModel, options: ExportOptions) -> list[_Row] | None:
 
 
 def _cases(
-    traced: TracedModel, given: Sequence[_Row] | None, verification: Verification
+    traced: TracedModel, given: Sequence[_Row] | None, verification: Verification, work: KeptWork
 ) -> tuple[list[Mapping[str, Any]], str]:
     """Return inputs to run the model on, and their description."""
     is_decoder = traced.cache_layout is CacheLayout.DECODER
@@ -104,7 +116,10 @@ def _cases(
         return [case for _, case in random_answers(traced, seed=1)], "random inputs"
     if not is_decoder:
         return [case for _, case in verification.cases(traced, seed=1, quick=False)], "random inputs"
-    rows = _drawn(traced)
+    known = work.read(_TEXTS_DRAWN)
+    rows = _drawn(traced) if known is None else torch.from_numpy(known["ids"])
+    if known is None:
+        work.keep(_TEXTS_DRAWN, {"ids": rows.numpy()})
     parts = torch.split(rows, max(1, _TOGETHER // rows.shape[1]))
     return [_step(traced, part) for part in parts], f"{len(rows)} texts of {rows.shape[1]} tokens that the model drew"
 

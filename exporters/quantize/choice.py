@@ -1,168 +1,32 @@
-"""Choice of an export's formats by measured error within a bit budget, and rounding in execution order."""
+"""Choice of an export's formats by measured error within a bit budget."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from gralora_fx.base.compat.torch_graphs import tree_leaves
 from gralora_fx.base.progress.stages import counted
 from gralora_fx.base.sources.lazy_tensors import values_of
-from gralora_fx.core.graph.linear_calls import LinearCall, calls_at, is_unpacked
 from gralora_fx.core.graph.sites import LinearSite, other_readers
-from gralora_fx.core.tracing.normalize.regions import LEAVE
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import first_line
 from gralora_fx.exporters.formats import Blocks, Columns
 from gralora_fx.exporters.kinds.conversion import Conversion
-from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_blocks
-from gralora_fx.exporters.quantize.block_search import InputProducts
+from gralora_fx.exporters.quantize.block_arrays import BlockArrays
 from gralora_fx.exporters.quantize.calibration import Calibration, calibrate
+from gralora_fx.exporters.quantize.kept_work import KeptBlocks
 from gralora_fx.exporters.quantize.plan import QuantizationPlan, weight_names
-from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
+from gralora_fx.exporters.quantize.round_in_order import round_in_order
 from gralora_fx.exporters.quantize.row_errors import plan_rows
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities
 from gralora_fx.exporters.verify.cases import Verification
 from gralora_fx.exporters.verify.comparable import evaluating
 from gralora_fx.format.quantized_weights import WIDEST_EXACT
-
-WINDOW = 2048  # neighbouring inputs with joint error compensation: memory grows with its square
-
-_SILENT = 1e-20  # mean square of inputs that are practically zero
-
-
-@dataclass
-class Moments:
-    """Sums over positions of products of neighbouring inputs, of within a window, for layers that read the same."""
-
-    windows: Tensor  # `[windows, width, width]`; products with inputs beyond the last are zero
-    reads: int = 0  # number of positions
-    read: set[fx.Node] = field(default_factory=set)  # the nodes whose values were added
-
-    @classmethod
-    def of(cls, inputs: int, block_size: int) -> Moments:
-        """Return zero sums; windows are whole blocks."""
-        width = min(-(-inputs // block_size) * block_size, max(WINDOW, block_size))
-        return cls(torch.zeros(-(-inputs // width), width, width))
-
-    def add(self, rows: Tensor) -> None:
-        """Add positions `[positions, in]`."""
-        count, size, _ = self.windows.shape
-        self.reads += len(rows)
-        padded = torch.nn.functional.pad(rows, (0, count * size - rows.shape[1]))
-        parts = padded.reshape(len(rows), count, size).transpose(0, 1)  # [windows, positions, size]
-        self.windows.baddbmm_(parts.transpose(1, 2), parts)
-
-    @cached_property
-    def products(self) -> InputProducts | None:
-        """Their means, once all positions were added; None if all inputs were zero."""
-        means = self.windows / max(1, self.reads)
-        return InputProducts(means) if float(means.diagonal(dim1=1, dim2=2).mean()) > _SILENT else None
-
-
-@dataclass
-class _Layer:
-    """A layer with a weight to round."""
-
-    site: LinearSite
-    name: str
-    form: Blocks
-    moments: Moments
-    calls: list[LinearCall]
-
-    def round(self) -> tuple[BlockArrays, Tensor]:
-        """Return the blocks of its weight, and the dequantized weight."""
-        weight = values_of(self.site.weight, self.name).float()
-        is_transposed = self.site.kind == "conv1d"
-        matrix = np.ascontiguousarray((weight if is_transposed else weight.t()).numpy())  # [in, out]
-        blocks = quantize_blocks(matrix, self.form, self.moments.products, self.name)
-        values = torch.from_numpy(dequantize_blocks(blocks, self.form.bits, len(matrix)))
-        return blocks, values.t().contiguous() if is_transposed else values
-
-
-@torch.no_grad()
-def round_in_order(
-    model: TracedModel, cases: Sequence[Mapping[str, Any]], forms: Mapping[str, tuple[str, Blocks]]
-) -> dict[str, BlockArrays]:
-    """Round the weights of layers.
-
-    Each is rounded at its layer's last call, for the inputs of all its calls.
-    """
-    layers, rounded = _layers(model, forms), dict[str, BlockArrays]()
-    runs = [_run(model, case) for case in cases]
-    unread = _read_when_rounded(layers)
-    for node in counted(list(model.graph_module.graph.nodes), "rounding", "operations"):
-        for layer, call in layers.pop(node, ()):
-            if call.input not in layer.moments.read:
-                layer.moments.read.add(call.input)
-                for run in runs:
-                    rows = run.env[call.input]
-                    layer.moments.add(rows.reshape(-1, rows.shape[-1]))
-            layer.calls.remove(call)
-            if not layer.calls:
-                rounded[layer.site.path], values = layer.round()
-                for run in runs:
-                    run.env[call.weight] = values
-        if not layers:
-            break
-        is_left = node.target in LEAVE or node.target in LEAVE.values()  # gradients are off, and casts not exported
-        if not is_left and node not in unread:
-            _run_node(node, runs)
-    return rounded
-
-
-def _run_node(node: fx.Node, runs: Sequence[fx.Interpreter]) -> None:
-    """Run a node in all runs, once if it has no inputs, and forget what nothing reads any more."""
-    for run in runs:
-        if node not in run.env:
-            is_same = not node.all_input_nodes and node in runs[0].env
-            run.env[node] = runs[0].env[node] if is_same else run.run_node(node)
-    for run in runs:
-        for done in run.user_to_last_uses.get(node, ()):
-            run.env.pop(done, None)
-
-
-def _read_when_rounded(layers: Mapping[fx.Node, Sequence[tuple[_Layer, LinearCall]]]) -> set[fx.Node]:
-    """Return the nodes of weights that nothing reads before they are rounded."""
-    calls = [call for found in layers.values() for layer, call in found if len(layer.calls) == 1]
-    return {call.weight for call in calls if list(call.weight.users) == [call.node]}
-
-
-def _layers(
-    model: TracedModel, forms: Mapping[str, tuple[str, Blocks]]
-) -> dict[fx.Node, list[tuple[_Layer, LinearCall]]]:
-    """Return the layers to round and their calls, by node; not those in branches or of parts of a weight."""
-    nodes = {node.name: node for node in model.graph_module.graph.nodes}
-    found: dict[fx.Node, list[tuple[_Layer, LinearCall]]] = {}
-    shared: dict[Any, Moments] = {}
-    for site in model.sites:
-        calls = [call for name in site.calls for call in calls_at(nodes[name], site.path)]
-        whole = [call for call in calls if call.operand is None and call.rows is None]
-        calls = [call for call in whole if call.weight.op == "get_attr" or is_unpacked(call.weight)]
-        if site.path in forms and calls:
-            name, form = forms[site.path]
-            inputs = tuple(call.input for call in calls)
-            fresh = Moments.of(site.in_features, form.block_size)
-            layer = _Layer(site, name, form, shared.setdefault((inputs, fresh.windows.shape), fresh), calls)
-            for call in calls:
-                found.setdefault(call.node, []).append((layer, call))
-    return found
-
-
-def _run(model: TracedModel, case: Mapping[str, Any]) -> fx.Interpreter:
-    """Return an interpreter with a model's inputs set."""
-    run = fx.Interpreter(model.graph_module)
-    inputs = [node for node in model.graph_module.graph.nodes if node.op == "placeholder"]
-    run.env = dict(zip(inputs, tree_leaves(model.bind((), case)), strict=True))
-    return run
-
 
 _ROWS = 4096  # output features of a matrix sampled for its error
 
@@ -229,12 +93,14 @@ def _rounded(
     own: Mapping[str, Blocks],
     names: Mapping[str, tuple[str, ...]],
     kept: Collection[str],
-) -> dict[str, BlockArrays]:
+) -> Mapping[str, BlockArrays]:
     """Return the blocks of weights rounded by search, by all names of each, from the layers' paths."""
     chosen = {path: (of[0], own.get(of[0], default)) for path, of in names.items() if of[0] not in kept}
     forms = {path: one for path, one in chosen.items() if one[1].rounding == "searched"}
     with evaluating(conversion.model, run.model):
-        blocks = round_in_order(run.model, run.cases, forms)
+        blocks = round_in_order(run.model, run.cases, forms, conversion.work)
+    if isinstance(blocks, KeptBlocks):
+        return KeptBlocks(blocks.work, {name: of for path, of in blocks.results.items() for name in names[path]})
     return {name: arrays for path, arrays in blocks.items() for name in names[path]}
 
 

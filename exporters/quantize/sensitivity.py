@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from gralora_fx.base.compat.torch_graphs import tree_leaves
 from gralora_fx.base.progress.stages import counted
 from gralora_fx.core.graph.linear_calls import calls_at
+from gralora_fx.core.graph.packed_weights import StreamedWeight
 from gralora_fx.core.graph.sites import other_readers
 from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -77,6 +81,35 @@ class Sensitivities:
     tables: Mapping[str, TableSensitivity]  # by path, the lookups of each layer whose weight is a lookup table too
     positions: int  # number of output positions that gradients are summed over
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return them as arrays by name (see `of`)."""
+        found: dict[str, NDArray[Any]] = {"positions": np.array(self.positions)}
+        for path, layer in self.layers.items():
+            found |= {f"inputs {path}": layer.inputs.numpy(), f"outputs {path}": layer.outputs.numpy()}
+            found[f"reads {path}"] = np.array(layer.reads)
+        for path, table in self.tables.items():
+            found |= {f"lookups {path}": table.lookups.numpy(), f"gradients {path}": table.gradients.numpy()}
+        return found
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> Sensitivities:
+        """Return the measurements of arrays."""
+
+        def paths(kind: str) -> list[str]:
+            return [name.removeprefix(kind) for name in arrays if name.startswith(kind)]
+
+        def tensor(name: str) -> Tensor:
+            return torch.from_numpy(arrays[name])
+
+        layers = {
+            path: Sensitivity(tensor(f"inputs {path}"), tensor(f"outputs {path}"), int(arrays[f"reads {path}"]))
+            for path in paths("inputs ")
+        }
+        tables = {
+            path: TableSensitivity(tensor(f"lookups {path}"), tensor(f"gradients {path}")) for path in paths("lookups ")
+        }
+        return cls(layers, tables, int(arrays["positions"]))
+
     def has_gradients(self, path: str) -> bool:
         """Return whether the cost of changing a layer's weight was measured."""
         layer = self.layers.get(path)
@@ -89,15 +122,27 @@ class Sensitivities:
         return sum(sensitivity.loss(errors, self.positions, rows) for sensitivity in both)
 
 
-def measure_sensitivities(model: TracedModel, cases: Sequence[Mapping[str, Any]]) -> Sensitivities:
-    """Run a model forward and backward on inputs; its parameters and gradients are unchanged."""
+def measure_sensitivities(
+    model: TracedModel, cases: Sequence[Mapping[str, Any]], directory: Path | None = None
+) -> Sensitivities:
+    """Run a model forward and backward on inputs; its parameters and gradients are unchanged.
+
+    A streamed model's activations are in a file of the directory until its backward pass reads them.
+    """
     layers: dict[str, Sensitivity] = {}
     tables: dict[str, TableSensitivity] = {}
+    kept = nullcontext
     tapped = _tapped(model, layers, tables)
+    if any(isinstance(node.target, StreamedWeight) for node in tapped.graph_module.graph.nodes):
+        from gralora_fx.exporters.quantize.saved_tensors import SavedTensors
+
+        saved = SavedTensors(directory)
+        saved.watch(tapped.graph_module)
+        kept = saved.kept
     generator = torch.Generator().manual_seed(0)
     positions = 0
     for case in counted(cases, "measuring what rounding costs", "inputs"):
-        with torch.enable_grad():
+        with torch.enable_grad(), kept():
             loss, count = _loss(tapped(**case), case.get("attention_mask"), generator)
             loss.backward()  # type: ignore[no-untyped-call]
         positions += count

@@ -11,8 +11,8 @@ from gralora_fx import trace
 from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks
 from gralora_fx.exporters.quantize.block_search import InputProducts
-from gralora_fx.exporters.quantize.choice import round_in_order
 from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
+from gralora_fx.exporters.quantize.round_in_order import round_in_order
 
 FORM = Blocks(4, rounding="searched")
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from gralora_fx import TracedModel, trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.quantize import calibration
-from gralora_fx.exporters.quantize.choice import Moments
+from gralora_fx.exporters.quantize.round_in_order import Moments
 from gralora_fx.exporters.quantize.sensitivity import draw
 from gralora_fx.exporters.verify import given_texts, quality
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps

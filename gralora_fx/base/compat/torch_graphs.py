@@ -15,6 +15,7 @@ with fenced("torch"):
     from torch._guards import detect_fake_mode
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
     from torch._subclasses import FakeTensor
+    from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import (
         SUPPORTED_NODES,
@@ -43,6 +44,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "SequenceKey",
+    "StorageWeakRef",
     "TorchDispatchMode",
     "TreeSpec",
     "base_name",
