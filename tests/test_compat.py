@@ -33,6 +33,7 @@ def test_every_name_is_there(name: str) -> None:
     ("module", "name", "parameters"),
     [
         ("torch._guards", "detect_fake_mode", ["inputs"]),
+        ("torch.multiprocessing.reductions", "StorageWeakRef", ["storage"]),
         ("torch.utils._pytree", "tree_map", ["func", "tree", "rests", "is_leaf"]),
         ("torch.utils._pytree", "tree_flatten", ["tree", "is_leaf"]),
         ("torch.utils._pytree", "tree_leaves", ["tree", "is_leaf"]),

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
-from gralora_fx.base.compat.torch_graphs import StorageWeakRef
+from gralora_fx.base.compat.torch_graphs import memory_of
 from gralora_fx.core.graph.packed_weights import StreamedWeight
 from gralora_fx.exporters.quantize.kept_work import cannot_keep
 
@@ -40,7 +40,7 @@ class _Stored(NamedTuple):
     """A saved activation in the file."""
 
     start: int  # its first byte
-    count: int  # values in memory, from the first to the last
+    values: int  # number of values in memory, from the first to the last
     dtype: torch.dtype
     form: _Form
 
@@ -50,7 +50,7 @@ class SavedTensors:
     """Keeps the tensors that autograd saves while a graph runs."""
 
     directory: Path | None = None  # of the file of activations; None for the system's own
-    _weights: dict[StorageWeakRef, StreamedWeight] = field(default_factory=dict)  # those read, by their memory
+    _weights: dict[Any, StreamedWeight] = field(default_factory=dict)  # those read, by their memory
     _file: IO[bytes] = field(init=False)
 
     def watch(self, graph_module: fx.GraphModule) -> None:
@@ -69,8 +69,8 @@ class SavedTensors:
             yield
 
     def _pack(self, tensor: Tensor) -> Tensor | _Weight | _Stored:
-        form = _Form(tensor.shape, tensor.stride(), tensor.storage_offset())
-        read = self._weights.get(StorageWeakRef(tensor.untyped_storage()))
+        form = _Form(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        read = self._weights.get(memory_of(tensor))
         if read is not None:
             return _Weight(read, form)
         count = 1 + sum((size - 1) * step for size, step in zip(form.size, form.stride, strict=True))
@@ -79,7 +79,7 @@ class SavedTensors:
         values = tensor.detach().as_strided((count,), (1,), form.offset)
         start = self._file.seek(0, 2)
         try:
-            self._file.write(memoryview(values.view(torch.uint8).numpy()))
+            self._file.write(values.view(torch.uint8).numpy().tobytes())
         except OSError as error:
             raise cannot_keep(self.directory or Path(tempfile.gettempdir()), error) from error
         return _Stored(start, count, tensor.dtype, form)
@@ -90,7 +90,7 @@ class SavedTensors:
         if isinstance(saved, _Weight):
             return saved.read().as_strided(*saved.form)
         self._file.seek(saved.start)
-        content = np.fromfile(self._file, np.uint8, saved.count * saved.dtype.itemsize)
+        content = np.fromfile(self._file, np.uint8, saved.values * saved.dtype.itemsize)
         return torch.from_numpy(content).view(saved.dtype).as_strided(saved.form.size, saved.form.stride)
 
 
@@ -99,10 +99,10 @@ class _NotedWeight:
     """Reads a streamed weight, and notes its memory."""
 
     weight: StreamedWeight
-    noted: dict[StorageWeakRef, StreamedWeight]
+    noted: dict[Any, StreamedWeight]
     __name__ = "noted_weight"
 
     def __call__(self) -> Tensor:
         values = self.weight()
-        self.noted[StorageWeakRef(values.untyped_storage())] = self.weight
+        self.noted[memory_of(values)] = self.weight
         return values

@@ -10,8 +10,8 @@ logits it is half the mean square change of their values.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def measure_sensitivities(
     """
     layers: dict[str, Sensitivity] = {}
     tables: dict[str, TableSensitivity] = {}
-    kept = nullcontext
+    kept: Callable[[], AbstractContextManager[None]] = nullcontext
     tapped = _tapped(model, layers, tables)
     if any(isinstance(node.target, StreamedWeight) for node in tapped.graph_module.graph.nodes):
         from gralora_fx.exporters.quantize.saved_tensors import SavedTensors

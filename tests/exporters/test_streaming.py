@@ -18,7 +18,7 @@ from tiny_models import tiny_model
 from traces import fresh_trace
 
 from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
-from gralora_fx.base.compat.torch_graphs import StorageWeakRef
+from gralora_fx.base.compat.torch_graphs import memory_of
 from gralora_fx.base.sources import safetensors_files as shards
 from gralora_fx.base.sources.lazy_tensors import EntrySource, lazy_parameter, sampled_values, value_entries, values_of
 from gralora_fx.core.config import AdapterConfig
@@ -117,13 +117,13 @@ def test_no_more_than_two_weights_are_read_at_once(
 ) -> None:
     """Neither while they are written, nor while bits are chosen, nor while the model is run to be compared."""
     tiny_model(name).save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    alive: list[StorageWeakRef] = []
+    alive: list[Any] = []
     most, read = 0, shards.StoredTensor.__call__
 
     def watched(stored: shards.StoredTensor) -> torch.Tensor:
         nonlocal most
         values = read(stored)
-        alive.append(StorageWeakRef(values.untyped_storage()))
+        alive.append(memory_of(values))
         most = max(most, sum(not storage.expired() for storage in alive))
         return values
 

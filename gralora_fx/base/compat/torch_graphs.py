@@ -44,7 +44,6 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "SequenceKey",
-    "StorageWeakRef",
     "TorchDispatchMode",
     "TreeSpec",
     "base_name",
@@ -57,6 +56,7 @@ __all__ = [
     "is_traced",
     "is_transformed",
     "leave_autocast",
+    "memory_of",
     "returns_alias",
     "schema_of",
     "set_convention",
@@ -96,6 +96,11 @@ def has_kernel(operator: str, device: str) -> bool:
 def is_traced(tensor: Tensor) -> bool:
     """Return whether operators on a tensor are recorded or replaced by a compiler, a transform or a mode."""
     return type(tensor) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or is_transformed()
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """Return a key of a tensor's memory, equal for tensors that share it; it does not hold the memory."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def base_name(target: OpOverload) -> str:
