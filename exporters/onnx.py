@@ -43,6 +43,7 @@ def export_onnx(
     adapters: Literal["merged", "data", "inputs"] = "merged",
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     quantize: Literal["int4", "int8", "int8-dynamic", "kept", "float"] | None = None,
+    quantize_companions: Literal["int4", "int8", "int8-dynamic", "float"] | None = None,
     bits: float | None = None,
     block_size: int | None = None,
     accuracy_level: int | None = None,
@@ -80,6 +81,9 @@ def export_onnx(
             integers of a quantized checkpoint, and rounds to int8 where it quantizes without any that blocks can hold;
             `"int4"` and `"int8"` keep them too. `"float"` stores floats. None for `"kept"` if the base's checkpoint is
             quantized in a form that exports keep, else for floats.
+        quantize_companions: The kind for what runs beside a decoder, such as a vision encoder; None for the decoder's,
+            but `"int8"` where that is `"int4"`: an encoder in four bits is several times further from floats, and
+            hardly faster.
         bits: For int4, the mean bits of an integer over all quantized weights, from 4 to 8: layers whose rounding costs
             the outputs most have 8, the others 4 (see `quantize.choice`); None for 4.5. The report and the manifest
             list the bits by layer.
@@ -114,6 +118,7 @@ def export_onnx(
         adapters=adapters,
         precision=precision,
         quantize=quantize,
+        quantize_companions=quantize_companions,
         bits=bits,
         block_size=block_size,
         accuracy_level=accuracy_level,
@@ -140,26 +145,41 @@ def export_onnx(
             check_replaced(output_dir, task=conversion.traced.task, fingerprint=conversion.fingerprint)
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
     companions = _companions(model, conversion, seconds) if flavour.has_companions else {}
+    if options.quantize_companions is not None and not companions:
+        raise ExportError(
+            f"{option(quantize_companions=options.quantize_companions)} has no effect: nothing is exported that runs "
+            "beside the model's graph, such as a vision encoder; leave it out"
+        )
     _warn_of_parts_left_out(model, conversion, companions)
     with ExitStack() as kept:
         if conversion.plan is not None:
-            conversion = _with_formats(conversion, flavour, output_dir, kept, seconds)
+            conversion = _with_kept_work(conversion, output_dir, kept)
+            with timed("choose", seconds, "quantizing"):
+                conversion, companions = _with_formats(conversion, flavour, companions)
         return _written(model, output_dir, conversion, flavour, companions, seconds)
 
 
+def _with_kept_work(conversion: Conversion, output_dir: str | Path, kept: ExitStack) -> Conversion:
+    """Return a quantized export's conversion; a streamed model's keeps results beside the output until the end."""
+    if not is_streamed(conversion.model):
+        return conversion
+    from gralora_fx.exporters.quantize.kept_work import work_beside
+
+    return dataclasses.replace(conversion, work=kept.enter_context(work_beside(output_dir, made_from(conversion))))
+
+
 def _with_formats(
-    conversion: Conversion, flavour: Flavour, output_dir: str | Path, kept: ExitStack, seconds: dict[str, float]
-) -> Conversion:
-    """Return a quantized export's conversion with the formats chosen; of a streamed model, results are kept."""
+    conversion: Conversion, flavour: Flavour, companions: dict[str, Conversion]
+) -> tuple[Conversion, dict[str, Conversion]]:
+    """Return a quantized export's conversion and its companions' with the formats chosen."""
     from gralora_fx.exporters.quantize.choice import choose_formats
 
-    if is_streamed(conversion.model):
-        from gralora_fx.exporters.quantize.kept_work import work_beside
+    conversion = dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
+    if companions:
+        from gralora_fx.exporters.kinds.companion_models import choose_companion_formats
 
-        work = kept.enter_context(work_beside(output_dir, made_from(conversion)))
-        conversion = dataclasses.replace(conversion, work=work)
-    with timed("choose", seconds, "quantizing"):
-        return dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
+        companions = choose_companion_formats(companions, conversion.options.tokenizer)
+    return conversion, companions
 
 
 def _written(
@@ -229,6 +249,7 @@ def _written(
         adapter_inputs=manifest.adapter_inputs,
         rows=manifest.rows,
         quantization=manifest.quantization,
+        companions={name: own for name, each in manifest.companions.items() if (own := each.quantization)},
         usage=usage_of(output_dir, manifest.task, files, _input_names(manifest), next(iter(active), None)),
         **layers_reports(conversion.log),
     )
@@ -259,7 +280,7 @@ def _companions(
             return {}
         from gralora_fx.exporters.kinds.companion_models import companion_conversions
 
-        return companion_conversions(model, conversion.options)
+        return companion_conversions(conversion)
 
 
 def _with_companions(

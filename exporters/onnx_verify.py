@@ -159,7 +159,9 @@ def verify_onnx(
         from gralora_fx.exporters.verify.together import compare_companions
 
         of_rows = None if rows is None else open_rows
-        beside = compare_companions(manifest, model, own, variant, of_rows, checked, quick=quick, seed=seed)
+        beside = compare_companions(
+            Path(output_dir), manifest, model, own, variant, of_rows, checked, quick=quick, seed=seed
+        )
         passed, tensors = found.passed and beside.passed, (*found.tensors, *beside.tensors)
         return dataclasses.replace(found, passed=passed, tensors=tensors, companions=beside.tokens)
 
@@ -170,7 +172,8 @@ def verify_onnx(
             found = compared(variant)
         report = found if report is None else report.with_adapter(adapter_name or str(variant.name), found)
     assert report is not None
-    if manifest.quantization is None or manifest.quantization.kind != DYNAMIC:
+    quantized = (manifest.quantization, *(entry.quantization for entry in manifest.companions.values()))
+    if all(each is None or each.kind != DYNAMIC for each in quantized):
         return report
     from gralora_fx.exporters.verify.quantized_references import PRODUCT_TOLERANCE, compare_products
 

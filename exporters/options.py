@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from gralora_fx.core.methods import AdapterMethod
 
 LEVELS = ("quick", "full")
+# in which kind companions are stored where it is not the decoder's; None for their own
+_OF_COMPANIONS: dict[str | None, Any] = {None: FLOAT, "int4": "int8", KEPT: None}
 _CHOOSING = ("int4", DYNAMIC)  # kinds whose bits are chosen by running the model
 
 
@@ -67,6 +69,14 @@ class ExportOptions:
             "fastest, as it rounds activations too. kept keeps those of a quantized checkpoint; left out, they are "
             "kept where there are any, and floats stay floats.",
             NUMBERS,
+        ),
+    ] = None
+    quantize_companions: Annotated[
+        Literal["int4", "int8", "int8-dynamic", "float"] | None,
+        Option(
+            "Store weights of what runs beside a decoder, such as a vision encoder, in another form.",
+            NUMBERS,
+            left_out="as the decoder's, but int8 beside int4",
         ),
     ] = None
     bits: Annotated[
@@ -218,7 +228,29 @@ class ExportOptions:
                 "out"
             )
         kept = KEPT if is_in_few_bits and self.quantize is None else self.quantize
+        if kept in (None, FLOAT) and self.quantize_companions is not None:
+            raise ExportError(
+                f"{option(quantize_companions=self.quantize_companions)} is for a quantized decoder, and nothing is "
+                f"quantized; give {option(quantize=...)} too, or leave it out"
+            )
         return dataclasses.replace(self, quantize=None if kept == FLOAT else kept)
+
+    def of_companions(self) -> ExportOptions:
+        """Return the options of an export's companions, given those for its base."""
+        kind = self.quantize_companions or _OF_COMPANIONS.get(self.quantize, self.quantize)
+        has_blocks = kind in (*BLOCK_BITS, None)
+        return dataclasses.replace(
+            self,
+            quantize=kind,
+            quantize_companions=None,
+            bits=self.bits if kind == self.quantize else None,
+            block_size=self.block_size if has_blocks else None,
+            accuracy_level=self.accuracy_level if has_blocks else None,
+            logits="last",
+            tokenizer=None,
+            texts=None,
+            dump=None,
+        )
 
     @property
     def format(self) -> Format | None:

@@ -101,6 +101,7 @@ class ExportReport(Report):
         rows: The graph for rows that differ in length or adapter, or why there is none; None if none was requested.
         quantization: How matrices are quantized, and those with their own format; None for floats.
         usage: How the export is called, in Python and as a command.
+        companions: How matrices of what runs beside a decoder are quantized, by file name; none for floats.
     """
 
     output_dir: Path
@@ -115,6 +116,7 @@ class ExportReport(Report):
     rows: RowsEntry | None = None
     quantization: QuantizedWeights | None = None
     usage: Invocation | None = None
+    companions: Mapping[str, QuantizedWeights] = field(default_factory=dict)
 
     @property
     def summary(self) -> Summary:
@@ -150,6 +152,7 @@ class ExportReport(Report):
             lines.append(_taken(self.adapter_inputs))
         parts = (self.rows, self.attention, self.experts, self.quantization)
         lines += [str(part) for part in parts if part is not None]
+        lines += [f"{name}.onnx in {quantized}" for name, quantized in self.companions.items()]
         if self.verification is not None:
             lines.append(self.verification.details)
         if self.quality is not None:

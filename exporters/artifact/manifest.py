@@ -29,6 +29,7 @@ from gralora_fx.format.manifest import (
     SCHEMA_VERSION,
     AdapterEntry,
     BaseEntry,
+    CompanionEntry,
     Manifest,
     RowsEntry,
     SiteEntry,
@@ -77,7 +78,10 @@ def describe(
         base=_base(traced),
         rows=next(iter(log.summaries(RowsEntry)), None),
         flavour=flavour,
-        companions={name: _ends(graphs[name]) for name in companions},
+        companions={
+            name: CompanionEntry(**_ends(graphs[name]), quantization=_quantization(other))
+            for name, other in companions.items()
+        },
         programs={name: _ends(graphs[name]) for name in programs},
     )
 

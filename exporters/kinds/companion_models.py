@@ -4,41 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import onnx_ir as ir
 
 from gralora_fx.base.features import parts
 from gralora_fx.core.model.companions import companions_of
 from gralora_fx.core.model.gralora_model import GraloraModel
-from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, marked
-from gralora_fx.exporters.formats import FLOAT
 from gralora_fx.exporters.kinds.conversion import Conversion, conversion_of
 from gralora_fx.exporters.kinds.data_sites import check_found
 from gralora_fx.exporters.kinds.plain import plain_models
-from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
 from gralora_fx.format.export_directory import MODEL
 
 
-def companion_conversions(model: TracedModel | GraloraModel, options: ExportOptions) -> dict[str, Conversion]:
-    """Return the conversion of each companion; its weights stay floats even if the decoder's are quantized."""
-    own = dataclasses.replace(
-        options,
-        quantize=FLOAT,
-        bits=None,
-        block_size=None,
-        accuracy_level=None,
-        logits="last",
-        tokenizer=None,
-        texts=None,
-        dump=None,
-    )
+def companion_conversions(decoder: Conversion) -> dict[str, Conversion]:
+    """Return the conversion of each companion of a decoder."""
+    own, sites = decoder.options.of_companions(), decoder.adapters
+    has_blocks = None if sites is None else sites.inputs.k > 0
     found: dict[str, Conversion] = {}
-    for name, part in companions_of(model).items():
-        is_adapted = isinstance(part, GraloraModel)
-        found[name] = conversion_of(part, own if is_adapted else dataclasses.replace(own, adapters="merged"))
+    for name, part in companions_of(decoder.model).items():
+        of_part = own if isinstance(part, GraloraModel) else dataclasses.replace(own, adapters="merged")
+        found[name] = conversion_of(part, of_part, has_blocks=has_blocks)
     return found
+
+
+def choose_companion_formats(conversions: Mapping[str, Conversion], tokenizer: Any) -> dict[str, Conversion]:
+    """Return the conversions with the formats of quantized companions chosen, on inputs like those that they read."""
+    chosen = dict(conversions)
+    for name, conversion in conversions.items():
+        if conversion.plan is not None:
+            from gralora_fx.exporters.quantize.choice import choose_formats
+            from gralora_fx.exporters.verify.together import measuring
+
+            plan = choose_formats(conversion, measuring(name, conversion.traced, tokenizer, seed=1))
+            chosen[name] = dataclasses.replace(conversion, plan=plan)
+    return chosen
 
 
 def companion_models(conversions: Mapping[str, Conversion]) -> dict[str, ir.Model]:

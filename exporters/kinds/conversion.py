@@ -71,8 +71,16 @@ class Conversion:
         return dataclasses.replace(self, log=log, adapters=adapters)
 
 
-def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> Conversion:
-    """Return the conversion of a model by an export's options."""
+def conversion_of(
+    model: TracedModel | GraloraModel, options: ExportOptions, *, has_blocks: bool | None = None
+) -> Conversion:
+    """Return the conversion of a model by an export's options.
+
+    Args:
+        model: The model.
+        options: The options.
+        has_blocks: Whether adapters as data have GraLoRA's blocks; None to choose the faster form (`takes_blocks`).
+    """
     stored = False
     if isinstance(model, (TracedModel, GraloraModel)):
         stored = any(stored_form_of(site.weight) is not None for site in base_trace(model).sites if site.calls)
@@ -88,7 +96,7 @@ def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> 
     else:
         from gralora_fx.exporters.kinds.data_sites import data_sites
 
-        traced, adapters = model.traced, data_sites(model, options)
+        traced, adapters = model.traced, data_sites(model, options, has_blocks=has_blocks)
     plan = None if options.format is None else _plan(options, options.format, traced, base_trace(model), stored=stored)
     return Conversion(model, traced, options, log, adapters, plan)
 

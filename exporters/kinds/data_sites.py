@@ -40,8 +40,8 @@ def takes_blocks(model: GraloraModel, *, is_quantized: bool) -> bool:
     return not is_quantized or max(planned.k * planned.r for planned in _with_blocks(model)) > _SMALL
 
 
-def data_sites(model: GraloraModel, options: ExportOptions) -> DataSites:
-    """Return the layers that any adapter of a model changes, active or not."""
+def data_sites(model: GraloraModel, options: ExportOptions, *, has_blocks: bool | None = None) -> DataSites:
+    """Return the layers that any adapter of a model changes, active or not, with blocks where these are faster."""
     mode, is_quantized = options.adapters, options.quantize is not None
     if model.merged_adapters:
         raise ExportError(
@@ -56,7 +56,9 @@ def data_sites(model: GraloraModel, options: ExportOptions) -> DataSites:
         )
     trained = _trained(model)
     planned = [entry for entry in model.adapted_sites() if f"{entry.site.path}{_WEIGHT}" not in trained]
-    k = next(iter(_block_counts(model))) if takes_blocks(model, is_quantized=is_quantized) else 0
+    if has_blocks is None:
+        has_blocks = takes_blocks(model, is_quantized=is_quantized)
+    k = next(iter(_block_counts(model)), 0) if has_blocks else 0
     _check_widths(planned, k or 1)
     blocks = {entry.site.path for entry in planned}
     scaled = {path for name in model.configs if (own := model.adapter(name)).method.scales_rows for path in own.planned}

@@ -115,7 +115,7 @@ def _cases(
     if traced.cache_layout is CacheLayout.ENCODER_DECODER:
         return [case for _, case in random_answers(traced, seed=1)], "random inputs"
     if not is_decoder:
-        return [case for _, case in verification.cases(traced, seed=1, quick=False)], "random inputs"
+        return [case for _, case in verification.cases(traced, seed=1, quick=False)], verification.description
     known = work.read(_TEXTS_DRAWN)
     rows = _drawn(traced) if known is None else torch.from_numpy(known["ids"])
     if known is None:

@@ -74,6 +74,7 @@ class Verification:
     # returns prompts of a trace from a seed, only few if that is enough; None for a kind without prompts
     prompts: Callable[[TracedModel, int, bool], Iterator[PromptBatch]] | None = None
     compare_tokens: Callable[[TokenRun], TokenResult] = lambda _: TokenResult()  # compares greedy tokens
+    description: str = "random inputs"  # of the inputs
 
     def cases(self, model: TracedModel, seed: int, *, quick: bool) -> list[Case]:
         """Return fresh inputs, completed by the constants of the trace."""

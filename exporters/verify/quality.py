@@ -37,6 +37,7 @@ from gralora_fx.format.quantized_weights import OutputQuality, Quality, TokenQua
 from gralora_fx.run.sessions.session import Runtime, open_session, yielding_options
 
 _BATCH = 16  # texts at a time
+_TINY = 1e-30
 
 
 def measure_quality(
@@ -55,9 +56,14 @@ def measure_quality(
         chosen = drawn_texts(traced) if texts is None else user_texts(texts, loaded_tokenizer(tokenizer), traced)
         tokens: list[TokenQuality] = []
         for variant in states:
-            with variant.active(), _float32(model) as reference:
+            with variant.active(), float32_reference(model) as reference:
                 tokens.append(token_quality(variant.session, reference, chosen, variant.name))
-        return Quality(str(chosen), (), tuple(tokens))
+        if not manifest.companions:
+            return Quality(str(chosen), (), tuple(tokens))
+        from gralora_fx.exporters.verify.companion_quality import companion_quality
+
+        beside = companion_quality(directory, model, manifest, tokenizer)
+        return Quality(str(chosen), (), tuple(tokens), beside)
     base = next(states)  # adapters as data are left out
     cases: Iterable[Case]
     if traced.cache_layout is CacheLayout.ENCODER_DECODER:
@@ -66,12 +72,12 @@ def measure_quality(
         cases, inputs = verification.cases(traced, seed=0, quick=True), "random inputs"
     else:
         cases, inputs = text_cases(texts, tokenizer, traced), f"{len(texts)} given text{'s' * (len(texts) > 1)}"
-    with base.active(), _float32(model) as reference:
+    with base.active(), float32_reference(model) as reference:
         return compare_outputs(OutputComparison(base.session, reference, manifest.logits), cases, inputs)
 
 
 @contextmanager
-def _float32(model: TracedModel | GraloraModel) -> Iterator[TracedModel | GraloraModel]:
+def float32_reference(model: TracedModel | GraloraModel) -> Iterator[TracedModel | GraloraModel]:
     """Yield the reference for quantization, in evaluation mode: the model, or its float32 version."""
     is_float32 = precision_of(base_trace(model).graph_module) == "fp32"
     reference = model if is_float32 else float32_model(fold_adapters(model), "fp32", streamed=is_streamed(model))
@@ -81,7 +87,7 @@ def _float32(model: TracedModel | GraloraModel) -> Iterator[TracedModel | Gralor
 
 def compare_outputs(comparison: OutputComparison, cases: Iterable[Case], inputs: str) -> Quality:
     """Compare an export's outputs with the float32 model's, except masked positions and caches."""
-    tallies: dict[str, _Tally] = {}
+    tallies: dict[str, QualityTally] = {}
     for description, case in cases:
         expected, actual = comparison.both(case, description)
         for name, value in expected.items():
@@ -89,7 +95,7 @@ def compare_outputs(comparison: OutputComparison, cases: Iterable[Case], inputs:
                 continue
             rows = _rows(name, value.float(), case), _rows(name, actual[name].float(), case)
             _check_finite(name, description, value, actual[name])
-            tally = tallies.setdefault(name, _Tally())
+            tally = tallies.setdefault(name, QualityTally())
             (tally.add_logits if _is_logits(name, value) else tally.add_vectors)(*rows)
     return Quality(inputs, tuple(tally.of_output(name) for name, tally in tallies.items() if tally.rows))
 
@@ -126,7 +132,7 @@ def token_quality(
     Every text is followed by the float32 model's greedy tokens. While the export's are the same, they are what it would
     generate. Tokens are read one by one, so that every logit is one that the export serves.
     """
-    tally, equal_tokens = _Tally(), []
+    tally, equal_tokens = QualityTally(), []
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(texts.rows), _BATCH):
         rows = texts.rows[start : start + _BATCH]
@@ -164,14 +170,18 @@ def _following(
 
 
 @dataclass
-class _Tally:
+class QualityTally:
     """Figures of an output, or of a decoder's next tokens, accumulated over all inputs."""
 
     rows: int = 0
     equal: int = 0
     change: float = 0.0
     divergence: float = 0.0
+    cases: list[str] = field(default_factory=list)  # descriptions of prompts
+    steps: list[bool] = field(default_factory=list)  # whether the token of each step was equal
+    starts: list[int] = field(default_factory=list)  # the first step of each prompt
     cosines: list[Tensor] = field(default_factory=list)
+    errors: list[Tensor] = field(default_factory=list)  # relative to the size of the model's row
 
     def add_logits(self, expected: Tensor, actual: Tensor, *, is_text: bool = False) -> None:
         """Accumulate logits `[rows, width]`: the largest change of a probability, or for texts the divergence."""
@@ -189,15 +199,33 @@ class _Tally:
         if expected.numel():
             self.rows += expected.shape[0]
             similarity = torch.cosine_similarity(expected.double(), actual.double(), dim=-1)
-            self.cosines.append(similarity.masked_fill((expected == actual).all(-1), 1.0))  # zeros have no direction
+            is_same = (expected == actual).all(-1)  # zeros have no direction
+            self.cosines.append(similarity.masked_fill(is_same, 1.0))
+            errors = (expected - actual).double().norm(dim=-1) / expected.double().norm(dim=-1).clamp(min=_TINY)
+            self.errors.append(errors.masked_fill(is_same, 0.0))
+
+    def add_step(self, index: int, case: str, expected: Tensor, actual: Tensor, in_float64: object) -> None:
+        """Accumulate the logits of a step, as `Tally` does."""
+        _check_finite("logits", f"{case}, token {index}", expected, actual)
+        self.starts += [len(self.steps)] if index == 0 else []
+        self.steps.append(bool(expected.argmax() == actual.argmax()))
+        self.add_logits(expected, actual, is_text=True)
 
     def of_output(self, name: str) -> OutputQuality:
+        """Return the figures of an output."""
         if not self.cosines:
             return OutputQuality(name, self.rows, self.equal / self.rows, self.change, None, None)
-        cosines = torch.cat(self.cosines)
-        return OutputQuality(name, self.rows, None, None, float(cosines.mean()), float(cosines.min()))
+        cosines, error = torch.cat(self.cosines), float(torch.cat(self.errors).mean())
+        return OutputQuality(name, self.rows, None, None, float(cosines.mean()), float(cosines.min()), error)
+
+    def of_steps(self, adapter: str | None) -> TokenQuality:
+        """Return the figures of all steps; every prompt has as many."""
+        count = len(self.steps) // len(self.starts)
+        rows = [self.steps[start : start + count] for start in self.starts]
+        return self.of_tokens(adapter, [(*row, False).index(False) for row in rows], count)
 
     def of_tokens(self, adapter: str | None, equal_tokens: list[int], continued: int) -> TokenQuality:
+        """Return the figures of next tokens."""
         median, share = float(statistics.median(equal_tokens)), self.equal / self.rows
         return TokenQuality(
             adapter, len(equal_tokens), self.rows, share, self.divergence / self.rows, continued, median

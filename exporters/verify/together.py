@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from gralora_fx.base.features import parts
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters, is_streamed
 from gralora_fx.exporters.translation.export_graphs import precision_of
-from gralora_fx.exporters.verify.cases import Case
+from gralora_fx.exporters.verify.cases import Case, Verification
 from gralora_fx.exporters.verify.comparable import Variant, evaluating, float32_model
 from gralora_fx.exporters.verify.outputs import OutputComparison
 from gralora_fx.exporters.verify.tolerances import Tally, ToleranceCheck
@@ -23,6 +25,16 @@ from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.engine.decoder import Decoder
 
 ToleranceFor = Callable[[TracedModel | GraloraModel], ToleranceCheck]
+
+
+class StepTally(Protocol):
+    """Accumulates comparisons of tokens."""
+
+    cases: list[str]  # descriptions of the prompts
+
+    def add_step(self, index: int, case: str, expected: Tensor, actual: Tensor, in_float64: Any) -> None:
+        """Add the logits of a step, `[batch, vocabulary]`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,9 +49,10 @@ class TogetherRun:
     # not compared
     open_rows: Callable[[int, int], Decoder] | None
     adapter: str | None  # the adapter of the rows; None for the base, or if adapters are folded
-    tally: Tally  # accumulates comparisons
+    tally: StepTally  # accumulates comparisons
     generator: torch.Generator  # random generator of inputs
     quick: bool  # whether few prompts are enough
+    inputs: Sequence[Mapping[str, Tensor]] = ()  # inputs of the companion, one for each prompt; none to draw some
 
 
 class CompanionCheck(Protocol):
@@ -48,6 +61,11 @@ class CompanionCheck(Protocol):
     @staticmethod
     def cases(part: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[Case]:
         """Yield fresh inputs of a companion."""
+        ...
+
+    @staticmethod
+    def measured(part: TracedModel, tokenizer: Any, seed: int) -> tuple[list[dict[str, Tensor]], str]:
+        """Return inputs like those that a companion is used on, and their description."""
         ...
 
     @staticmethod
@@ -66,6 +84,7 @@ class CompanionResult:
 
 
 def compare_companions(
+    directory: Path,
     manifest: Manifest,
     model: TracedModel | GraloraModel,
     own: Mapping[str, TracedModel | GraloraModel],
@@ -78,7 +97,7 @@ def compare_companions(
 ) -> CompanionResult:
     """Compare an export's companions with the model's of the same names, in one state of the adapters."""
     (check,) = parts("companion checks", manifest.companions)
-    models = {name: _reference(part, manifest, variant) for name, part in own.items()}
+    models = {name: reference_of(name, part, manifest, variant, directory) for name, part in own.items()}
     passed, tensors = True, list[TensorCheck]()
     for name, reference in models.items():
         cases = list(check.cases(base_trace(reference), torch.Generator().manual_seed(seed), quick))
@@ -103,20 +122,43 @@ def compare_companions(
     return CompanionResult(passed and together.passed, tuple(tensors), together.tokens if together.cases else None)
 
 
-def _reference(part: TracedModel | GraloraModel, manifest: Manifest, variant: Variant) -> TracedModel | GraloraModel:
-    """Return a companion with a state's adapters and the export's rounded weights."""
-    inputs, name = manifest.adapter_inputs, variant.name
-    is_exact = {manifest.precision, precision_of(base_trace(part).graph_module)} == {"fp32"}
+def reference_of(
+    name: str,
+    part: TracedModel | GraloraModel,
+    manifest: Manifest,
+    variant: Variant,
+    directory: Path | None,
+) -> TracedModel | GraloraModel:
+    """Return a companion with a state's adapters and the export's rounded weights; in float32 without a directory."""
+    inputs, adapter = manifest.adapter_inputs, variant.name
+    quantized = None if directory is None else manifest.companions[name].quantization
+    precision = "fp32" if directory is None else manifest.precision
+    is_exact = {precision, precision_of(base_trace(part).graph_module)} == {"fp32"} and quantized is None
+    base = base_trace(part)
+
+    def rounded(traced: TracedModel) -> TracedModel:
+        reference = float32_model(traced, precision, streamed=is_streamed(base))
+        if quantized is None:
+            return reference
+        from gralora_fx.exporters.verify.quantized_references import with_stored_weights
+
+        assert directory is not None
+        return with_stored_weights(reference, base, quantized, directory)
+
     if isinstance(part, GraloraModel) and inputs is not None:
-        if name not in part.configs:
+        if adapter not in part.configs:
             part = part.traced
         elif is_exact:
-            part.set_adapter(name)
+            part.set_adapter(adapter)
         else:  # the base and the adapter's tensors are rounded separately
             from gralora_fx.exporters.verify.adapters_as_data import with_folded
 
-            rounded = float32_model(part.traced, manifest.precision, streamed=is_streamed(part))
-            return with_folded(rounded, variant.tensors, inputs)
-    if is_exact:
-        return part.eval()
-    return float32_model(fold_adapters(part), manifest.precision, streamed=is_streamed(part))
+            return with_folded(rounded(base), variant.tensors, inputs)
+    return part.eval() if is_exact else rounded(fold_adapters(part))
+
+
+def measuring(name: str, part: TracedModel, tokenizer: Any, seed: int) -> Verification:
+    """Return the inputs on which the formats of a quantized companion are chosen."""
+    (check,) = parts("companion checks", [name])
+    found, description = check.measured(part, tokenizer, seed)
+    return Verification(lambda *_: ((description, each) for each in found), description=description)

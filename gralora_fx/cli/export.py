@@ -159,7 +159,7 @@ def _check_together(
     options: Mapping[str, Any], verify: str | None, texts: Path | None, *, no_verify: bool, no_tokenizer: bool
 ) -> None:
     """Check that every option has an effect beside the others."""
-    for name in ("bits", "block_size", "accuracy_level"):
+    for name in ("quantize_companions", "bits", "block_size", "accuracy_level"):
         if options[name] is not None and options["quantize"] is None:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} has no effect without --quantize; give --quantize too, or leave it out")

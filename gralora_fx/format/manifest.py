@@ -102,6 +102,15 @@ class RowsEntry:
 
 
 @dataclass(frozen=True)
+class CompanionEntry:
+    """A part of a model that runs beside its graph, as a graph of its own."""
+
+    inputs: Mapping[str, Any]  # shapes by name
+    outputs: Mapping[str, Any]
+    quantization: QuantizedWeights | None = None  # how its matrices are quantized, or None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of `gralora_export.json`; fields with a default are not in every export."""
 
@@ -139,10 +148,9 @@ class Manifest:
     flavour: str = PLAIN_KIND  # kind of export: `"plain"`, `"decoder"` or `"encoder-decoder"`
     # features' records of the graph's inputs, by their names in the file
     facts: Mapping[str, Any] = field(default_factory=dict)
-    # `inputs` and `outputs` of parts of the model that run beside the graph, by the names of their files without a
-    # suffix
-    companions: Mapping[str, Any] = field(default_factory=dict)
-    # the same for graphs over the weights of `model.onnx` that other programs run in its place
+    # parts of the model that run beside the graph, by the names of their files without a suffix
+    companions: Mapping[str, CompanionEntry] = field(default_factory=dict)
+    # `inputs` and `outputs` of graphs over the weights of `model.onnx` that other programs run in its place
     programs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -166,6 +174,9 @@ class Manifest:
         for site in (entries["adapter_inputs"] or {}).get("sites", ()):
             if not site["has_scale"]:  # most exports have none
                 del site["has_scale"]
+        for companion in entries["companions"].values():
+            if companion["quantization"] is None:
+                del companion["quantization"]
         for name in ("companions", "programs"):
             if not entries[name]:
                 del entries[name]

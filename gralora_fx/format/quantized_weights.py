@@ -85,6 +85,8 @@ class OutputQuality:
     probability_change: float | None
     mean_cosine: float | None  # mean cosine similarity of a row with the model's; None for logits
     min_cosine: float | None  # the smallest; None for logits
+    # mean size of the difference of a row, relative to the model's; None for logits, or if not recorded
+    mean_error: float | None = None
 
     def __str__(self) -> str:
         """Return the figures in a line."""
@@ -93,9 +95,9 @@ class OutputQuality:
                 f"{self.name}: argmax equal in {100 * self.argmax_agreement:.1f} % of {self.rows} rows, "
                 f"largest change of a probability {self.probability_change:.4f}"
             )
-        return (
-            f"{self.name}: cosine similarity {self.mean_cosine:.4f}, at least {self.min_cosine:.4f}, {self.rows} rows"
-        )
+        error = "" if self.mean_error is None else f", relative error {self.mean_error:.4f}"
+        similarity = f"cosine similarity {self.mean_cosine:.4f}, at least {self.min_cosine:.4f}"
+        return f"{self.name}: {similarity}{error}, {self.rows} rows"
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Quality:
     outputs: tuple[OutputQuality, ...] = ()  # the outputs, without those of a cache; none for a decoder with one
     # for a decoder with a cache, its tokens: one entry for folded adapters, else the base and each adapter
     tokens: tuple[TokenQuality, ...] = ()
+    # the same of what runs beside a decoder, and tokens of prompts that it reads partly; None without anything
+    companions: Quality | None = None
 
     @property
     def outcome(self) -> str:
@@ -147,4 +151,5 @@ class Quality:
     def __str__(self) -> str:
         """Return the inputs, and a line for each output or adapter."""
         lines = [f"quantized, compared with the float32 model on {self.inputs}:"]
-        return "\n".join([*lines, *(f"  {found}" for found in (*self.outputs, *self.tokens))])
+        beside = [] if self.companions is None else [str(self.companions)]
+        return "\n".join([*lines, *(f"  {found}" for found in (*self.outputs, *self.tokens)), *beside])

@@ -21,6 +21,7 @@ from gralora_fx.exporters.verify.together import TogetherRun
 from gralora_fx.features.images.image_inputs import drawn_patches, drawn_places
 from gralora_fx.features.images.image_prompts import token_merge
 from gralora_fx.features.images.image_rows import Outputs, given_of, grid_positions
+from gralora_fx.features.images.pictures import read_pictures
 from gralora_fx.features.images.program_graphs import DECODER, EMBEDDING, image_token
 from gralora_fx.features.images.tasks_and_inputs import (
     GIVEN_PLACES,
@@ -37,6 +38,7 @@ from gralora_fx.run.sessions.ort_values import as_array, as_tensor, empty_values
 _SIDES = ((2, 3), (5, 4), (3, 9))  # heights and widths of images, in tokens
 _TILES = (1, 3, 2)
 _STEPS, _QUICK_STEPS = 8, 3  # tokens of an answer
+_PICTURES = 4  # that a quantized export is asked about
 
 
 class ImageChecks:
@@ -53,12 +55,20 @@ class ImageChecks:
             )
 
     @staticmethod
+    def measured(part: TracedModel, tokenizer: Any, seed: int) -> tuple[list[dict[str, Tensor]], str]:
+        """Return drawn pictures as the model's processor reads them; random pixels without one."""
+        found, description = read_pictures(part, tokenizer, seed)
+        return found or _drawn(part, torch.Generator().manual_seed(seed)), description
+
+    @staticmethod
     def compare_tokens(run: TogetherRun) -> None:
         """Compare greedy tokens after prompts with an image, with two, and with one between texts."""
         part, session = run.models[VISION_ENCODER], run.sessions[VISION_ENCODER]
-        images = _drawn(base_trace(part), run.generator)
+        images = list(run.inputs) or _drawn(base_trace(part), run.generator)
         taken = {value.name: value for value in session.get_inputs()}
-        prompts = (("one image", [images[0]]), ("two images", [images[1], images[0]]))
+        prompts = [("one image", images[:1]), ("two images", images[1::-1])]
+        if run.inputs:
+            prompts = [(f"picture {index}", [image]) for index, image in enumerate(images[:_PICTURES], 1)]
         for description, own in prompts:
             read = [run_model(part, description, **inputs) for inputs in own]
             expected = [{name: value.detach().float().numpy() for name, value in dict(each).items()} for each in read]

@@ -6,7 +6,7 @@ text or chat, images --processor--> ids, pixels --vision_encoder.onnx--> feature
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -16,19 +16,9 @@ from numpy.typing import NDArray
 from gralora_fx.core.loading.tokenizers import is_chat, load_processor
 from gralora_fx.errors import ServingError, first_line, option, shown
 from gralora_fx.features.images.feature_cache import FeatureCache
+from gralora_fx.features.images.image_pieces import pieces_of
 from gralora_fx.features.images.image_rows import Given, Outputs, given_of
-from gralora_fx.features.images.tasks_and_inputs import (
-    BATCH_IMAGES,
-    GRID,
-    GRID_THW,
-    IMAGE_FEATURES,
-    IMAGE_SIZES,
-    IMAGES,
-    NEWLINE,
-    PATCH_PLACES,
-    PIXEL_MASK,
-    VISION_ENCODER,
-)
+from gralora_fx.features.images.tasks_and_inputs import GRID, GRID_THW, IMAGE_FEATURES, NEWLINE, VISION_ENCODER
 from gralora_fx.features.images.tile_packing import TilePacking
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.adapters import AdapterNames, LoadedAdapter, names_of_rows
@@ -194,7 +184,8 @@ class ImagePrompts:
 
     def given(self, ids: NDArray[np.int64], made: Mapping[str, Any], adapter: str | None) -> Given:
         """Return the inputs in place of tokens, each array of all tokens of the prompt."""
-        outputs = [self._read_image(pieces, adapter) for pieces in self._pieces(made)]
+        ranks = {name: len(value.shape) for name, value in self._inputs.items()}
+        outputs = [self._read_image(*each, adapter) for each in pieces_of(made, ranks, self._packing)]
         places, features = ids == self._token, sum(len(each[IMAGE_FEATURES]) for each in outputs)
         if (count := int(places.sum())) != features:
             raise ServingError(
@@ -205,36 +196,11 @@ class ImagePrompts:
         grids = np.asarray(made[GRID_THW]) if has_grid else None
         return given_of(places, outputs, grids, self._merge)
 
-    def _pieces(self, made: Mapping[str, Any]) -> Iterator[tuple[list[_Piece], tuple[int, int] | None]]:
-        """Yield what is read at once of the pixels of each image, such as tiles that it is cut into, and its size."""
-        pixels = np.asarray(made[IMAGES])
-        sizes = np.asarray(made[IMAGE_SIZES]).tolist() if IMAGE_SIZES in made else []
-        if GRID_THW in self._inputs:
-            grids = np.asarray(made[GRID_THW])
-            ends = np.cumsum(grids.prod(1))[:-1]
-            for grid, own in zip(grids, np.split(pixels, ends), strict=True):
-                yield [self._piece({IMAGES: own, GRID_THW: grid[None]})], None
-        elif PATCH_PLACES in self._inputs:
-            for own, places in zip(pixels, np.asarray(made[PATCH_PLACES]), strict=True):
-                is_patch = (places >= 0).all(-1)
-                yield [self._piece({IMAGES: own[is_patch], PATCH_PLACES: places[is_patch]})], None
-        elif len(self._inputs[IMAGES].shape) == 3:  # of any size, which a processor pads to that of the largest
-            images = pixels.reshape(-1, *pixels.shape[-3:])
-            for image, (height, width) in zip(images, sizes or _unmasked(made[PIXEL_MASK]), strict=True):
-                yield [self._piece({IMAGES: image[:, :height, :width]})], None
-        elif self._packing is not None:
-            is_cut = len(sizes) == 1 or BATCH_IMAGES not in made
-            for tiles, size in zip(pixels, sizes, strict=True):
-                count = self._packing.count(tuple(size)) if is_cut else 1
-                yield [self._piece({IMAGES: tile[None]}) for tile in tiles[:count]], tuple(size)
-        else:
-            for tile in pixels.reshape(-1, *pixels.shape[-3:]):
-                yield [self._piece({IMAGES: tile[None]})], None
-
-    def _read_image(self, image: tuple[list[_Piece], tuple[int, int] | None], adapter: str | None) -> Outputs:
+    def _read_image(
+        self, pieces: Sequence[Mapping[str, NDArray[Any]]], size: tuple[int, int] | None, adapter: str | None
+    ) -> Outputs:
         """Return the features of an image, or of a tile whose place does not matter."""
-        pieces, size = image
-        outputs = [self._read_pixels(piece, adapter) for piece in pieces]
+        outputs = [self._read_pixels(self._piece(piece), adapter) for piece in pieces]
         if self._packing is None or size is None:
             return outputs[0]
         features = np.stack([each[IMAGE_FEATURES] for each in outputs])
@@ -262,12 +228,6 @@ class ImagePrompts:
         """Return an adapter that changes the vision encoder; None for the base, and for one that leaves it as it is."""
         loaded = None if name is None else self._export.adapters[name]
         return loaded if loaded is not None and not self._taken.isdisjoint(loaded.values) else None
-
-
-def _unmasked(mask: Any) -> list[tuple[int, int]]:
-    """Return the height and width of each image of which a mask `[batch, images, height, width]` hides the rest."""
-    masks = np.asarray(mask).reshape(-1, *np.shape(mask)[-2:]).astype(bool)
-    return [(int(each.any(1).sum()), int(each.any(0).sum())) for each in masks]
 
 
 def _listed(images: Any) -> list[Any]:
