@@ -45,7 +45,7 @@ GUIDES = {
         "monitoring",
         "triton",
     ),
-    "Measured": ("verification", "tested", "performance"),
+    "Measured": ("verification", "tested", "performance", "lm-eval"),
     "Project": ("stability", "versions", "architecture", "release"),  # for who depends on it or changes it
 }  # the pages of docs/ by what a reader wants to do
 _LANGUAGES = {".py": "python", ".yaml": "yaml"}

@@ -107,6 +107,7 @@ LONG = (
     "features/test_images_whole.py",
     "serving/test_http_images.py",
     "serving/test_http_clients.py",
+    "serving/test_lm_eval.py",
     "loading/test_loading.py",
     "exporters/test_rows_graph.py",
     "parity/test_expert_adapters.py",

@@ -143,6 +143,10 @@ def test_a_prompt_is_scored_as_evaluation_harnesses_do(
     parts = [part for part in stream(client, "/v1/completions", body) if part["index"] == 0]
     assert [value for part in parts for value in part["logprobs"]["token_logprobs"]] == found["token_logprobs"]
     assert "".join(part["text"] for part in parts) == first["text"]
+    if count:  # harnesses count on a score after the prompt, also where the model ends
+        ending = client.post("/v1/completions", json={**body, "stop_token_ids": new[:1]}).json()["choices"][0]
+        assert (ending["text"], ending["finish_reason"]) == (PROMPT, "stop")
+        assert {field: values[: len(ids) + 1] for field, values in found.items()} == ending["logprobs"]
 
 
 def test_an_echo_without_scores(service: tuple[TestClient, dict[str | None, Any]]) -> None:

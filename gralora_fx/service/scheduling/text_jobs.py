@@ -152,7 +152,9 @@ class TextJob:
         """Add chosen tokens to the answer, and send the piece to the caller."""
         before = len(self.answer.ids)
         text = self.answer.extend(choice, self.request.max_new_tokens)
-        if choice.score is not None and len(self.answer.ids) > before:
+        # an end token is no part of the answer, but whoever has the prompt scored counts on a score after it
+        is_scored = len(self.answer.ids) > before or self.request.options.scores_prompt
+        if choice.score is not None and is_scored:
             self._scores.append(choice.score)
         self._tell(text, self.answer.ending)
 
