@@ -35,6 +35,7 @@ GUIDES = {
     "Serve": (
         "serving",
         "http-api",
+        "embedding-clients",
         "structured-outputs",
         "tool-calling",
         "batching",
