@@ -168,8 +168,9 @@ def _check_takes(stored: StoredAdapter, onnx_dir: str | Path, manifest: Manifest
     if stored.method.scales_rows and inputs is not None and not inputs.scaled:
         raise ExportError(
             f"{stored.directory} is a {stored.method.config.TITLE} adapter, which scales the outputs of layers, and "
-            f"{onnx_dir} was exported with adapters that do not, so it takes none; export the model with this adapter "
-            f"({option(adapters='data')}), or merged ({option(adapters='merged')})"
+            f"{onnx_dir} was exported with adapters that do not, so it takes none; export the model with "
+            f"{option(adapters='data')} and {option(dora=True)}, or with this adapter merged "
+            f"({option(adapters='merged')})"
         )
 
 

@@ -41,6 +41,7 @@ def export_onnx(
     output_dir: str | Path,
     *,
     adapters: Literal["merged", "data", "inputs"] = "merged",
+    dora: bool = False,
     precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     quantize: Literal["int4", "int8", "int8-dynamic", "kept", "float"] | None = None,
     quantize_companions: Literal["int4", "int8", "int8-dynamic", "float"] | None = None,
@@ -74,6 +75,8 @@ def export_onnx(
             makes them required inputs of `model.onnx`, for runtimes without overridable initializers. `"swappable"` and
             `"batched"` are earlier names of `"data"`. The faster of two forms is chosen, GraLoRA's blocks of one
             `gralora_k` or equivalent plain LoRA (`data_sites.takes_blocks`); the report says which.
+        dora: Whether an export with adapters as data takes DoRA adapters at every layer that an adapter of the model
+            adapts; if not, where one is a DoRA adapter. Costs a vector and a product more at each layer.
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. Parts that the
             model itself computes in float32 stay so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,
@@ -116,6 +119,7 @@ def export_onnx(
     """
     options = ExportOptions(
         adapters=adapters,
+        dora=dora,
         precision=precision,
         quantize=quantize,
         quantize_companions=quantize_companions,

@@ -59,6 +59,14 @@ class ExportOptions:
             ADAPTERS,
         ),
     ] = "merged"
+    dora: Annotated[
+        bool,
+        Option(
+            "With adapters as data, take DoRA adapters at every layer that takes adapters; else only where an adapter "
+            "of the model is one.",
+            ADAPTERS,
+        ),
+    ] = False
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"], Option("Store weights and cache in this precision.", NUMBERS)
     ] = "fp32"
@@ -136,6 +144,11 @@ class ExportOptions:
         if isinstance(self.adapters, str):
             object.__setattr__(self, "adapters", EARLIER_MODES.get(self.adapters, self.adapters))
         check_options(self, ExportError)
+        if self.dora and self.adapters not in AS_DATA:
+            raise ExportError(
+                f"{option(dora=True)} has no effect with {option(adapters=self.adapters)}, which takes no adapters "
+                f"later; give {option(adapters='data')} too, or leave it out"
+            )
         if self.bits is not None and self.quantize != "int4":
             has = "nothing is quantized"
             if self.quantize == KEPT:

@@ -15,7 +15,7 @@ from gralora_fx.base.sources.same_base import BaseComparison
 from gralora_fx.core.methods.arrays import to_numpy
 from gralora_fx.core.methods.forms import as_data
 from gralora_fx.core.methods.method import Update
-from gralora_fx.errors import ExportError, command, listed
+from gralora_fx.errors import ExportError, command, listed, option
 from gralora_fx.format.adapter_inputs import BIAS, AdapterInputs, AdapterSite
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, record_path
 from gralora_fx.format.export_directory import ADAPTERS
@@ -90,6 +90,8 @@ def adapter_tensors(name: str, changes: Changes, inputs: AdapterInputs) -> dict[
             problems.setdefault(str(error), []).append(path)
             if isinstance(error, _OtherBlocksError):
                 remedies.add(_remedy_for_blocks(inputs))
+            if isinstance(error, _UnscaledError):
+                remedies.add(f"export the model with {option(dora=True)}, or leave these layers out")
             continue
         if not all(np.isfinite(array.astype(np.float32)).all() for array in arrays.values()):
             problems.setdefault(f"the adapter has values that are not finite in {inputs.dtype}", []).append(path)
@@ -116,6 +118,10 @@ class _OtherBlocksError(ValueError):
     """An adapter has blocks of another `gralora_k`, but fits as plain LoRA."""
 
 
+class _UnscaledError(ValueError):
+    """An adapter scales the output of a layer at which the export has no factor."""
+
+
 def _at_site(site: AdapterSite, changes: Changes, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
     """Return an adapter's tensors at a layer; parts that it does not change are zeros of rank 0."""
     arrays = {name: np.zeros(shape, np.float32) for name, shape in _shapes(site, inputs, 0, 0).items()}
@@ -130,7 +136,7 @@ def _at_site(site: AdapterSite, changes: Changes, inputs: AdapterInputs) -> dict
                 f"{widths[1]}"
             )
         if not update.is_low_rank:
-            raise ValueError("the export takes no adapter there that scales the layer's output, as DoRA does")
+            raise _UnscaledError("the export takes no adapter there that scales the layer's output, as DoRA does")
         try:
             values = as_data(update, site.blocks(inputs.k))
         except ValueError as error:

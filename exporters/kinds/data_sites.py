@@ -61,7 +61,8 @@ def data_sites(model: GraloraModel, options: ExportOptions, *, has_blocks: bool 
     k = next(iter(_block_counts(model)), 0) if has_blocks else 0
     _check_widths(planned, k or 1)
     blocks = {entry.site.path for entry in planned}
-    scaled = {path for name in model.configs if (own := model.adapter(name)).method.scales_rows for path in own.planned}
+    owned = [model.adapter(name) for name in model.configs]
+    scaled = {path for own in owned if options.dora or own.method.scales_rows for path in own.planned}
     sites = [site for site in model.sites if site.path in blocks or trained & _parameters_of(site)]
     called = [site for site in sites if site.calls]
     entries = [_entry(site, blocks, trained, scaled) for site in called]

@@ -34,6 +34,10 @@ _RETRY_AFTER = {"Retry-After": "1"}
 _NO_RETRY = {"X-Should-Retry": "false"}
 _HEADERS = {429: _RETRY_AFTER, 503: _RETRY_AFTER, 504: _NO_RETRY}
 _INFERENCE = "/v2"
+_ONE_ADAPTER = (
+    "a request names one adapter, as its model; a weighted sum of several is an adapter of its own, which "
+    "mix_adapters makes in Python"
+)
 _UNREADABLE = "There was an error parsing the body"  # FastAPI's words
 # the union member that a problem belongs to, which pydantic puts between names of fields
 _KIND = re.compile(r"[A-Z]\w*|str|int|float|bool|(list|dict|tagged-union|constrained|function-|literal|nullable)\b.*")
@@ -131,6 +135,10 @@ def _first_problem(request: Request, error: RequestValidationError) -> tuple[str
     if not loc:
         return None, _body_problem(request, problem)
     field = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in parts)
+    if field == "model" and problem["type"] == "string_type" and isinstance(problem["input"], (dict, list)):
+        return field, f"model is not a name: {_ONE_ADAPTER}"
+    if is_field and field in ("adapter", "adapters"):
+        return field, f"{field} is not supported: {_ONE_ADAPTER}"
     if is_field:
         return field, f"{field} is not supported; leave it out"
     if problem["type"] == "missing":

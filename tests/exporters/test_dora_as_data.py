@@ -26,7 +26,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_adapter, export_onnx, verify_onnx
 from gralora_fx.exporters.adapter_export import report_of
 from gralora_fx.exporters.verify.comparable import reference_model
-from gralora_fx.format.adapter_inputs import is_adapter_tensor
+from gralora_fx.format.adapter_inputs import BLOCKS, is_adapter_tensor
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.run.sessions.adapter_file import read_record, read_tensors
 from gralora_fx.serving import OrtModel, load
@@ -247,13 +247,56 @@ def test_the_manifest_names_the_layers(folder: Path) -> None:
 
 def test_where_it_cannot_be_it_is_refused_by_name(folder: Path) -> None:
     saved(tiny_model("llama", num_hidden_layers=1), folder / "more", 2, target_modules=["q_proj", "o_proj"], **DORA)
-    with pytest.raises(ExportError, match=r"1 layer: the export takes no adapter there that scales .*: .*o_proj"):
+    with pytest.raises(
+        ExportError, match=r"1 layer: the export takes no adapter .* scales .*: .*o_proj; export .* dora=True"
+    ):
         export_adapter(folder / "more", folder / "onnx", "more")
     plain = rewrite(fresh_trace("llama", task=CACHED, num_hidden_layers=1), LoraConfig(target_modules=["q_proj"]))
     export_onnx(plain, folder / "plain", adapters="data", verify=False)
     with pytest.raises(ExportError, match=r"is a DoRA adapter, which scales .* was exported with adapters that do not"):
         export_adapter(folder / "dora", folder / "plain", "dora")
     assert not (folder / "plain" / "adapters" / "dora.onnx_adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "options"),
+    [
+        ("gpt2", LORA, {"quantize": "int8", "block_size": 16}),
+        ("bert", {"method": "GRALORA", "r": 4, "gralora_k": 2, "alpha": 8, "modules_to_save": ["classifier"]}, {}),
+    ],
+)
+def test_an_export_can_have_room_for_it_beforehand(
+    exports: Exports, name: str, fields: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """What was exported with a plain adapter and `dora=True` takes a DoRA adapter as what was exported with that."""
+    kind = KINDS[name]
+    targets = kind.targets if options else ["query", "value"]
+    saved(kind.make(), tmp_path / "plain", 2, target_modules=targets, **fields)
+    model = GraloraModel.from_pretrained(kind.trace(kind.make()), tmp_path / "plain", adapter_name="plain")
+    logits = {"logits": "all"} if kind.task == CACHED else {}
+    report = export_onnx(model, tmp_path / "room", adapters="data", dora=True, **logits, **options)
+    wrapped = saved(kind.make(), tmp_path / "dora", 1, target_modules=targets, **DORA)
+    taking = read_manifest(tmp_path / "room").adapter_inputs
+    assert taking is not None
+    assert f"DoRA at {len(taking.scaled)} of them" in report.details
+    assert {site.path for site in taking.scaled} == {site.path for site in taking.sites if site.form == BLOCKS}
+    export_adapter(tmp_path / "dora", tmp_path / "room", "dora")
+    served = load(tmp_path / "room")
+    if options:
+        beside, _ = exported(kind, tmp_path / "beside", **options)
+        assert torch.equal(output_of(served, kind, "dora"), output_of(beside, kind, "dora"))
+    else:
+        assert relative_error(output_of(served, kind, "dora"), expected_of(wrapped, kind)) < 1e-5
+        assert torch.equal(output_of(served, kind, None), output_of(exports.base(name), kind, None))
+
+
+def test_room_for_it_is_refused_where_no_adapter_comes_later() -> None:
+    """Merged, or without an adapter that says which layers."""
+    traced = trace(nn.Sequential(nn.Linear(8, 4)), (torch.randn(2, 8),))
+    with pytest.raises(ExportError, match=r"dora=True has no effect with adapters='merged', which takes .*'data' too"):
+        export_onnx(traced, "unused", dora=True)
+    with pytest.raises(ExportError, match="adapters='data' needs a model with an adapter"):
+        export_onnx(traced, "unused", adapters="data", dora=True)
 
 
 def test_a_row_of_zeros_has_no_norm_and_is_named(tmp_path: Path) -> None:

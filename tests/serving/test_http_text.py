@@ -143,6 +143,8 @@ def test_models_are_listed(service: tuple[TestClient, str, dict[str | None, Any]
         ({"model": "other"}, 404, "no model 'other'; there is data, small, wide"),
         ({"model": "\ud800"}, 404, "no model"),
         ({"model": 5}, 400, "model: "),
+        ({"model": {"small": 0.7, "wide": 0.3}}, 400, "model is not a name: a request names one adapter"),
+        ({"adapter": {"small": 0.7, "wide": 0.3}}, 400, "which mix_adapters makes in Python"),
         ({"prompt": ""}, 400, "the prompt has no tokens"),
         ({"prompt": []}, 400, "the prompt has no tokens"),
         ({"prompt": ["a", ""]}, 400, "the prompt has no tokens"),
