@@ -204,7 +204,7 @@ class _OutputTap:
     __name__ = "output_tap"
 
     def __call__(self, output: Tensor) -> Tensor:
-        """Return the output unchanged, recording its gradient."""
+        """Return the output unchanged, keeping its gradient."""
         return _watched(output, self.squares)
 
 
@@ -216,7 +216,7 @@ class _TableTap:
     __name__ = "table_tap"
 
     def __call__(self, output: Tensor, ids: Tensor) -> Tensor:
-        """Return the output unchanged, recording lookups and its gradient."""
+        """Return the output unchanged, keeping lookups and its gradient."""
         flat = ids.detach().flatten()
         self.noted.lookups.index_add_(0, flat, torch.ones(len(flat)))
         return _watched(output, self.noted.gradients)
