@@ -34,7 +34,7 @@ from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.verify.given_texts import user_texts
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
-from gralora_fx.exporters.verify.quality import kl_divergence
+from gralora_fx.exporters.verify.quality_figures import kl_divergence
 from gralora_fx.run.sessions.session import open_session
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/few_bits")

@@ -25,7 +25,7 @@ from gralora_fx import TracedModel
 from gralora_fx.exporters import export_onnx, onnx
 from gralora_fx.exporters.quantize import calibration, choice, round_in_order
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
-from gralora_fx.exporters.verify.quality import kl_divergence
+from gralora_fx.exporters.verify.quality_figures import kl_divergence
 from gralora_fx.run.sessions.session import open_session
 
 OUTPUT = Path("runs/int4_export")

@@ -32,7 +32,7 @@ from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.quantized_arrays import LARGEST, ROW_LARGEST, ROW_TINY
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
-from gralora_fx.exporters.verify.quality import kl_divergence
+from gralora_fx.exporters.verify.quality_figures import kl_divergence
 
 RANK, RATE, BATCH, LENGTH, WARMUP = 32, 5e-4, 2, 128, 5
 NEAREST = Blocks(4)

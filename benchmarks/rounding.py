@@ -30,7 +30,8 @@ from gralora_fx.exporters.kinds.decoder import DECODER
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.verify.given_texts import user_texts
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps
-from gralora_fx.exporters.verify.quality import kl_divergence, measure_quality
+from gralora_fx.exporters.verify.quality import measure_quality
+from gralora_fx.exporters.verify.quality_figures import kl_divergence
 from gralora_fx.run.sessions.session import Runtime, open_session, quiet_options
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/rounding")

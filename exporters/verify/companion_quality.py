@@ -15,7 +15,7 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.kinds.conversion import base_trace
 from gralora_fx.exporters.verify.comparable import evaluating, variants
 from gralora_fx.exporters.verify.outputs import OutputComparison
-from gralora_fx.exporters.verify.quality import QualityTally, compare_outputs, float32_reference
+from gralora_fx.exporters.verify.quality_figures import QualityTally, compare_outputs, float32_reference
 from gralora_fx.exporters.verify.together import TogetherRun, reference_of
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.format.quantized_weights import OutputQuality, Quality, TokenQuality
