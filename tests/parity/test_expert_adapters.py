@@ -176,6 +176,7 @@ def test_gralora_of_experts(name: str, tmp_path: Path) -> None:
 
 
 def test_adapters_of_experts_act_beside_each_other() -> None:
+    torch.manual_seed(1)  # some draws route a token so narrowly that half an ulp of the weights changes 8e-5 of logits
     ours = rewrite(traced("mixtral"), LoraConfig(r=2, target_parameters=[UP_AND_DOWN[0]], init_lora_weights=False))
     ours.add_adapter(
         "second", GraloraConfig(r=2, target_modules=[], target_parameters=[*UP_AND_DOWN], init_weights=False)
