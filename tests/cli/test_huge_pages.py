@@ -1,4 +1,4 @@
-"""Programs that start over with their memory in huge pages."""
+"""Programs that restart to use huge pages."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def test_over_rounded_weights_it_is_the_formula_on_these(exports: Exports, store
     path, manifest = directory / "adapters" / "dora.onnx_adapter", read_manifest(directory)
     record = read_record(path)
     assert set(str(record.norms_of).split(", ")) <= set(stored.strip().split(", "))
-    assert "not of the base's own" in str(report_of(path, directory).summary)
+    assert "not from the base's own" in str(report_of(path, directory).summary)
     assert manifest.adapter_inputs is not None
     tensors = read_tensors(path, record, manifest.adapter_inputs, manifest.base_fingerprint, ExportError)
     trained = load_file(tmp_path / "dora" / "adapter_model.safetensors")

@@ -171,7 +171,7 @@ def test_an_adapter_is_added_to_an_export_of_before(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_by_name(export: Path) -> None:
     model = load(export)
     with pytest.raises(
-        NotInvokedError, match=r"adapter 'judge' acts from its tokens \[7, 8\] on, and the prompt does not"
+        NotInvokedError, match=r"adapter 'judge' acts from its tokens \[7, 8\] on, and the prompt lacks"
     ):
         model.generate([11, 7, 12, 8], adapter="judge", max_new_tokens=2)
     for refused in (

@@ -121,7 +121,7 @@ def test_an_adapter_over_the_float_base_is_told_to_take_the_checkpoint_alone(tmp
     floats.save_pretrained(tmp_path / "floats")
     adapted = rewrite(trace(load_model(tmp_path / "base")), LoraConfig(r=2, target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path / "adapter")
-    with pytest.warns(UserWarning, match=r"GPTQ of 4 bits, and the weights here are float: .*; take its checkpoint in"):
+    with pytest.warns(UserWarning, match="GPTQ of 4 bits, and the weights here are .*; take its quantized checkpoint"):
         GraloraModel.from_pretrained(trace(load_model(tmp_path / "floats")), tmp_path / "adapter")
 
 
@@ -142,7 +142,7 @@ def test_what_is_not_done_with_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is quantized already, and its own values are taken"):
         load_model(tmp_path, base_quantization="nf4")
     tiny_model("llama", **SIZES).save_pretrained(tmp_path / "floats")
-    with pytest.raises(ConfigError, match="is read from its checkpoint, and floats are not rounded so here"):
+    with pytest.raises(ConfigError, match="is read from its checkpoint, and floats cannot be rounded to it here"):
         load_model(tmp_path / "floats", base_quantization=CASES["awq"][1])
 
 

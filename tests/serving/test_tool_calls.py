@@ -167,7 +167,7 @@ def test_a_template_without_json_is_said_to_be_unknown() -> None:
     qwen = "{% if tools %}<tool_call>\n<function={{ tools }}>{% endif %}<tool_call> arguments"
     found = ToolTemplate.of(byte_tokenizer(qwen, {}))
     assert (found.format, found.has_tools, found.is_known) == (GENERAL, True, False)
-    assert "not one that is known" in str(found)
+    assert "form in the tokenizer's template is unknown" in str(found)
 
 
 def test_a_chat_for_a_template_that_knows_no_tools() -> None:

@@ -12,7 +12,7 @@ from served_exports import decoders
 CALLED = {"model": "data", "messages": [{"role": "user", "content": "a"}], "max_tokens": 3}
 TOOL = {"type": "function", "function": {"name": "now"}}
 HISTORY = [{"role": "user", "content": "a"}, {"role": "tool", "content": "b", "tool_call_id": "c"}]
-NOT_THERE = "no feature that is installed can say what"
+NOT_THERE = "no installed feature can constrain"
 # by feature: requests of chats, with what they are told
 REFUSED: dict[str, list[tuple[dict[str, object], str]]] = {
     "tools": [
@@ -24,7 +24,7 @@ REFUSED: dict[str, list[tuple[dict[str, object], str]]] = {
     "structured_outputs": [
         ({"response_format": {"type": "json_object"}}, "response_format is not supported; leave it out"),
         ({"guided_regex": "a"}, "guided_regex is not supported; leave it out"),
-        ({"tools": [TOOL]}, f"tools: {NOT_THERE} calls of them have to be; leave it out"),
+        ({"tools": [TOOL]}, f"tools: {NOT_THERE} tool calls; leave it out"),
     ],
 }
 PROGRAM = """
@@ -66,7 +66,7 @@ def test_its_fields_are_refused_and_texts_are_served(feature: str, tmp_path: Pat
     assert refused == [f"400 {message}" for _, message in REFUSED[feature]]
     assert plain == "answered"
     proposed = "3 proposed tokens are asked for, and no feature that is installed proposes any; install gralora-fx"
-    expected = f"{NOT_THERE} answers have to be; install gralora-fx with all of its features"
+    expected = f"{NOT_THERE} answers; install gralora-fx with all of its features"
     assert regex == ("regex " + (expected if feature == "structured_outputs" else "answered"))
     told = f"{proposed} with all of its features" if feature == "speculation" else "answered"
     assert drafts == f"prompt_lookup_num_tokens {told}"
