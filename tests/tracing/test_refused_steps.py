@@ -19,7 +19,7 @@ STEP = "text-generation-with-past"
     [
         ("CpmAntForCausalLM", "every step takes the whole text"),
         ("Gemma4AssistantForCausalLM", "it reads the keys and values of the model that it drafts for"),
-        ("MusicgenForCausalLM", "several rows of audio codes"),
+        ("MusicgenForCausalLM", "several rows of sound codes"),
         ("OpenAIGPTLMHeadModel", "its forward takes no cache.*; task='text-generation' traces it without a cache"),
         ("ProphetNetForCausalLM", "with a cache it reads one token at a time"),
         ("RecurrentGemmaForCausalLM", "in its modules.*; task=.text-generation. traces it for texts of one length"),
