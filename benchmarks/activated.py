@@ -30,11 +30,7 @@ PLAIN, ACTIVATED = "eight rows, plain", "eight rows, activated"
 
 
 def run(iterations: int = 25) -> Report:
-    """Measure.
-
-    Args:
-        iterations: Timed runs of each kind of step.
-    """
+    """Time `iterations` runs of each kind of step, after first tokens over one context."""
     report = Report("activated", f"{ADAPTERS} activated adapters over {CONTEXT} tokens: SmolLM2-135M, LoRA r=8")
     model = load(_export(smollm2.base(RUNS / "base")), threads=THREADS)
     generator = np.random.default_rng(0)

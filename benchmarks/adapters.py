@@ -35,11 +35,7 @@ Side = tuple[Any, tuple[Any, str] | None]  # a model of onnxruntime-genai, and i
 
 
 def run(iterations: int = 6) -> Report:
-    """Measure decoding and switching.
-
-    Args:
-        iterations: Prompts that each graph is timed on.
-    """
+    """Measure decoding, over `iterations` prompts per graph, and switching."""
     report = Report("adapters", "adapters as data: SmolLM2-135M, seven projections")
     base = smollm2.base(SHARED / "base")
     adapters = {32: smollm2.adapter(SHARED / "adapter", base), 8: smollm2.adapter(RUNS / "adapter_8", base, r=8)}

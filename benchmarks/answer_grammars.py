@@ -30,11 +30,7 @@ PLAIN, WITH = "without grammars", "with a grammar in each row"
 
 
 def run(iterations: int = 60) -> Report:
-    """Measure steps of rows.
-
-    Args:
-        iterations: Steps of each side.
-    """
+    """Time `iterations` steps of rows on each side."""
     report = Report("answer_grammars", "grammars of answers: SmolLM2-135M, 8 rows")
     torch.set_num_threads(1)  # as in the service
     for precision, directory in smollm2.exports(RUNS):

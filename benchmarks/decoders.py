@@ -25,15 +25,7 @@ Found = Outcome[Checked]
 
 
 def run(only: Sequence[str] = (), workers: int = 2) -> Report:
-    """Check every decoder, or those in `only`.
-
-    Args:
-        only: Class names; none for all.
-        workers: Number of concurrent checks.
-
-    Raises:
-        ValueError: A name is not a causal language model of transformers.
-    """
+    """Check every decoder, or the classes in `only`, with `workers` concurrent checks."""
     kind = "causal language model"
     return _report(survey(decoder_classes(), only, _check, _verdict, kind=kind, module=__name__, at_once=workers))
 

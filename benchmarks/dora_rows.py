@@ -35,12 +35,7 @@ FIELDS: dict[str, Any] = {"r": 8, "lora_alpha": 2, "target_modules": smollm2.PRO
 
 
 def run(iterations: int = 25, interleavings: int = 1000) -> Report:
-    """Measure.
-
-    Args:
-        iterations: Timed runs of each kind of step.
-        interleavings: How many there are.
-    """
+    """Time `iterations` runs of each kind of step, loads, and random interleavings of requests."""
     report = Report("dora-rows", f"{ROWS} rows with DoRA beside LoRA: SmolLM2-135M, r={FIELDS['r']}")
     base = smollm2.base(RUNS / "base")
     loads = []

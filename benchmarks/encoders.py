@@ -28,15 +28,7 @@ _LEFT_OUT = {
 
 
 def run(only: Sequence[str] = (), workers: int = 2) -> Report:
-    """Check every encoder class, or those in `only`.
-
-    Args:
-        only: Class names; none for all.
-        workers: Number of concurrent checks.
-
-    Raises:
-        ValueError: A name is not an encoder class of transformers.
-    """
+    """Check every encoder class, or those in `only`, with `workers` concurrent checks."""
     listed = {entry.name: entry for entry in encoder_classes()}
     work = partial(_check, {name: entry.task for name, entry in listed.items()})
     found = survey(listed, only, work, _verdict, kind="encoder class", module=__name__, at_once=workers)

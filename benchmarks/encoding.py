@@ -53,17 +53,11 @@ Feed = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of one feed.
+    """The shape of one feed."""
 
-    Attributes:
-        batch: Number of texts or images.
-        length: Tokens of the longest text; 0 for images.
-        padding: Share of the tokens that are padding; the lengths are spread evenly.
-    """
-
-    batch: int
-    length: int
-    padding: float = 0.0
+    batch: int  # number of texts or images
+    length: int  # tokens of the longest text; 0 for images
+    padding: float = 0.0  # share of the tokens that are padding; the lengths are spread evenly
 
     def __str__(self) -> str:
         """Format it, as `16 x 128, 34 % padding`."""
@@ -131,16 +125,9 @@ def _compare(
 
 
 def export_sides(model: PreTrainedModel, task: str, sample: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Return the ONNX models of every side.
+    """Export a model on every side; return each path by side.
 
-    Args:
-        model: A transformers model in evaluation mode.
-        task: Its task.
-        sample: Inputs for transformers' exporter, of two rows, one of them padded.
-        folder: Directory to write to.
-
-    Returns:
-        The path of each model by side; ours has a GraLoRA adapter folded.
+    `sample` is for transformers' exporter: two rows, one of them padded. Ours has a GraLoRA adapter folded in.
     """
     traced = trace(model, task=task)
     adapted = rewrite(traced, GraloraConfig(r=8, gralora_k=2, target_modules="all-linear", init_weights=False))

@@ -24,11 +24,7 @@ THREADS, CONTEXT, STEPS, CHUNK = 2, 1000, 32, 256
 
 
 def run(iterations: int = 8) -> Report:
-    """Measure a prompt and each token after it.
-
-    Args:
-        iterations: Prompts that each side is timed on.
-    """
+    """Measure `iterations` prompts on each side, and each token after them."""
     report = Report("engine", "engine: SmolLM2-135M, one stream, the same directory")
     for precision, directory in smollm2.exports(RUNS):
         _compare(report, directory, precision, iterations)

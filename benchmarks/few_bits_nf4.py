@@ -37,12 +37,7 @@ PROMPT, STEPS = 64, 8
 
 
 def measure(report: Report, iterations: int = 16) -> None:
-    """Add a table and its claims.
-
-    Args:
-        report: The report.
-        iterations: Timed tokens of each export.
-    """
+    """Add a table and its claims to a report; `iterations` is the number of timed tokens of each export."""
     smollm2.base(BASE)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     news = load_news(0)

@@ -20,11 +20,7 @@ FOLD, COPY = "fold_onnx", "copy of the data file"
 
 
 def run(iterations: int = 9) -> Report:
-    """Compare a fold with a copy of the data file in this process, and whole processes with an export.
-
-    Args:
-        iterations: Timed runs of each side.
-    """
+    """Compare a fold with a copy of the data file, `iterations` times, and its whole process with an export's."""
     report = Report("fold", "fold: SmolLM2-135M with a GraLoRA adapter on all seven projections, fp32")
     base = smollm2.base(RUNS / "base")
     adapter = smollm2.adapter(RUNS / "adapter", base)

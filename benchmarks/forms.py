@@ -62,12 +62,7 @@ class _Point:
 
 
 def run(iterations: int = 15, points: Callable[[str], bool] = lambda name: True) -> Report:
-    """Measure both forms.
-
-    Args:
-        iterations: Timed steps of each kind.
-        points: Which combinations to measure, by name.
-    """
+    """Time `iterations` steps of each kind in both forms, at all `points` or those named."""
     report = Report("forms", "adapters as data: GraLoRA's blocks beside plain LoRA, two layers of a decoder")
     rows: list[Mapping[str, Any]] = []
     for widths in SIZES:

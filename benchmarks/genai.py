@@ -16,14 +16,9 @@ import onnxruntime_genai as og
 
 
 def build(model: Path, output: Path, precision: str, cache: Path, **extra: str) -> Path:
-    """Build a graph with onnxruntime-genai's builder, in its own process.
+    """Build a checkpoint's graph, `fp32` or `int4`, with onnxruntime-genai's builder, in its own process.
 
-    Args:
-        model: A checkpoint.
-        output: Where to write; it is emptied first.
-        precision: `"fp32"` or `"int4"`.
-        cache: Where the builder keeps what it downloads.
-        extra: Its extra options.
+    `output` is emptied first, `cache` is for the builder's downloads, and `extra` has its extra options.
     """
     options = ["-m", model, "-o", output, "-p", precision, "-e", "cpu", "-c", cache]
     options += ["--extra_options", *(f"{key}={value}" for key, value in extra.items())] if extra else []
@@ -61,14 +56,10 @@ def open_model(directory: Path, threads: int) -> Any:
 def token_times(
     model: Any, ids: np.ndarray[Any, Any], steps: int, *, chunk: int = 0, adapter: tuple[Any, str] | None = None
 ) -> list[float]:
-    """Return the seconds of a prompt, then of each further token.
+    """Return the seconds of a prompt `[1, length]`, then of each of `steps` further tokens.
 
-    Args:
-        model: The result of `open_model`.
-        ids: `[1, length]`, the prompt.
-        steps: Tokens after the first.
-        chunk: Prompt tokens read per step; 0 for all.
-        adapter: Adapters of the model, and the name of the active one; None for none.
+    The prompt is read in pieces of `chunk` tokens, 0 for all at once. `adapter` is the model's adapters and the name of
+    the active one.
     """
     parameters = og.GeneratorParams(model)
     length = ids.shape[1] + steps + 1

@@ -52,12 +52,7 @@ exported.save_pretrained(sys.argv[2])
 
 
 def run(iterations: int = 8, exports: int = 2) -> Report:
-    """Measure exports, tokens, prefill and decode.
-
-    Args:
-        iterations: Prompts that each graph is timed on.
-        exports: Runs of each export; transformers' exporter runs once.
-    """
+    """Measure `exports` runs of each export, and tokens, prefill and decode of `iterations` prompts per graph."""
     report = Report("generation", "generation: SmolLM2-135M with GraLoRA on all seven projections")
     base = smollm2.base(RUNS / "base")
     adapter = smollm2.adapter(RUNS / "adapter", base)

@@ -18,17 +18,11 @@ _FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 
 
 class Quantized(NamedTuple):
-    """Matrices quantized by llama.cpp, dequantized.
+    """Matrices quantized by llama.cpp, dequantized."""
 
-    Attributes:
-        values: The values of each matrix `[out, in]`, float32.
-        stored_bits: Total bits, with scales and minima.
-        types: Number of matrices by type.
-    """
-
-    values: Mapping[str, NDArray[np.float32]]
-    stored_bits: int
-    types: Mapping[str, int]
+    values: Mapping[str, NDArray[np.float32]]  # the values of each matrix `[out, in]`, float32
+    stored_bits: int  # total bits, with scales and minima
+    types: Mapping[str, int]  # number of matrices by type
 
 
 def is_installed() -> bool:
@@ -37,12 +31,9 @@ def is_installed() -> bool:
 
 
 def quantized(matrices: Mapping[str, NDArray[np.float32]], recipe: str, layers: int) -> Quantized:
-    """Quantize a Llama's matrices by a recipe of llama.cpp.
+    """Quantize a Llama's matrices by a recipe of llama.cpp, `Q4_1` or `Q4_K_M`.
 
-    Args:
-        matrices: The weight of each linear layer `[out, in]`, by transformers' names; a tied head's too.
-        recipe: `"Q4_1"` or `"Q4_K_M"`.
-        layers: Number of layers.
+    `matrices` are those of linear layers, `[out, in]`, by transformers' names, a tied head's included.
     """
     import gguf
 

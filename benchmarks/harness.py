@@ -39,18 +39,12 @@ _PACKAGES = ("gralora-fx", "torch", "transformers", "peft", "onnxruntime", "onnx
 
 @dataclass(frozen=True)
 class Case(Generic[State]):
-    """One side of a comparison.
-
-    Attributes:
-        name: Its name in tables.
-        run: What is timed.
-        setup: Creates the state that `run` takes; once, untimed.
-        reset: Undoes a run and returns the state for the next; after each run, untimed.
-    """
+    """One side of a comparison."""
 
     name: str
-    run: Callable[[State], object]
-    setup: Callable[[], State]
+    run: Callable[[State], object]  # what is timed
+    setup: Callable[[], State]  # creates the state that `run` takes; once, untimed
+    # undoes a run and returns the state for the next; after each run, untimed
     reset: Callable[[State], State] = lambda state: state
 
     @classmethod
@@ -109,16 +103,7 @@ class Timings:
 
 
 def measure(cases: Sequence[Case[Any]], *, iterations: int, warmup: int = 2) -> Timings:
-    """Time cases in turns.
-
-    Args:
-        cases: The cases, with unique names.
-        iterations: Timed runs of each case.
-        warmup: Runs of each case before the first timed one.
-
-    Returns:
-        The times of all runs. The garbage collector is off while a case runs.
-    """
+    """Return the times of `iterations` runs of each case after `warmup` runs, in turns, without garbage collection."""
     states = [case.setup() for case in cases]
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     gc.collect()
@@ -194,14 +179,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim and its measured value.
-
-    Attributes:
-        text: The claim, without the bound.
-        value: The measured value.
-        at_least: The lower bound, or None.
-        at_most: The upper bound, or None.
-    """
+    """A claim and its measured value."""
 
     text: str
     value: float
@@ -250,14 +228,7 @@ class Report:
             console.print(line, markup=False, highlight=False)
 
     def write(self, directory: Path) -> Path:
-        """Write `<name>.json`, including the machine and package versions.
-
-        Args:
-            directory: The directory, created if it does not exist.
-
-        Returns:
-            The file.
-        """
+        """Write `<name>.json`, with the machine and package versions, into a directory; return the file."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.name}.json"
         content = dataclasses.asdict(self) | {"environment": environment()}

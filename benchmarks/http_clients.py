@@ -22,17 +22,11 @@ HOST = "127.0.0.1"
 
 @dataclass
 class Load:
-    """The clients' measurements.
+    """The clients' measurements."""
 
-    Attributes:
-        seconds: Duration of the load.
-        statuses: Answers by status.
-        latencies: Seconds of each answer with status 200.
-    """
-
-    seconds: float = 0.0
-    statuses: Counter[int] = field(default_factory=Counter)
-    latencies: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # duration of the load
+    statuses: Counter[int] = field(default_factory=Counter)  # answers by status
+    latencies: list[float] = field(default_factory=list)  # seconds of each answer with status 200
 
     @property
     def rate(self) -> float:
@@ -42,12 +36,7 @@ class Load:
 
 @contextmanager
 def served(directory: Path, *options: str) -> Iterator[tuple[int, psutil.Process]]:
-    """Run `gralora-fx serve` within the block; yield its port and process.
-
-    Args:
-        directory: An export.
-        *options: Options of the command.
-    """
+    """Run `gralora-fx serve` over an export within the block; yield its port and process."""
     command = [sys.executable, "-m", "gralora_fx.cli", "serve", str(directory), "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -63,15 +52,7 @@ def served(directory: Path, *options: str) -> Iterator[tuple[int, psutil.Process
 
 
 def ask(port: int, path: str, bodies: Sequence[dict[str, Any]], *, clients: int, seconds: float) -> Load:
-    """Let clients post bodies, each one after the previous answer.
-
-    Args:
-        port: The service's port.
-        path: The path to post to.
-        bodies: The bodies, posted in turns.
-        clients: Number of concurrent clients.
-        seconds: Duration.
-    """
+    """Let clients post bodies in turns for some seconds, each one after its previous answer."""
     requests = []
     for body in bodies:
         content = json.dumps(body).encode()

@@ -30,11 +30,7 @@ _PAST, _PRESENT = "past_key_values.", "present."
 
 
 def run(iterations: int = 5) -> Report:
-    """Measure a prompt and a token.
-
-    Args:
-        iterations: Timed runs of each side.
-    """
+    """Time `iterations` prompts and tokens of each side."""
     report = Report("hybrids", "decoders with a state: Mamba2 at 130M's widths, random weights")
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
@@ -54,15 +50,7 @@ def mamba2() -> Mamba2ForCausalLM:
 
 
 def compare(report: Report, name: str, model: PreTrainedModel, path: Path, iterations: int) -> None:
-    """Time a prompt in one call and a token after it, on both sides, and report ours by operator.
-
-    Args:
-        report: Receives tables and claims.
-        name: The model's name.
-        model: The eager model.
-        path: Its export.
-        iterations: Timed runs of each side.
-    """
+    """Time a prompt in one call and a token after it, on both sides; report tables, claims and ours by operator."""
     session = _opened(path)
     ids = np.random.default_rng(0).integers(10, model.config.vocab_size, (1, PROMPT + 1))
     eager, ours = _eager_steps(model, ids), _session_steps(session, ids)

@@ -38,12 +38,7 @@ _SHARED = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_
 
 
 def compare(report: Report, iterations: int = 6) -> None:
-    """Measure both models in both precisions.
-
-    Args:
-        report: Receives a table and two claims for each.
-        iterations: Prompts that each graph is timed on.
-    """
+    """Measure both models in both precisions, over `iterations` prompts per graph; report tables and claims."""
     for name, make in (("LFM2", _lfm2), ("Qwen3.5", _qwen3_5)):
         ours, theirs = make(RUNS / name)
         for precision in ("fp32", "int4"):

@@ -21,15 +21,7 @@ _POSITIONS = 512  # of a text: prompts of tiny models have up to a hundred token
 
 
 def run(only: Sequence[str] = (), workers: int = 2) -> Report:
-    """Check every model, or those in `only`.
-
-    Args:
-        only: Class names; none for all.
-        workers: Number of concurrent checks.
-
-    Raises:
-        ValueError: A name is not a model of transformers that reads images beside a text.
-    """
+    """Check every model, or the classes in `only`, with `workers` concurrent checks."""
     kind = "model for images and text"
     return _report(survey(image_classes(), only, _check, _shown, kind=kind, module=__name__, at_once=workers))
 

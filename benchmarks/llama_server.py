@@ -11,14 +11,7 @@ import xllamacpp
 
 
 def main(file: str, threads: str, rows: str, tokens: str) -> None:
-    """Serve a file.
-
-    Args:
-        file: The model.
-        threads: Threads of an operator.
-        rows: How many requests run together.
-        tokens: Positions of all requests together.
-    """
+    """Serve a model's file: `rows` concurrent requests with `tokens` positions in all."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = file
     parameters.n_parallel, parameters.n_ctx, parameters.port = int(rows), int(tokens), 0

@@ -51,19 +51,12 @@ print(json.dumps(sorted(files)))
 
 @dataclass(frozen=True)
 class Job:
-    """A job whose loaded files are counted.
-
-    Attributes:
-        name: Its name in the table.
-        program: The code; `directory` is the path of an export that it may write or read.
-        files: Maximum of loaded files.
-        lines: Maximum of their lines.
-    """
+    """A job whose loaded files are counted."""
 
     name: str
-    program: str
-    files: int
-    lines: int
+    program: str  # the code; `directory` is the path of an export that it may write or read
+    files: int  # maximum of loaded files
+    lines: int  # maximum of their lines
 
 
 _MERGED_LLAMA = _BEGIN + _LLAMA + _MERGE.format(targets="'all-linear'")
@@ -120,15 +113,7 @@ def add_to(report: Report) -> None:
 
 
 def loaded(program: str, directory: Path) -> list[Path]:
-    """Return the project's files that a process has loaded after it ran a program.
-
-    Args:
-        program: Python code.
-        directory: The value of `directory` in the code.
-
-    Raises:
-        RuntimeError: The program failed.
-    """
+    """Return the project's files that a process has loaded after running a program, which knows a `directory`."""
     code = f"directory = {str(directory)!r}\n{program}{_END}"
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=_ROOT)
@@ -138,12 +123,7 @@ def loaded(program: str, directory: Path) -> list[Path]:
 
 
 def naming(feature: str, word: str) -> Iterator[Path]:
-    """Yield the files outside a feature's folder that contain a word.
-
-    Args:
-        feature: The name of its folder.
-        word: A regular expression, matched case-insensitively.
-    """
+    """Yield the files outside a feature's folder that match an expression, whatever the case."""
     for folder in _SOURCE:
         for file in sorted((_ROOT / folder).rglob("*.py")):
             path = file.relative_to(_ROOT)

@@ -24,11 +24,7 @@ TEXTS = {"English": "The capital of France is Paris. ", "Chinese": "北京欢迎
 
 
 def run(iterations: int = 3) -> Report:
-    """Measure each text with each tokenizer.
-
-    Args:
-        iterations: Refusals of each text; the fastest counts.
-    """
+    """Measure each text with each tokenizer: the fastest of `iterations` refusals."""
     report = Report("long_prompts", "prompts of 10 MB, processor time")
     for name, tokenizer, limit in _tokenizers():
         once, _ = _timed(TokenBound.of, tokenizer)

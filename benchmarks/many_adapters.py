@@ -53,12 +53,7 @@ _MIB = 2**20
 
 
 def run(adapters: int = 200, seconds: float = 60.0) -> Report:
-    """Measure requests for adapters, and steps of mixed ranks.
-
-    Args:
-        adapters: Number of adapters on disk.
-        seconds: Duration of one client's requests, and of four clients'.
-    """
+    """Measure requests for adapters on disk, `seconds` of one client and of four, and steps of mixed ranks."""
     report = Report("many-adapters", f"{adapters} adapters on disk, {LOADED} in memory: SmolLM2-135M, r={RANK}")
     base = smollm2.base(RUNS / "base")
     export = _export(base)
@@ -91,17 +86,11 @@ def run(adapters: int = 200, seconds: float = 60.0) -> Report:
 
 @dataclass
 class _Seen:
-    """The clients' measurements.
+    """The clients' measurements."""
 
-    Attributes:
-        hits: Seconds to the first token where the adapter was in memory.
-        misses: The others.
-        statuses: Answers by status.
-    """
-
-    hits: list[float] = field(default_factory=list)
-    misses: list[float] = field(default_factory=list)
-    statuses: Counter[int] = field(default_factory=Counter)
+    hits: list[float] = field(default_factory=list)  # seconds to the first token where the adapter was in memory
+    misses: list[float] = field(default_factory=list)  # the others
+    statuses: Counter[int] = field(default_factory=Counter)  # answers by status
 
     def row(self, name: str) -> dict[str, Any]:
         hits, misses = ([1e3 * seconds for seconds in times] for times in (self.hits, self.misses))

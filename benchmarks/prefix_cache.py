@@ -40,12 +40,7 @@ COLD, WARM, WITHOUT, WITH = "cold", "1,000 tokens known", "without a prefix cach
 
 
 def run(iterations: int = 7, interleavings: int = 1000) -> Report:
-    """Measure all of it.
-
-    Args:
-        iterations: Prompts of each side.
-        interleavings: Number of interleavings.
-    """
+    """Measure `iterations` prompts of each side, a chat, steps, copies and random interleavings."""
     report = Report("prefix_cache", "prefix cache: SmolLM2-135M, and a tiny Llama with eight adapters")
     for precision, directory in chain(smollm2.exports(RUNS), _mamba2()):
         model = load(directory, threads=THREADS)

@@ -58,11 +58,7 @@ def run(iterations: int = 15) -> Report:
 
 
 def open_sides(directory: Path) -> tuple[dict[str, OrtModel], list[str]]:
-    """Return the export opened on every side, and why it could not be opened on the others.
-
-    Args:
-        directory: An export.
-    """
+    """Return an export opened on every side, and why it could not be opened on the others."""
     models: dict[str, OrtModel] = {}
     missing = []
     for name, (provider, options) in SIDES.items():
@@ -80,16 +76,10 @@ def random_feed() -> Feed:
 
 
 def providers_table(models: Mapping[str, OrtModel], feed: Feed, *, iterations: int) -> tuple[Table, Timings]:
-    """Time every side in turns, and compare its output with the CPU provider's.
+    """Time every side in turns; return a row for each.
 
-    Args:
-        models: The export on every side; `BASE` is among them.
-        feed: Inputs of the model.
-        iterations: Timed runs of each side.
-
-    Returns:
-        A row for each side: times, the ratio to the CPU provider, the largest difference of the output relative to its
-        largest value, and how many nodes the provider runs.
+    It has times, the ratio to the CPU provider `BASE`, the largest difference of the output relative to its largest
+    value, and the number of nodes that the provider runs.
     """
     cases = [Case.of(name, lambda model=model: model(**feed)) for name, model in models.items()]
     timings = measure(cases, iterations=iterations, warmup=3)

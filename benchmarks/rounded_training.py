@@ -45,12 +45,7 @@ Figures = dict[tuple[str, str, str], list[dict[str, float]]]  # by adapter, weig
 
 
 def run(steps: int = 24, seeds: int = 2) -> Report:
-    """Train both ways, and measure the rounded weights and the exports.
-
-    Args:
-        steps: Batches per training run.
-        seeds: Training runs of each kind.
-    """
+    """Train both ways, `steps` batches with each of `seeds` seeds; measure the rounded weights and the exports."""
     title = f"{steps} steps of {BATCH}x{LENGTH} tokens, r={RANK}, seven projections"
     report = Report("rounded-training", f"rounded-training: SmolLM2-135M, {title}")
     source, tokenizer, traced = permuted_model()

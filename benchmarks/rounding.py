@@ -47,11 +47,7 @@ QUANTIZATIONS = {
 
 
 def run(iterations: int = 24) -> Report:
-    """Measure divergence, size and speed of each quantization.
-
-    Args:
-        iterations: Timed prefills and decodes of each export.
-    """
+    """Measure divergence, size and, in `iterations` runs, speed of each quantization."""
     report = Report("rounding", "rounding: tokens of SmolLM2-135M with GraLoRA on all seven projections")
     smollm2.base(BASE)
     model, tokenizer = _model(), AutoTokenizer.from_pretrained(BASE)

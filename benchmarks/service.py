@@ -54,23 +54,14 @@ BESIDE, OTHERS = 6, 7  # requests, and the number of running answers beside each
 
 @dataclass(frozen=True)
 class Kind:
-    """What is served.
-
-    Attributes:
-        name: Its name.
-        quantize: Kind of quantization; None for none.
-        adapters: How adapters are exported.
-        over_genai: The least throughput relative to onnxruntime-genai's sequential runs.
-        over_llama: The same relative to llama.cpp's server; None if they are not compared.
-        token: The most time per token of one stream, relative to llama.cpp's.
-    """
+    """A kind of export to serve, and the bounds of its claims."""
 
     name: str
-    quantize: str | None
-    adapters: str
-    over_genai: float
-    over_llama: float | None = None
-    token: float | None = None
+    quantize: str | None  # kind of quantization; None for none
+    adapters: str  # how adapters are exported
+    over_genai: float  # the least throughput relative to onnxruntime-genai's sequential runs
+    over_llama: float | None = None  # the same relative to llama.cpp's server; None if they are not compared
+    token: float | None = None  # the most time per token of one stream, relative to llama.cpp's
 
 
 KINDS = (
@@ -81,14 +72,7 @@ KINDS = (
 
 
 def run(iterations: int = 3, rank: int = 8, chunk: int = 64, rows: int = ROWS) -> Report:
-    """Measure all sides in turns.
-
-    Args:
-        iterations: Timed rounds of all requests per side.
-        rank: Rank of the adapters.
-        chunk: The most prompt tokens per step.
-        rows: How many requests a service answers together.
-    """
+    """Measure all sides in turns, `iterations` rounds of all requests each."""
     report = Report("service", f"{REQUESTS} clients over HTTP: SmolLM2-135M, adapters of r={rank}")
     base = smollm2.base(RUNS / "base")
     generator = np.random.default_rng(0)

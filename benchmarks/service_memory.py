@@ -47,12 +47,7 @@ GROWING, FIXED = "growing", "fixed, huge pages"
 
 
 def run(iterations: int = 40, starts: int = 3) -> Report:
-    """Measure a service, and tokens.
-
-    Args:
-        iterations: Timed tokens of each kind.
-        starts: Number of starts of the service.
-    """
+    """Measure a service, its time to start in `starts` starts, and `iterations` tokens of each kind."""
     report = Report("service-memory", "gralora-fx serve with its defaults: SmolLM2-135M in int4")
     path = _export()
     seconds: list[tuple[float, float]] = []
@@ -107,34 +102,21 @@ def _measure_memory(report: Report, service: _Service, path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Memory:
-    """A service's memory in MB.
+    """A service's memory in MB."""
 
-    Attributes:
-        rss: Its resident set.
-        prefix_cache: The prefix cache's part of it.
-        rows_hold: Keys and values of the tokens in the rows' caches.
-    """
-
-    rss: float
-    prefix_cache: float
-    rows_hold: float
+    rss: float  # its resident set
+    prefix_cache: float  # the prefix cache's part of it
+    rows_hold: float  # keys and values of the tokens in the rows' caches
 
 
 @dataclass(frozen=True)
 class _Service:
-    """A running service.
+    """A running service."""
 
-    Attributes:
-        url: Its address.
-        process: Its process.
-        seconds: Wall-clock seconds of its start.
-        cpu_seconds: CPU seconds of its start.
-    """
-
-    url: str
-    process: psutil.Process
-    seconds: float
-    cpu_seconds: float
+    url: str  # its address
+    process: psutil.Process  # its process
+    seconds: float  # wall-clock seconds of its start
+    cpu_seconds: float  # CPU seconds of its start
 
     def memory(self) -> _Memory:
         """Return its memory now."""

@@ -58,11 +58,7 @@ def merged(directory: Path, model: Path, adapter_dir: Path) -> Path:
 
 
 def exports(runs: Path) -> Iterator[tuple[str, Path]]:
-    """Yield our exports with the adapter folded in, by precision: float32 and int4, each made once.
-
-    Args:
-        runs: The directory of the exports, the model and the adapter.
-    """
+    """Yield our exports with the adapter folded in, made once in `runs`, by precision: float32 and int4."""
     from benchmarks.genai import run_process  # it imports onnxruntime-genai
 
     model = base(runs / "base")

@@ -58,11 +58,7 @@ ORDINARY = (
 
 
 def run(iterations: int = 3) -> Report:
-    """Measure answers.
-
-    Args:
-        iterations: Runs of each set of prompts per side.
-    """
+    """Measure answers to each set of prompts, `iterations` times on each side."""
     report = Report("speculation", "speculation: SmolLM2-135M, n-grams of the prompt and the answer")
     for precision, directory in smollm2.exports(RUNS):
         model = load(directory, threads=THREADS)

@@ -59,21 +59,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """One model.
-
-    Attributes:
-        name: Its name in tables.
-        model_class: Its class in transformers.
-        sizes: Fields of its configuration.
-        task: The task that it is exported for.
-        adapted: A regular expression for the paths of its adapted layers.
-    """
+    """One model."""
 
     name: str
-    model_class: str
-    sizes: dict[str, Any]
-    task: str
-    adapted: str
+    model_class: str  # its class in transformers
+    sizes: dict[str, Any]  # fields of its configuration
+    task: str  # the task that it is exported for
+    adapted: str  # A regular expression for the paths of its adapted layers
 
     def config(self) -> PreTrainedConfig:
         """Return its configuration."""
@@ -165,14 +157,9 @@ def write_model(directory: Path, kind: Kind) -> int:
 
 
 def write_shards(directory: Path, groups: Iterable[Mapping[str, tuple[int, ...]]]) -> int:
-    """Write random bfloat16 tensors and their index as transformers saves a model.
+    """Write random bfloat16 tensors and their index as transformers saves a model; return the number of values.
 
-    Args:
-        directory: The model's directory.
-        groups: The shapes of the tensors of each file, by key.
-
-    Returns:
-        The number of values.
+    `groups` has the shapes of each file's tensors by key.
     """
     generator, count = torch.Generator().manual_seed(0), 0
     places: dict[str, str] = {}

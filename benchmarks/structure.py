@@ -125,13 +125,9 @@ def _mark(kinds: list[str], node: ast.stmt, kind: str) -> None:
 
 @dataclass
 class Walk:
-    """The package's functions in the order of their first call.
+    """The package's functions in the order of their first call."""
 
-    Attributes:
-        files: The file of each, relative to the repository.
-    """
-
-    files: list[Path] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # the file of each, relative to the repository
     _seen: set[CodeType] = field(default_factory=set)
     _is_on: bool = False
 
@@ -162,22 +158,13 @@ class Walk:
         return len(steps) - len(set(steps))
 
     def climbs(self, order: dict[str, Any]) -> int:
-        """Return the number of opened files that belong to a later stage than the one before.
-
-        Args:
-            order: The names of `tests/test_import_order.py`.
-        """
+        """Return the number of opened files of a later stage than the one before, by the order of imports."""
         stages = [order["stage"](order["module_name"](_ROOT / file)) for file in self.files]
         opened = [at for at, file in enumerate(self.files) if at and file not in self.files[:at]]
         return sum(stages[at] > stages[at - 1] for at in opened)
 
     def opened(self, kind: str, label: str) -> Claim:
-        """Return the claim on its number of opened files.
-
-        Args:
-            kind: A key of `_OPENED`.
-            label: The name of the walk.
-        """
+        """Return the claim on the number of files that a walk of a kind of `_OPENED` opens."""
         return Claim(f"{kind}, {label}: files", len(set(self.files)), at_most=_OPENED[kind])
 
     def row(self, name: str, order: dict[str, Any]) -> dict[str, Any]:

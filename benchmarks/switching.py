@@ -32,19 +32,12 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
 
 @dataclass(frozen=True)
 class Sides:
-    """One model with the same two adapters on both sides, the first of them active.
+    """One model with the same two adapters on both sides, the first of them active."""
 
-    Attributes:
-        source: The bare model.
-        traced: Its trace.
-        ours: The rewritten trace.
-        theirs: PEFT's wrapped copy.
-    """
-
-    source: PreTrainedModel
-    traced: TracedModel
-    ours: GraloraModel
-    theirs: peft.PeftModel
+    source: PreTrainedModel  # the bare model
+    traced: TracedModel  # its trace
+    ours: GraloraModel  # the rewritten trace
+    theirs: peft.PeftModel  # PEFT's wrapped copy
 
     @classmethod
     def of(cls, source: PreTrainedModel, task: str) -> Sides:

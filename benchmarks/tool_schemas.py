@@ -35,11 +35,7 @@ VALID, CUT, REFUSED, WRONG = "called with valid arguments", "cut by the context"
 
 
 def run(iterations: int = 1) -> Report:
-    """Count the outcomes of all schemas.
-
-    Args:
-        iterations: Answers to each schema, with different seeds.
-    """
+    """Count the outcomes of all schemas, with `iterations` answers to each, drawn with different seeds."""
     files, functions = _functions()
     report = Report("tool_schemas", f"tool schemas: {len(functions)} functions of {files} files of bfcl-eval")
     outcomes: dict[str, Counter[str]] = {}

@@ -46,11 +46,7 @@ server.serve_forever()
 
 
 def run(iterations: int = 8) -> Report:
-    """Measure all sides in turns.
-
-    Args:
-        iterations: Timed rounds of each side.
-    """
+    """Measure all sides in turns, `iterations` rounds each."""
     report = Report("traces", f"spans of requests: SmolLM2-135M, {CLIENTS} clients")
     with _collector() as address:
         os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = address

@@ -22,12 +22,7 @@ LORA: dict[str, Any] = {"r": RANK, "target_modules": "all-linear"}
 
 
 def run(iterations: int = 20, *, compiled: bool = True) -> Report:
-    """Compare whole steps: forward, backward and AdamW.
-
-    Args:
-        iterations: Timed runs of each step.
-        compiled: Whether to compile the models too, which takes minutes and a C++ compiler.
-    """
+    """Compare whole steps: forward, backward and AdamW; with `compiled` also compiled ones, which takes minutes."""
     report = Report(
         "training", f"training: a step of MiniLM, batch {BATCH}x{LENGTH}, r={RANK}, all linear layers, fp32"
     )
