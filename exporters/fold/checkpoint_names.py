@@ -83,7 +83,7 @@ class Names:
         return self._groups[id(self.parameters[name])] if name in self.parameters else [name]
 
     def key_of(self, name: str) -> str | None:
-        """Return the key of a parameter's values: its own, or that of a parameter it is tied with."""
+        """Return the key of a parameter's values: its own, or a tied parameter's."""
         return next((self.keys[other] for other in (name, *self.tied_with(name)) if other in self.keys), None)
 
     def is_transposed(self, path: str) -> bool | None:

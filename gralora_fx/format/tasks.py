@@ -21,8 +21,8 @@ class Task:
     name: str  # its name, without a cache
     auto_class: str = ""  # the class of transformers that loads a model for it
     heads: tuple[str, ...] = ()  # ends of the names of transformers' classes for it
-    # Main inputs, one of which its models take; none for any. A model whose class could also be one for text2text-
-    # generation is for the task if it takes the first.
+    # Main inputs, one of which its models take; empty for any. A model whose class also fits text2text-generation is
+    # for the task if it takes the first.
     inputs: tuple[str, ...] = ()
     # which models have a variant with a cache, that generates; None for none
     cache: Literal["decoder", "encoder-decoder"] | None = None

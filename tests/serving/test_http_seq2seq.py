@@ -120,7 +120,7 @@ def test_requests_that_come_together_have_an_adapter_each(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"echo": True}, "echo has no effect: an encoder-decoder does not go on from its prompt"),
+        ({"echo": True}, "echo has no effect: an encoder-decoder does not continue its prompt"),
         ({"prompt": "a" * 65}, "the source has 65 tokens, more than the encoder's 64 positions"),
         ({"prompt": ""}, "the source is empty; give a text"),
         ({"prompt": ["a", " "]}, "the source is empty; give a text"),

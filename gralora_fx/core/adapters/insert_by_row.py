@@ -159,7 +159,7 @@ class _ModuleCopy:
         return made
 
     def _outside(self, node: fx.Node) -> fx.Node:
-        """Return what a copied node reads in place of a node outside the module."""
+        """Return the node that a copied node reads in place of one outside the module."""
         if node.op == "get_attr":
             path = self._owned.get(id(tensor_at(module_of(self._graph), str(node.target))))
             return node if path is None else self._graph.get_attr(path)

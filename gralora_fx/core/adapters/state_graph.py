@@ -236,7 +236,7 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
 
 
 def _passes(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter]) -> Iterator[Pass[fx.Graph]]:
-    """Yield the passes that turn the base's graph into that of a state, in order."""
+    """Yield the passes that turn the base's graph into a state's, in order."""
     traced = base.traced
     replaced = tuple(site for site in traced.adaptable if site.path in state.weights)
     yield UntieWeights(replaced)  # else others that read a tied weight would get the folded one

@@ -103,7 +103,7 @@ def innermost_path(node: fx.Node) -> str | None:
 
 
 def is_within(path: str, module: str) -> bool:
-    """Return whether a path is that of a module, or of something inside it."""
+    """Return whether a path is a module's, or inside it."""
     return path == module or path.startswith(f"{module}.")
 
 

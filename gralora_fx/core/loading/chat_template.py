@@ -77,7 +77,7 @@ def _check_name(name: object) -> None:
 
 
 class _Dict:
-    """The builtin `dict`, of which templates reach nothing else."""
+    """The builtin `dict`, whose attributes templates cannot reach."""
 
     def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
         return dict(*args, **values)

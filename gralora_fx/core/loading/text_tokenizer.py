@@ -29,7 +29,7 @@ _PLAIN = {
     "XLMRoberta",
 }
 _PADS_LEFT = {"Cohere", "Gemma", "Llama"}  # classes that do, unless the file says otherwise
-_TYPED = {"Bert", "Deberta", "DebertaV2"}  # classes that tell the texts of a pair apart, likewise
+_TYPED = {"Bert", "Deberta", "DebertaV2"}  # classes with token types for pairs, unless the file says otherwise
 _UNLIMITED = int(1e30)  # transformers' number for a tokenizer that sets no limit
 _CLEANS = "clean_up_tokenization_spaces"
 _CLEANS_BPE = f"{_CLEANS}_for_bpe_even_though_it_will_corrupt_output"

@@ -74,7 +74,7 @@ def weighted_sum(
 def _sums(
     adapters: Sequence[ModelAdapter], updates: Mapping[str, Sequence[Update]]
 ) -> tuple[AdapterConfig, dict[str, AdapterTensors]]:
-    """Return the sum at every site in one method and one size: in that of the adapters if possible, else GraLoRA."""
+    """Return the sum at every site in one method and size: the adapters' own method if possible, else GraLoRA."""
     method = adapters[0].method
     if all(adapter.method is method for adapter in adapters) and isinstance(method, SummableMethod):
         rank = max(sum(update.lora_form()[0].shape[0] for update in summands) for summands in updates.values())

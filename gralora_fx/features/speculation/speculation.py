@@ -33,7 +33,7 @@ class NGrams:
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = list(tokens)
         grams = zip(*(self._tokens[start:] for start in range(ORDER)), strict=False)
-        # where the text goes on after each, the last time; the last of all has nothing after it yet
+        # the position after the last occurrence of each; the very last one has nothing after it yet
         self._ends = dict(zip(grams, range(ORDER, len(self._tokens)), strict=False))
         self._at = self.matched = 0
         self.credit = 0.0

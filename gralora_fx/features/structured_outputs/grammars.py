@@ -114,7 +114,7 @@ class RowGrammar:
             self._allowed = self._find_allowed()
 
     def _surely_goes_on(self) -> bool:
-        """Return whether cheap tests show that the answer goes on; a dead end then shows when a token is chosen."""
+        """Return whether cheap tests show that the answer continues; a dead end then shows when a token is chosen."""
         if self._last is None:
             return False
         return not self._matcher.is_accepting() or self._matcher.validate_tokens([self._last]) == 1
@@ -169,7 +169,7 @@ _Result = TypeVar("_Result")
 
 
 class Grammars:
-    """Compiles forms for a tokenizer, each call anew, since a row may exhaust a compiled form's limits; thread-safe."""
+    """Compiles forms for a tokenizer, again for each call, since a row may exhaust a form's limits; thread-safe."""
 
     def __init__(self, tokenizer: TextTokenizer | None, limits: DecoderLimits | None = None) -> None:
         """Start without a tokenizer loaded into llguidance."""

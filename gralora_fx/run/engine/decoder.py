@@ -95,7 +95,7 @@ class Decoder(StartedRows, BoundedRows):
 
     @property
     def prefix_cache(self) -> PrefixCache | None:
-        """The cache of what rows have read, for others whose texts begin alike; None if they share nothing."""
+        """The cache through which rows share common prefixes of their texts; None if they share nothing."""
         return None if self._shared is None else self._shared.cache
 
     @property

@@ -146,7 +146,7 @@ class PrefixCache:
         *,
         is_chance: bool = False,
     ) -> None:
-        """Store what a row has read: as far as there is room, or for a model with states all or nothing.
+        """Store a row's tokens as far as there is room, or for a model with states all or none of them.
 
         Args:
             root: The version of the row's adapter, and the salt; nothing is stored for a version that was unloaded.
@@ -190,7 +190,7 @@ class PrefixCache:
             self._make_room(0, None)
 
     def drop(self, version: Any) -> None:
-        """Free the blocks of a version of an adapter, for good."""
+        """Free the blocks of an adapter's version, and store none of it again."""
         with self._lock:
             self._gone.add(version)
             number = getattr(version, "number", None)

@@ -91,7 +91,7 @@ class SharedRows:
         """
         if version is None or start is None:
             self._rows[row] = _SharedRow((version, salt), names=names or {})
-        else:  # a text of the base, which goes on with tokens that are the adapter's own
+        else:  # a text of the base, continued by the adapter's own tokens
             self._rows[row] = _SharedRow((None, salt), names=names or {}, start=start, adapter=version.number)
         if names is None:
             self.lose([row])

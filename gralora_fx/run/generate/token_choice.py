@@ -109,7 +109,7 @@ class TokenChooser:
         tokens, shares = distribution(scores, self._sampling)
         sums = shares.cumsum(dtype=np.float64)
         if not sums[-1] > 0:
-            raise ServingError("the model gives logits that are not finite, of which no token can be drawn")
+            raise ServingError("the model's logits are not finite, so no token can be drawn")
         drawn = int(sums.searchsorted(self._numbers.random() * sums[-1], "right"))
         return int(tokens[min(drawn, len(tokens) - 1)])
 

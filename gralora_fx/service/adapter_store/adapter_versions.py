@@ -37,7 +37,7 @@ class RootFile:
     """An adapter in a root at one moment: equal records mean unchanged files."""
 
     root: AdapterRoot
-    path: str  # its path there, as a request gives it
+    path: str  # its path there, as in the request
     onnx_dir: Path  # the export that it is for
     facts: tuple[Facts | None, ...] = ()  # `stat` facts of its files; empty if the files are not watched
 

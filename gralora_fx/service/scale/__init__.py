@@ -9,7 +9,7 @@ import secrets
 def prepare() -> None:
     """Set Ray's environment variables; call this before importing Ray.
 
-    Ray's processes listen on every address of the machine, so they require a token, drawn anew each time. Usage
+    Ray's processes listen on every address of the machine, so they require a token, drawn at each start. Usage
     reports to Ray's makers are off.
     """
     # Ray's controller kills a proxy that imports more slowly, repeatedly on a busy machine

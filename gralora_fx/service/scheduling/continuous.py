@@ -202,7 +202,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         except Exception as error:
             _logger.exception("a step of %d rows failed", len(tokens))
             self._observer.failed()
-            for row in tokens:  # the others have read nothing, and go on
+            for row in tokens:  # other rows have read nothing, and continue
                 self._rows[row].fail(error)
             return
         seconds = time.perf_counter() - started
@@ -248,7 +248,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         return tokens
 
     def _answering(self, tokens: Mapping[int, list[int]]) -> dict[int, AnswerRow]:
-        """Return the answers of those of the stepped rows whose prompts are read."""
+        """Return the answers of the stepped rows whose prompts are read."""
         jobs = {row: self._rows[row] for row in tokens}
         return {row: job.row for row, job in jobs.items() if job.is_answering and job.row is not None}
 

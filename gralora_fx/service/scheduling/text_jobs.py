@@ -23,7 +23,7 @@ class Piece:
 
     text: str  # new text; empty while it may begin a stop string or an incomplete character
     tokens: int  # number of new tokens in the answer so far
-    ending: Ending | None = None  # finish reason; None while the answer goes on
+    ending: Ending | None = None  # finish reason; None while the answer continues
     scores: tuple[TokenScore, ...] = ()  # scores of the new tokens, if requested
     # scores of the prompt's tokens after the first, in the first piece, if requested
     prompt_scores: tuple[TokenScore, ...] = ()

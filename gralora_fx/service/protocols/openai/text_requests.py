@@ -86,7 +86,7 @@ class QuestionReader:
         if reader is not None:
             reader.check_texts(prompts)
             if asked.echo:
-                problem = "echo has no effect: an encoder-decoder does not go on from its prompt; leave it out"
+                problem = "echo has no effect: an encoder-decoder does not continue its prompt; leave it out"
                 raise ServingError(problem).about("echo")
         scores_prompt = asked.echo and asked.top_scores is not None
         if scores_prompt and not queue.scores_prompts:
