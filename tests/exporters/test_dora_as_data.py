@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from adapters_as_data import CACHED, KINDS, Exports, Kind, add, arrays, expected_of, fields_of, output_of
+from genai_client import genai_tokens
 from made_once import made_once
 from prefix_interleavings import saved
 from safetensors.numpy import load_file
@@ -118,6 +119,17 @@ def test_plain_onnxruntime_takes_the_file(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(served.directory / "model.onnx", _quiet())
     (logits,) = session.run(["logits"], arrays(kind.batch()), options)
     assert relative_error(torch.from_numpy(logits), wrapped(**kind.batch()).logits.detach()) < 1e-5
+
+
+def test_onnxruntime_genai_takes_the_file(folder: Path) -> None:
+    """With a DoRA adapter, a plain one and none: the tokens of `generate`."""
+    saved(tiny_model("llama", num_hidden_layers=1), folder / "plain", 3, target_modules=["o_proj"], **LORA)
+    export_adapter(folder / "plain", folder / "onnx", "plain")
+    served, found = load(folder / "onnx"), {}
+    for adapter in ("default", "plain", None):
+        found[adapter] = served.generate([5, 9, 12, 40, 3], max_new_tokens=12, adapter=adapter)
+        assert genai_tokens(folder / "onnx", [5, 9, 12, 40, 3], 12, adapter) == found[adapter], adapter
+    assert len({*map(tuple, found.values())}) == 3
 
 
 def test_each_row_of_a_batch_has_its_own(exports: Exports, tmp_path: Path) -> None:

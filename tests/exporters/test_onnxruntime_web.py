@@ -62,19 +62,25 @@ def in_web(project: Path, served: OrtModel, output: str, feeds: list[dict[str, n
     return [np.array(result["data"], np.float32).reshape(result["dims"]) for result in answer["results"]]
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_an_adapter_runs_in_a_browser(exports: Exports, name: str, project: Path, tmp_path: Path) -> None:
-    kind, served = KINDS[name], exports.adapted(name, 2, "inputs")
-    for adapter, method in (
-        ("web-gralora", {"r": 4, "hybrid_r": 2, "gralora_k": 2}),
-        ("web-lora", {"method": "LORA", "r": 4, "target_modules": [kind.first]}),
-    ):
+@pytest.mark.parametrize(("name", "options"), [("bert", {}), ("llama", {"dora": True})])
+def test_an_adapter_runs_in_a_browser(
+    exports: Exports, name: str, options: dict[str, Any], project: Path, tmp_path: Path
+) -> None:
+    kind, served = KINDS[name], exports.adapted(name, 2, "inputs", **options)
+    methods: dict[str, dict[str, Any]] = {
+        "web-gralora": {"r": 4, "hybrid_r": 2, "gralora_k": 2},
+        "web-lora": {"method": "LORA", "r": 4, "target_modules": [kind.first]},
+    }
+    if options:
+        methods["web-dora"] = {"method": "DORA", "r": 4}
+    for adapter, method in methods.items():
         add(served, kind, tmp_path / adapter, adapter, **{"target_modules": kind.targets, **method})
     given = served.call_inputs.arrays(arrays(kind.batch()))
-    names = ("web-gralora", None, "web-lora")
+    names = (*methods, None)
     feeds = [given | adapter_tensors(served, adapter) for adapter in names]
     results = in_web(project, served, "logits", feeds, tmp_path)
     for adapter, result in zip(names, results, strict=True):
         expected = served(adapter=adapter, **arrays(kind.batch())).logits
         assert np.abs(result - expected).max() < 1e-4 * np.abs(expected).max(), adapter
-    assert np.abs(results[0] - results[1]).max() > 1e-3 * np.abs(results[1]).max()
+    for result in (results[0], results[-2] if options else results[0]):
+        assert np.abs(result - results[-1]).max() > 1e-3 * np.abs(results[-1]).max()

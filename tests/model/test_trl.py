@@ -41,6 +41,7 @@ CHATS = [
 PAIRS = [{"prompt": "ab" * n, "chosen": "cd" * n, "rejected": "ef" * (n % 3 + 1)} for n in range(1, 9)]
 LORA = {"method": "LORA", "lora_alpha": 8, "lora_dropout": 0.3}
 GRALORA = {"gralora_k": 2, "alpha": 8, "gralora_dropout": 0.3}
+CALL = [70, 71]
 LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "rewards/margins", "logps/chosen", "reward", "kl")
 
 
@@ -82,19 +83,23 @@ def logged(trainer: Any) -> list[float]:
     "settings",
     [
         {},
+        {"alora_invocation_tokens": CALL},
         {"assistant_only_loss": True},
         {"loss_type": "dft"},
         {"packing": True, "max_length": 16},
         {"padding_free": True, "max_length": None, "gradient_checkpointing": False},
         {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
-    ids=["default", "assistant_only_loss", "dft", "packing", "padding_free", "torch_compile"],
+    ids=["default", "activated", "assistant_only_loss", "dft", "packing", "padding_free", "torch_compile"],
 )
 def test_sft_with_its_defaults_trains_as_with_peft(settings: dict[str, Any], tmp_path: Path) -> None:
-    rows = CHATS if "assistant_only_loss" in settings else TEXTS
+    rows, fields = CHATS if "assistant_only_loss" in settings else TEXTS, {}
+    if call := settings.pop("alora_invocation_tokens", None):  # of a model, whose rows have it in their middle
+        rows = [{"input_ids": [*row["input_ids"][:2], *call, *row["input_ids"][2:]]} for row in TEXTS]
+        fields = {**LORA, "lora_dropout": 0, "alora_invocation_tokens": call}  # PEFT draws for these tokens alone
     mine, theirs = (
         trained("SFT", model, tmp_path / str(index), rows, **settings)
-        for index, model in enumerate(pair(tmp_path / "adapter"))
+        for index, model in enumerate(pair(tmp_path / "adapter", **fields))
     )
     assert logged(mine) == pytest.approx(logged(theirs), rel=1e-5, abs=1e-6)
     assert mine.model.is_gradient_checkpointing is settings.get("gradient_checkpointing", True)

@@ -192,4 +192,15 @@ def test_a_prompt_without_the_invocation_is_refused_with_its_text(client: TestCl
         assert error["message"].startswith(
             f"adapter 'judge' acts from its tokens [90, 91], {text!r} on, and the prompt"
         )
+        assert error["param"] == "prompt"
     assert complete(client, "plain", CONTEXT).status_code == 200
+
+
+def test_an_adapter_that_a_request_loads_is_named_as_the_request_does(export: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    for path in (export / "adapters").glob("judge.*"):
+        shutil.copy(path, root / path.name.replace("judge", "late"))
+    with TestClient(create_app(ServiceSettings(export, adapter_root=root))) as client:
+        reply = complete(client, "late", CONTEXT)
+        assert reply.json()["error"]["message"].startswith("adapter 'late' acts from its tokens [90, 91], ")

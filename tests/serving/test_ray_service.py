@@ -22,6 +22,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
+from peft_oracle import peft_model
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.parser import text_string_to_metric_families
 from running_service import permitted
@@ -140,7 +141,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str |
     folder = tmp_path_factory.mktemp("replicas")
     sizes = {"eos_token_id": END, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": CONTEXT}
     model, oracles = adapted("llama", folder, CACHED, **sizes)
-    export_onnx(model, folder / "data", adapters="data", verify=False, tokenizer=chat_tokenizer())
+    export_onnx(model, folder / "data", adapters="data", dora=True, verify=False, tokenizer=chat_tokenizer())
     return folder / "data", oracles
 
 
@@ -265,6 +266,24 @@ def test_what_is_not_pinned_is_loaded_where_a_request_names_it(service: Replicat
         assert set(pool.map(service.ask, ["loose"] * 16)) == {("text", texts["wide"])}
     service.client.post("/unload_lora_adapter", body={"lora_name": "loose"}, cast_to=str)
     assert service.ask("loose")[0] == "404"
+
+
+def test_activated_and_dora_adapters(service: Replicated, exported: tuple[Path, dict[str | None, Any]]) -> None:
+    """PEFT's, from the adapter root: every replica finds the invocation, and computes the norms of its weights."""
+    prompt, fields = chat_tokenizer()("Hello")["input_ids"], {"target_modules": "all-linear", "r": 4, "lora_alpha": 32}
+    sizes = {"eos_token_id": END, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": CONTEXT}
+    expected, more = {}, {"alora_invocation_tokens": prompt[2:4], "task_type": "CAUSAL_LM"}
+    for name, method in {"judge": {"method": "LORA", **more}, "rows": {"method": "DORA"}}.items():
+        oracle = peft_model(tiny_model("llama", **sizes), 5, **fields, **method)
+        oracle.save_pretrained(str(exported[0].parent / name))
+        expected[name] = str(chat_tokenizer().decode(greedy(oracle, prompt, 40), skip_special_tokens=True))
+    assert len({*expected.values(), service.ask("data")[1]}) == 3
+    for name, text in expected.items():
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(service.ask, [name] * 16)) == {("text", text)}
+    missing: Any = {"model": "judge", "prompt": prompt[:2], "max_tokens": 4}
+    status, message = service.outcome(lambda: service.client.completions.create(**missing).choices[0].text)
+    assert (status, message.startswith("adapter 'judge' acts from its tokens")) == ("400", True), message
 
 
 def test_tools_and_responses(service: Replicated) -> None:

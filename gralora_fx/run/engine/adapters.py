@@ -103,16 +103,17 @@ class NotInvokedError(ServingError):
 
     Attributes:
         adapter: The adapter.
+        text: The text of the missing tokens, if known.
     """
 
-    def __init__(self, adapter: LoadedAdapter, text: str | None = None) -> None:
-        """Name the missing tokens, as text if possible."""
+    def __init__(self, adapter: LoadedAdapter, text: str | None = None, name: str | None = None) -> None:
+        """Name the missing tokens, as text if possible, and the adapter, as `name` if a request calls it so."""
         tokens = shown(list(adapter.acts_from)) + ("" if text is None else f", {shown(text)}")
         super().__init__(
-            f"adapter {adapter.name!r} acts from its tokens {tokens} on, and the prompt lacks them; put them "
+            f"adapter {(name or adapter.name)!r} acts from its tokens {tokens} on, and the prompt lacks them; put them "
             "where its answer begins, or name no adapter"
         )
-        self.adapter = adapter
+        self.adapter, self.text = adapter, text
 
 
 _numbers = itertools.count(1)

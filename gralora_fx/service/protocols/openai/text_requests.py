@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.core.loading.tokenizers import is_chat, prompt_ids
 from gralora_fx.errors import ServingError, concerning, option
+from gralora_fx.run.engine.adapters import NotInvokedError
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.limits import PromptLimit, TooLargeError
 from gralora_fx.run.generate.answer_options import AnswerOptions, stop_strings
@@ -69,6 +70,8 @@ class QuestionReader:
             try:
                 asks = await self._read(asked, adapter)
                 answers = TextAnswers(engine.queue, asks.requests, asks.prompt_tokens, seconds, begun, each=asked.n)
+            except NotInvokedError as error:  # the model holds the adapter under the name of its version
+                raise NotInvokedError(error.adapter, error.text, asked.model).about(asked.prompt_field) from error
             except ServingError as error:
                 if error.field is None and type(error) in (ServingError, TooLargeError):
                     error.about(asked.prompt_field)
