@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.base.progress.report import Invocation, Report, Summary, size_of
-from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
+from gralora_fx.base.sources.same_base import BaseComparison, compare_bases, read_config_fields
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter, open_adapter
 from gralora_fx.errors import CheckpointError, ExportError, command, listed, option, warn_caller
 from gralora_fx.exporters.artifact.exported_adapters import Changes, adapter_tensors, write_adapter
@@ -146,6 +146,7 @@ def _changes(
         stored.check_no_parameters("an adapter as data of an export", ExportError)
         acts_from, has_copies = stored.config.acts_from, bool(stored.copies)
         check_can_act(acts_from, stored.directory, manifest.flavour, has_copies=has_copies)
+        _check_known(acts_from, stored.directory, onnx_dir)
         stored.check_layers(layers_of_export(onnx_dir, manifest))
         base = compare_bases(stored.config.made_for, base_of_export(onnx_dir, manifest))
         base.settle(adapter_dir, strict=strict_base, error=CheckpointError)
@@ -159,6 +160,17 @@ def _changes(
             changes = BaseParameters(Path(onnx_dir), manifest).changes(updates, copies, name)
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())
     return changes, fields, base
+
+
+def _check_known(tokens: Iterable[int], adapter: object, onnx_dir: str | Path) -> None:
+    """Check that an export's model has the tokens from which on an adapter acts."""
+    fields = read_config_fields(Path(onnx_dir)) or {}
+    vocabulary = (fields.get("text_config") or fields).get("vocab_size")
+    if isinstance(vocabulary, int) and (outside := [token for token in tokens if token >= vocabulary]):
+        raise ExportError(
+            f"{adapter} acts from tokens on of which {listed(outside)} is outside the export's vocabulary of "
+            f"{vocabulary} tokens; give the ids that the model's tokenizer has for the invocation's text"
+        )
 
 
 def _check_takes(stored: StoredAdapter, onnx_dir: str | Path, manifest: Manifest) -> None:

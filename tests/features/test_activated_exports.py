@@ -170,6 +170,12 @@ def test_an_adapter_is_added_to_an_export_of_before(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_refused_by_name(export: Path) -> None:
     model = load(export)
+    config = export.parent / "peft" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "alora_invocation_tokens": [7, 4000]}))
+    with pytest.raises(
+        ExportError, match="of which 4000 is outside the export's vocabulary of 101 tokens; give the id"
+    ):
+        export_adapter(config.parent, export, "unknown")
     with pytest.raises(
         NotInvokedError, match=r"adapter 'judge' acts from its tokens \[7, 8\] on, and the prompt lacks"
     ):
