@@ -18,12 +18,13 @@ from tiny_models import tiny_model
 from traces import fresh_trace
 
 from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
-from gralora_fx.base.compat.torch_graphs import memory_of
+from gralora_fx.base.compat.torch_graphs import memory_of, tree_leaves
 from gralora_fx.base.sources import safetensors_files as shards
 from gralora_fx.base.sources.lazy_tensors import EntrySource, lazy_parameter, sampled_values, value_entries, values_of
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.core.loading.models import load_model, load_streamed
+from gralora_fx.core.tracing import check
 from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.verify import tolerances
@@ -160,6 +161,19 @@ def test_nothing_of_the_weights_is_in_memory(tmp_path: Path) -> None:
     assert [node.name for node in traced.graph_module.graph.nodes] == [
         node.name for node in trace(whole, task=CACHED).graph_module.graph.nodes
     ]
+
+
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_a_trace_is_compared_with_the_streamed_model_as_with_one_in_memory(name: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path)
+    task, signatures, compared = CACHED if name == "llama" else None, [], []
+    for load in (load_model, load_streamed):
+        with mock.patch.object(check, "gap", wraps=check.gap) as gap:
+            signatures.append(trace(load(tmp_path, task), task=task).signature)
+        compared.append([tree_leaves(expected)[0] for expected, _ in (call.args for call in gap.call_args_list)])
+    assert signatures[0] == signatures[1]
+    assert [logits.shape for logits in compared[0]] == [logits.shape for logits in compared[1]]
+    assert all(logits.std() > 0.01 for logits in compared[1])  # it is no model of zeros
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ A weight that is folded, cast, or read from a file only while it is written take
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from gralora_fx.base.compat.torch_graphs import tree_map
 from gralora_fx.errors import ExportError
 
 if TYPE_CHECKING:
@@ -82,6 +85,34 @@ def raw_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:
     source = getattr(tensor, _SOURCE, None)
     entries = source.entries() if isinstance(source, EntrySource) else raw_values_of(tensor, name)
     return map(Tensor.detach, entries)  # unlike a generator, map keeps no entry while it reads the next
+
+
+def reading(module: nn.Module) -> AbstractContextManager[Any]:
+    """Return a block within which PyTorch's functions get the values of lazy parameters, so that the module runs.
+
+    Each is read for a function's call and freed after it. What asks for a dtype or a shape reads nothing.
+    """
+    return _Reading() if any(map(is_lazy, module.parameters())) else nullcontext()
+
+
+_FACTS = frozenset({Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.ndim.__get__})
+
+
+class _Reading(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call a function with values."""
+        if func is Tensor.device.__get__ and is_lazy(args[0]):
+            return torch.device("cpu")
+        if func not in _FACTS:
+            args, kwargs = tree_map(_read, (tuple(args), dict(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _read(value: Any) -> Any:
+    source = source_of(value) if isinstance(value, nn.Parameter) else None
+    return value if source is None else source().detach().to(value.dtype)
 
 
 def value_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from gralora_fx.base.compat.torch_graphs import TreeSpec, convention_of, set_convention, tree_flatten, tree_info
+from gralora_fx.base.sources.lazy_tensors import source_of, with_source
 
 _KEY = "gralora"
 
@@ -211,7 +212,8 @@ def placeholder_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.P
         zero = torch.zeros((), dtype=parameter.dtype)
         placeholders = nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
         originals[placeholders] = parameter
-        return placeholders
+        source = source_of(parameter)  # which a comparison of the trace with the model reads
+        return placeholders if source is None else with_source(placeholders, source)
 
     if not any(parameter.is_meta for parameter in model.parameters()):
         yield {}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx.base.compat.torch_graphs import tree_leaves, tree_map
 from gralora_fx.base.progress.stages import quiet
+from gralora_fx.base.sources.lazy_tensors import reading
 from gralora_fx.core.tracing.draft import Captured, Draft
 from gralora_fx.core.tracing.inputs.input_trees import by_own_names, leaf_paths, same_value, shown
 from gralora_fx.core.tracing.inputs.signature import default_input, own_inputs
@@ -139,7 +140,7 @@ def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[in
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, for good; within the block: no gradients, no output, a fixed random seed."""
     model.eval()
-    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=()):
+    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=()), reading(model):
         torch.manual_seed(0)
         yield
 

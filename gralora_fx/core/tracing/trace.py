@@ -14,6 +14,7 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 from gralora_fx.base.progress.stages import gc_pause, quiet
+from gralora_fx.base.sources.lazy_tensors import is_lazy
 from gralora_fx.core.graph.module_tree import ModuleTree, is_within
 from gralora_fx.core.graph.out_of_reach import layers_of
 from gralora_fx.core.graph.surgery import placeholder_parameters, restore_parameters
@@ -154,7 +155,7 @@ def trace(
                     dynamic=dynamic,
                     appended=appended,
                     options={} if image_size is None else {"image_size": image_size},
-                    has_values=not originals,
+                    has_values=all(map(is_lazy, originals.values())),
                 )
             with called_as(first):
                 draft = with_call_signature(_checked(first))
