@@ -15,7 +15,7 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.manifest import describes
 from gralora_fx.exporters.formats import DYNAMIC
-from gralora_fx.exporters.kinds.conversion import base_trace, check_runnable
+from gralora_fx.exporters.kinds.conversion import base_trace, check_runnable, is_streamed
 from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.verify.cases import TokenRun
@@ -107,7 +107,7 @@ def verify_onnx(
         from gralora_fx.exporters.verify.same_model import check_same_model
 
         check_same_model(output_dir, manifest, model)
-    opened = open_comparable(Path(output_dir), manifest, runtime, programs=not quick)
+    opened = open_comparable(Path(output_dir), manifest, runtime, programs=not quick, streamed=is_streamed(model))
     session, rows, arithmetic, companions = opened
     traced = base_trace(model)
     verification = flavour_of(traced).verification

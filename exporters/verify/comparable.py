@@ -20,6 +20,7 @@ from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.artifact.staging import file_sizes
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters, is_streamed
 from gralora_fx.exporters.translation.export_graphs import DTYPES, cast_graph, precision_of
 from gralora_fx.exporters.verify.greedy_tokens import RowSteps
@@ -27,9 +28,10 @@ from gralora_fx.exporters.verify.tolerances import arithmetic_of
 from gralora_fx.format.export_directory import PAST_SEQLENS, ROWS_NAME
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.engine.adapters import Adapters
-from gralora_fx.run.sessions.session import CPU, Runtime, open_session, yielding_options
+from gralora_fx.run.sessions.session import CPU, Runtime, mapped_options, open_session, yielding_options
 
 Arrays = Mapping[str, NDArray[Any]]
+_COPIED = 2**28  # bytes of an export whose weights sessions may copy, if its model is streamed
 _RUN_ROWS = {CPU, "CUDAExecutionProvider"}  # providers whose attention takes the lengths of rows
 
 
@@ -43,9 +45,19 @@ class Comparable(NamedTuple):
 
 
 def open_comparable(
-    directory: Path, manifest: Manifest, runtime: Runtime | None = None, *, programs: bool = False
+    directory: Path,
+    manifest: Manifest,
+    runtime: Runtime | None = None,
+    *,
+    programs: bool = False,
+    streamed: bool = False,
 ) -> Comparable:
-    """Open sessions over an export, or its float32 copy where needed; over graphs of other programs if asked."""
+    """Open sessions over an export, or its float32 copy where needed; over graphs of other programs if asked.
+
+    Those of a large streamed model read weights from their files, without copies for faster products.
+    """
+    if streamed and runtime is None and sum(file_sizes(directory).values()) > _COPIED:
+        runtime = Runtime(session_options=mapped_options())
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
         return _opened(directory, manifest, runtime, precision, programs)

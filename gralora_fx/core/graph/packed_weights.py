@@ -8,12 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from gralora_fx.base.sources.lazy_tensors import is_lazy, source_of, values_of
+from gralora_fx.base.sources.lazy_tensors import is_lazy, raw_values_of, source_of, values_of
+from gralora_fx.base.sources.reused_memory import ReusedMemory
 from gralora_fx.core.graph.linear_calls import mark_unpacked
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.graph.surgery import copy_graph, copy_in_mode, parameter_tree
@@ -44,10 +46,13 @@ class StreamedWeight:
     parameter: nn.Parameter
     name: str  # for messages
     __name__ = "streamed_weight"
+    _memory: ClassVar = ReusedMemory()
 
     def __call__(self) -> Tensor:
-        """Return the values in new or memory-mapped memory."""
-        return values_of(self.parameter, self.name)
+        """Return the values in memory that is their own while they are used, or memory-mapped."""
+        if self.parameter.dtype != torch.float32:
+            return values_of(self.parameter, self.name)
+        return self._memory.cast(raw_values_of(self.parameter, self.name))
 
 
 def packed_of(parameter: object) -> PackedWeight | None:

@@ -67,6 +67,13 @@ def yielding_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     return options
 
 
+def mapped_options() -> onnxruntime.SessionOptions:
+    """Return `yielding_options` of sessions that read weights from their files, without copies in other layouts."""
+    options = yielding_options()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
 def open_session(
     directory: str | Path,
     runtime: Runtime | None = None,

@@ -1,0 +1,42 @@
+"""Memory of weights that were read, used again for the next ones: fresh pages cost several times what reading does."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_MOST, _COUNT = 2**26, 2  # values of a weight that gets such memory, and the number of weights that have it at once
+_FREE = 3  # references to an array that no tensor uses: the list's, the loop's and the call's own
+
+
+class ReusedMemory:
+    """Casts tensors to float32 in memory that no tensor uses any more."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._arrays: list[NDArray[np.float32]] = []
+        self._lock = threading.Lock()
+
+    def cast(self, values: Tensor) -> Tensor:
+        """Return the values in float32: the tensor itself if it is, else in memory that is its own while it lives."""
+        if values.dtype == torch.float32 or values.numel() > _MOST:
+            return values.float()
+        with self._lock:
+            flat = self._memory(values.numel())
+        result = flat.view(values.shape)
+        result.copy_(values)
+        return result
+
+    def _memory(self, count: int) -> Tensor:
+        """Return a tensor over an array that no other tensor uses; CPython counts those that do."""
+        for array in self._arrays:
+            if len(array) >= count and sys.getrefcount(array) == _FREE:
+                return torch.from_numpy(array)[:count]
+        array = np.empty(count, np.float32)
+        self._arrays = sorted([*self._arrays, array], key=len)[-_COUNT:]
+        return torch.from_numpy(array)
