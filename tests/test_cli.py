@@ -495,7 +495,7 @@ def test_export_streams_quantizes_and_is_verified(tmp_path: Path) -> None:
     named = ("--model", tmp_path / "base", "--task", "text-generation-with-past", "--output", tmp_path / "onnx")
     result = run("export", *named, "--stream", "--quantize", "int4", "--block-size", 16)
     assert "not compared" not in result.stdout
-    assert "passed" in run("verify", "--model", tmp_path / "base", "--output", tmp_path / "onnx").stdout
+    assert "passed" in run("verify", "--stream", "--model", tmp_path / "base", "--output", tmp_path / "onnx").stdout
 
 
 def test_an_int8_export_is_compared_on_the_texts_of_a_file(decoder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gralora_fx.errors import ExportError, first_line, option
 from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, is_streamed
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.kept_work import KeptWork
+from gralora_fx.exporters.quantize.kept_work import KeptWork, memory_for
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities, draw, measure_sensitivities
 from gralora_fx.exporters.translation.export_graphs import precision_of
 from gralora_fx.exporters.verify.cases import Verification, random_answers
@@ -59,8 +59,10 @@ def calibrate(conversion: Conversion, verification: Verification) -> Calibration
         cases: list[Mapping[str, Any]] = []
         inputs = ""
         try:
-            cases, inputs = _cases(traced, given, verification, work)
-            return Calibration(traced, cases, _measured(traced, _some(cases), work), inputs)
+            with memory_for("run the model on texts"):
+                cases, inputs = _cases(traced, given, verification, work)
+            with memory_for("measure what rounding costs"):
+                return Calibration(traced, cases, _measured(traced, _some(cases), work), inputs)
         except (RuntimeError, NotImplementedError) as error:
             return Calibration(traced, cases, None, inputs, f"the model gives no gradients ({first_line(error)})")
 

@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ExportError, GraloraError, warn_caller
+from gralora_fx.errors import ExportError, GraloraError, first_line, remedy, warn_caller
 from gralora_fx.exporters.quantize.block_arrays import BlockArrays
 
 _LOCK, _MADE_FROM = "lock", "made_from"
@@ -72,6 +72,20 @@ def cannot_keep(directory: Path, error: OSError) -> ExportError:
         f"cannot write {directory} ({error.strerror or error}; {free:,} bytes are free); make room and export again, "
         "which goes on from what is there"
     )
+
+
+@contextmanager
+def memory_for(work: str) -> Iterator[None]:
+    """Raise an error that names the work if memory runs out within the block."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            streamed = remedy("load the model with gralora_fx.loading.load_streamed", "give --stream")
+            raise ExportError(
+                f"there is not enough memory to {work} ({first_line(error)}); free some and export again, or {streamed}"
+            ) from MemoryError(str(error))
+        raise
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_blocks
 from gralora_fx.exporters.quantize.block_search import InputProducts
-from gralora_fx.exporters.quantize.kept_work import KeptBlocks, KeptWork, arrays_of, blocks_of
+from gralora_fx.exporters.quantize.kept_work import KeptBlocks, KeptWork, arrays_of, blocks_of, memory_for
 from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
 
 WINDOW = 2048  # neighbouring inputs with joint error compensation: memory grows with its square
@@ -117,7 +117,8 @@ def round_in_order(
                     layer.moments.add(rows.reshape(-1, rows.shape[-1]))
             layer.calls.remove(call)
             if not layer.calls:
-                blocks, values = layer.round()
+                with memory_for(f"round {layer.site.path}"):
+                    blocks, values = layer.round()
                 if work.directory is None:
                     rounded[layer.site.path] = blocks
                 else:

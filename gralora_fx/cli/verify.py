@@ -71,6 +71,7 @@ Prompts = Annotated[
 Files = Annotated[
     bool, typer.Option("--files", help="Compare the files with their recorded checksums alone, without the model.")
 ]
+Stream = Annotated[bool, typer.Option("--stream", help="Read the model's weights one by one, to need less memory.")]
 Provider = Annotated[
     str | None,
     typer.Option(
@@ -99,6 +100,7 @@ def verify(
     files: Files = False,
     base_quantization: opt.BaseQuantization = None,
     strict_base: opt.StrictBase = False,
+    stream: Stream = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Compare an ONNX export with its PyTorch model.
@@ -111,6 +113,7 @@ def verify(
     if files:
         others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
         others |= {"--provider": provider, "--adapter-name": adapter_name, "--base-quantization": base_quantization}
+        others["--stream"] = stream
         _verify_files(onnx, [name for name, value in others.items() if value])
         return
     if provider is not None:
@@ -146,6 +149,7 @@ def verify(
                 exported or task,
                 allow_random_head=allow_random_head,
                 trace_options=manifest.trace_options,
+                stream=stream,
                 strict_base=strict_base,
                 others=given[1:],
                 base_quantization=rounding,

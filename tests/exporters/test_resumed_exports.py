@@ -126,6 +126,17 @@ def test_a_full_disk_is_one_error_and_the_next_export_goes_on(
     assert is_same(base, tmp_path / "onnx")
 
 
+def test_a_lack_of_memory_names_the_layer_and_the_next_export_goes_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lack = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2097152000 bytes.")
+    with monkeypatch.context() as patched:
+        end_after(patched, DONE, lack)
+        with pytest.raises(ExportError, match=r"not enough memory to round model.layers.0.\S+ \(DefaultCPUAlloc"):
+            export(base, tmp_path / "onnx")
+    assert kept(tmp_path / "onnx")
+
+
 def test_an_error_that_would_come_again_leaves_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
