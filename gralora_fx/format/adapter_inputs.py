@@ -44,6 +44,7 @@ FIELDS = (
 BLOCKS, WHOLE, BIAS = "blocks", "whole", "bias"  # the changes that adapters may make at a layer
 RANK, HYBRID_RANK, ADAPTERS_AXIS = "r", "hybrid_r", "adapters"  # symbolic axes
 ADAPTER_IDS = "adapter_ids"
+FIRST_ADAPTER = "first_adapter"  # `[1]` int64: the id of a stack's first adapter; the base's where it is left out
 
 _Tensor = TypeVar("_Tensor")
 
@@ -146,5 +147,5 @@ def is_adapter_tensor(name: str) -> bool:
 
 
 def is_adapter_input(name: str) -> bool:
-    """Return whether a model's input is an adapter tensor, or holds the adapter of each row."""
-    return name == ADAPTER_IDS or is_adapter_tensor(name)
+    """Return whether a model's input is an adapter tensor, or says which adapter each row has."""
+    return name in (ADAPTER_IDS, FIRST_ADAPTER) or is_adapter_tensor(name)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -14,9 +15,10 @@ from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.exporters.rules.branches import add_function
 from gralora_fx.exporters.rules.builder import Builder, add_input
 from gralora_fx.exporters.rules.rows.flatten_tokens import FlatTokens
+from gralora_fx.exporters.rules.rows.graph_ends import give_default
 from gralora_fx.exporters.rules.rows.row_tokens import NUM_TOKENS
 from gralora_fx.exporters.rules.rows.token_groups import TokenGroups, highest_id, token_tiles, tokens_of_adapters
-from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BIAS, AdapterSite
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BIAS, FIRST_ADAPTER, AdapterSite
 from gralora_fx.format.export_directory import QUERY_SEQLENS
 
 NAME = "Adapter"
@@ -142,9 +144,13 @@ class Groups(NamedTuple):
 class Grouping:
     """Groups inputs of layers by the adapter of each row.
 
+    With branches, a stack may begin with another adapter than the base (see `FIRST_ADAPTER`): a step whose rows all
+    have an adapter does not multiply by the base's zeros.
+
     Attributes:
         model: The model.
         branches: Whether adapters are applied in branches, which needs rows with their own lengths.
+        ids: The place of each row's adapter in the stack.
         is_any: Whether any row that reads tokens in this step has an adapter, a scalar; None without branches.
         is_short: Whether one group for each adapter is faster than tiles in this step, a scalar; None without branches.
         ids_by_axes: The adapter of each row of values, by their axes before the features (see `ids_of_outputs`).
@@ -167,11 +173,14 @@ class Grouping:
         self._tiles: TokenGroups | None = None
         self._of_adapters: TokenGroups | None = None
         if QUERY_SEQLENS in inputs:
-            build = Builder(graph)
-            self._tiles = token_tiles(build, inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids)
+            build, given = Builder(graph), self.ids
             if self.branches:
-                highest = build("Squeeze", highest_id(build, inputs[QUERY_SEQLENS], self.ids), [0])
+                highest = build("Squeeze", highest_id(build, inputs[QUERY_SEQLENS], given), [0])
                 self.is_any = build("Greater", highest, 0)
+                first = add_input(graph, FIRST_ADAPTER, ir.DataType.INT64, [1])
+                give_default(graph, first, np.zeros(1, np.int64))
+                self.ids = build("Sub", given, first)
+            self._tiles = token_tiles(build, inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids)
             build.insert_before(graph[0])
 
     def count(self, stacked: ir.Value) -> None:
@@ -185,7 +194,7 @@ class Grouping:
         self._of_adapters, self.is_short = tokens_of_adapters(
             build, inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids, adapters
         )
-        build.insert_before(graph[0])
+        build.insert_after(self.ids)
 
     def of(self, x: ir.Value) -> Groups | str:
         """Return an input in groups, built once after the input, or the reason why its rows cannot be told apart."""

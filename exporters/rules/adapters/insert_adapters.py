@@ -52,6 +52,8 @@ class InsertAdapters:
 
     After:  `y = If(is_any, If(is_short, Sum(MatMul(x, W), stack), Sum(MatMul(x, W), copies)), MatMul(x, W))`
 
+    Layers that read one input share a branch, also where their product is split.
+
     Attributes:
         inputs: The adapter tensors.
         quantized: Whether the layers' weights are to be quantized.
@@ -63,6 +65,8 @@ class InsertAdapters:
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Insert them, in place; the result counts the sites' calls."""
         insertion = _Insertion(model, self.inputs, self.quantized)
+        if insertion.grouping is not None and insertion.grouping.is_any is not None:
+            _mark_whole_products(model)
         marked = [value for node in model.graph for value in node.outputs if sites_in(value)]
         for value in marked:
             insertion.add_to(value)
@@ -223,6 +227,28 @@ class _Insertion:
             value.const_value = ir.tensor(np.zeros(sizes, dtype.numpy()), dtype=dtype, name=name)
             self.model.graph.initializers[name] = value
         return value
+
+
+def _mark_whole_products(model: ir.Model) -> None:
+    """Move the marks of layers from the parts of a product to the product, if all of it has marks."""
+    for node in model.graph:
+        product = node.inputs[0] if node.op_type == "Split" and node.inputs else None
+        if product is None or not _is_product(product.producer()) or sites_in(product) or len(product.uses()) > 1:
+            continue
+        marks, start = list[SiteOutput](), 0
+        for part in node.outputs:
+            width, own = static_dim(part, -1), sites_in(part)
+            if width is None or [(mark.start, mark.stop) for mark in own] != [(0, width)]:
+                break
+            marks.append(own[0].moved(start))
+            start += width
+        else:
+            like = node.outputs[0]
+            assert like.shape is not None
+            product.shape, product.type = ir.Shape([*like.shape[:-1], start]), like.type
+            product.meta[SITES] = tuple(marks)
+            for part in node.outputs:
+                part.meta.pop(SITES)
 
 
 def _place(value: ir.Value, quantized: bool) -> tuple[ir.Value, list[ir.Node]]:

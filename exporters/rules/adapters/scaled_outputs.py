@@ -55,6 +55,6 @@ def ids_of_outputs(grouping: Grouping, x: ir.Value) -> ir.Value:
     else:
         ids = grouping.ids if len(lead) == 1 else build("Unsqueeze", grouping.ids, [*range(1, len(lead))])
     if build.nodes:
-        build.insert_before(graph[0])
+        build.insert_after(grouping.ids)
     grouping.ids_by_axes[lead] = ids
     return ids

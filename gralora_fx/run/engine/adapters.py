@@ -126,10 +126,15 @@ class Stack:
     Attributes:
         ids: The id of each adapter, and of None, the base.
         values: The export's adapter tensors as `OrtValue`s, by name.
+        only: The same without the base, for steps of its one adapter that read at most `only_tokens`; None if there are
+            several adapters.
+        only_tokens: Beyond so many tokens the last bits would depend on whether the base is in the stack.
     """
 
     ids: Mapping[LoadedAdapter | None, int]
     values: Mapping[str, Any]
+    only: Mapping[str, Any] | None = None
+    only_tokens: int = 0
 
     @classmethod
     def of(cls, adapters: Iterable[LoadedAdapter], inputs: AdapterInputs) -> Stack:

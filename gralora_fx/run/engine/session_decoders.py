@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, option
-from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE, FIRST_ADAPTER
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.run.engine.adapters import Adapters, LoadedAdapter, Stack
@@ -110,6 +110,7 @@ class RowsDecoder(Decoder):
         """Make the caches of the rows."""
         inputs = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
         self._pads_attention, self._chooses_logits = ATTENTION_SEQLENS in inputs, LOGITS_INDICES in inputs
+        self._omits_base = FIRST_ADAPTER in inputs
         can_verify = self._pads_attention and (self._chooses_logits or gives_all(session))
         problem = None if can_verify else "the graph of its rows gives logits after the last token of each alone"
         slots = past_slots(session.get_inputs())
@@ -274,18 +275,26 @@ class RowsDecoder(Decoder):
         before = np.array([lengths.get(row, 0) for row in rows], dtype=np.int32)
         feed: dict[str, NDArray[Any]] = {"input_ids": ids, QUERY_SEQLENS: query, PAST_SEQLENS: before}
         feed |= self._given.arrays(read, lengths, rows, ids)
+        values = stack.values
         if self._row_stacks is not None:
             feed[ADAPTER_IDS] = numbers
+            if self._omits_base and stack.only is not None and self._reads_alone(numbers, query, stack.only_tokens):
+                values, feed[FIRST_ADAPTER] = stack.only, np.array([BASE + 1])
         if self._pads_attention:
             feed[ATTENTION_SEQLENS] = attended
         counts = {row: last.get(row, len(array) if self.gives_all else 1) for row, array in read.items()}
         if self._chooses_logits:
             ends = dict(zip(read, np.cumsum([*map(len, read.values())]), strict=True))
             feed[LOGITS_INDICES] = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in read])
-        logits = np.asarray(self._steps(feed, stack.values, rows), np.float32)
+        logits = np.asarray(self._steps(feed, values, rows), np.float32)
         if self.gives_all:
             return {row: logits[row - rows.start, len(read[row]) - counts[row] : len(read[row])] for row in read}
         if not self._chooses_logits:
             return {row: logits[row - rows.start, 0] for row in read}
         of_rows = zip(read, np.split(logits[:, 0], np.cumsum(list(counts.values()))[:-1]), strict=True)
         return {row: array if row in last else array[-1] for row, array in of_rows}
+
+    @staticmethod
+    def _reads_alone(numbers: NDArray[np.int64], query: NDArray[np.int32], most: int) -> bool:
+        """Return whether all rows that read have an adapter, and read few enough tokens to leave the base out."""
+        return max(int(query.sum()), _SEVERAL) <= most and bool((numbers[query > 0] > BASE).all())

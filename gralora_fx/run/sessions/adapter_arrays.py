@@ -22,6 +22,11 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": _BFLOAT16}
 
 Arrays = Mapping[str, NDArray[Any]]
+# of ONNX Runtime's product of float32 matrices on a CPU
+_ONE_THREAD = 2**16  # multiplications from which there may be two threads
+_NARROW = 16  # columns that are never split among threads
+_SHORT_SUM = 128  # numbers that are added in one order whatever the number of columns
+_ANY = 2**31
 Ranks = Sequence[tuple[int, int]]  # at each layer of an export, of blocks and of plain LoRA
 
 
@@ -77,6 +82,25 @@ def slot_size(ranks: Ranks, inputs: AdapterInputs) -> int:
     """Return the bytes of an adapter in a stack with the given ranks."""
     count = sum(math.prod(shape) for shape in _shapes(ranks, inputs).values())
     return count * int(DTYPES[inputs.dtype].itemsize)
+
+
+def most_tokens_alone(ranks: Ranks, inputs: AdapterInputs) -> int:
+    """Return the most tokens that an adapter can read in a stack of its own, with the same bits as beside others.
+
+    ONNX Runtime multiplies the matrices of a stack each on one thread while they are at least as many as the threads,
+    and may split a lone one among threads, by columns or rows. It adds products in an order that depends on the number
+    of columns, unless the sum is short, and multiplies a lone row in yet another order. So a lone product has to be
+    small enough for one thread, or too narrow to be split.
+    """
+    most = _ANY
+    for name, shape in _shapes(ranks, inputs).items():
+        if len(shape) == 1 or not math.prod(shape):
+            continue
+        *_, length, width = shape
+        is_second = name.removesuffix("_general").endswith("_B")
+        whole = _ANY if is_second and length <= _SHORT_SUM else width if width <= _NARROW else 0
+        most = min(most, max((_ONE_THREAD - 1) // (length * width), whole))
+    return most
 
 
 def _shapes(ranks: Ranks, inputs: AdapterInputs) -> dict[str, tuple[int, ...]]:
