@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.exporters.rules.branches import add_function
-from gralora_fx.exporters.rules.builder import Builder, add_input
+from gralora_fx.exporters.rules.builder import Builder, Operand, add_input
 from gralora_fx.exporters.rules.rows.flatten_tokens import FlatTokens
 from gralora_fx.exporters.rules.rows.graph_ends import give_default
 from gralora_fx.exporters.rules.rows.row_tokens import NUM_TOKENS
@@ -27,9 +27,10 @@ NAME = "Adapter"
 def adapter_function(model: ir.Model, k: int, num_axes: int) -> str:
     """Return the name of the ONNX function that computes an adapter's output, added to the model if it is missing.
 
-    `blocks, general = Adapter(x, A, B, A_general, B_general)` with
+    `blocks, general = Adapter(x, A, B, A_general, B_general, *shapes)` with
 
         x [..., in], A [k, in/k, r], B [k, r, out/k], A_general [in, hybrid_r], B_general [hybrid_r, out]
+        shapes of `shapes_of_blocks`, which all calls share: a copy of them at each layer would take time to read
         blocks [..., out], general [..., out]
 
     The adapter's output is `blocks + general`; they stay apart so that one `Sum` adds both to the layer's output. Every
@@ -40,7 +41,9 @@ def adapter_function(model: ir.Model, k: int, num_axes: int) -> str:
     """
     name = f"{NAME}_k{k}_{num_axes}d" if k else f"{NAME}_lora"
     if k:
-        add_function(model, name, ["x", "A", "B", "A_general", "B_general"], functools.partial(_gralora, k, num_axes))
+        shapes = [f"shape_{number}" for number in range(len(shapes_of_blocks(k, num_axes)))]
+        inputs = ["x", "A", "B", "A_general", "B_general", *shapes]
+        add_function(model, name, inputs, functools.partial(_gralora, num_axes))
     else:
         add_function(model, name, ["x", "A_general", "B_general"], _lora)
     return name
@@ -50,8 +53,13 @@ def _lora(build: Builder, x: ir.Value, A_general: ir.Value, B_general: ir.Value)
     return {"general": build("MatMul", build("MatMul", x, A_general), B_general)}
 
 
+def shapes_of_blocks(k: int, num_axes: int) -> list[list[int]]:
+    """Return the shapes by which GraLoRA's blocks divide an input of some axes, exchange parts, and join again."""
+    kept = [0] * (num_axes - 1)
+    return [[*kept, k, -1], [*kept, 0, k, -1], [*kept, 0, -1], [*kept, -1]]
+
+
 def _gralora(
-    k: int,
     num_axes: int,
     build: Builder,
     x: ir.Value,
@@ -59,22 +67,24 @@ def _gralora(
     B: ir.Value,
     A_general: ir.Value,
     B_general: ir.Value,
+    *shapes: ir.Value,
 ) -> dict[str, ir.Value]:
-    return {"blocks": _blocks(build, x, A, B, k, num_axes - 2), **_lora(build, x, A_general, B_general)}
+    return {"blocks": _blocks(build, x, A, B, shapes, num_axes - 2), **_lora(build, x, A_general, B_general)}
 
 
-def _blocks(build: Builder, x: ir.Value, A: ir.Value, B: ir.Value, k: int, lead: int) -> ir.Value:
+def _blocks(build: Builder, x: ir.Value, A: ir.Value, B: ir.Value, shapes: Sequence[Operand], lead: int) -> ir.Value:
     """Return the output of GraLoRA's blocks, `[..., tokens, out]`; `lead` counts the axes of `x` before the tokens."""
-    kept, front = [0] * lead, list(range(lead))
+    divided, exchanged, joined, whole = shapes
+    front = list(range(lead))
     swap = [*front, lead + 1, lead]  # of blocks and tokens, before the features
-    blocks = build("Reshape", x, [*kept, 0, k, -1])  # [..., tokens, input block, in/k]
+    blocks = build("Reshape", x, divided)  # [..., tokens, input block, in/k]
     blocks = build("Transpose", blocks, perm=[*swap, lead + 2])
     hidden = build("MatMul", blocks, A)  # [..., input block, tokens, r]
-    hidden = build("Reshape", hidden, [*kept, 0, 0, k, -1])  # [..., input block, tokens, output block, s]
+    hidden = build("Reshape", hidden, exchanged)  # [..., input block, tokens, output block, s]
     hidden = build("Transpose", hidden, perm=[*front, lead + 2, lead + 1, lead, lead + 3])
-    hidden = build("Reshape", hidden, [*kept, 0, 0, -1])  # [..., output block, tokens, r]
+    hidden = build("Reshape", hidden, joined)  # [..., output block, tokens, r]
     output = build("MatMul", hidden, B)  # [..., output block, tokens, out/k]
-    return build("Reshape", build("Transpose", output, perm=[*swap, lead + 2]), [*kept, 0, -1])
+    return build("Reshape", build("Transpose", output, perm=[*swap, lead + 2]), whole)
 
 
 def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, *, chooses: bool) -> str:
@@ -103,7 +113,7 @@ def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, *, choo
             own = {tensor: build("Gather", value, others[0], axis=0) for tensor, value in own.items()}
         parts = []
         if k:
-            parts.append(_blocks(build, x, own["A"], own["B"], k, lead=1))
+            parts.append(_blocks(build, x, own["A"], own["B"], shapes_of_blocks(k, 3), lead=1))
         if site.form != BIAS:
             parts.append(build("MatMul", build("MatMul", x, own["A_general"]), own["B_general"]))
         if site.has_bias:

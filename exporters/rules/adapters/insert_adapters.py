@@ -15,11 +15,21 @@ from gralora_fx.exporters.rules.adapters.adapter_groups import (
     Groups,
     adapter_function,
     batched_adapter_function,
+    shapes_of_blocks,
 )
 from gralora_fx.exporters.rules.adapters.scaled_outputs import ids_of_outputs, without_bias
-from gralora_fx.exporters.rules.adapters.site_marks import MARKED
+from gralora_fx.exporters.rules.adapters.site_marks import MARKED, mark_whole_products
 from gralora_fx.exporters.rules.branches import choice, replace_readers
-from gralora_fx.exporters.rules.builder import FUNCTIONS, SITES, Builder, SiteOutput, add_input, sites_in, static_dim
+from gralora_fx.exporters.rules.builder import (
+    FUNCTIONS,
+    SITES,
+    Builder,
+    SiteOutput,
+    add_initializer,
+    add_input,
+    sites_in,
+    static_dim,
+)
 from gralora_fx.exporters.rules.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.format.adapter_inputs import DATA, STACKED, AdapterInputs, AdapterSite
@@ -66,7 +76,7 @@ class InsertAdapters:
         """Insert them, in place; the result counts the sites' calls."""
         insertion = _Insertion(model, self.inputs, self.quantized)
         if insertion.grouping is not None and insertion.grouping.is_any is not None:
-            _mark_whole_products(model)
+            mark_whole_products(model)
         marked = [value for node in model.graph for value in node.outputs if sites_in(value)]
         for value in marked:
             insertion.add_to(value)
@@ -89,6 +99,7 @@ class _Insertion:
         self.model, self.inputs, self.quantized = model, inputs, quantized
         self.sites = {site.path: site for site in inputs.sites}
         self.tensors: dict[str, ir.Value] = {}
+        self.shapes: dict[tuple[int, ...], ir.Value] = {}  # those that blocks take
         self.count = 0
         self.reached: set[str] = set()  # layers with an adapter
         # no branches in half precision: the CPU computes it in float32 and would round values that pass through one
@@ -207,8 +218,17 @@ class _Insertion:
         assert x.shape is not None
         k = site.blocks(self.inputs.k)
         name = adapter_function(self.model, k, len(x.shape))
-        node = build.node(name, [x, *factors], domain=FUNCTIONS, num_outputs=2 if k else 1)
+        shapes = self._shapes(k, len(x.shape)) if k else []
+        node = build.node(name, [x, *factors, *shapes], domain=FUNCTIONS, num_outputs=2 if k else 1)
         return [*node.outputs, *bias]
+
+    def _shapes(self, k: int, num_axes: int) -> list[ir.Value]:
+        """Return the shapes of blocks as values of the graph, each created once."""
+        for shape in map(tuple, shapes_of_blocks(k, num_axes)):
+            if shape not in self.shapes:
+                tensor = ir.tensor(np.array(shape), name=f"gralora_shape_{len(self.shapes)}")
+                self.shapes[shape] = add_initializer(self.model.graph, tensor)
+        return [self.shapes[tuple(shape)] for shape in shapes_of_blocks(k, num_axes)]
 
     def _tensors(self, site: AdapterSite) -> list[ir.Value]:
         """Return the graph inputs with a site's tensors, created at its first call."""
@@ -227,28 +247,6 @@ class _Insertion:
             value.const_value = ir.tensor(np.zeros(sizes, dtype.numpy()), dtype=dtype, name=name)
             self.model.graph.initializers[name] = value
         return value
-
-
-def _mark_whole_products(model: ir.Model) -> None:
-    """Move the marks of layers from the parts of a product to the product, if all of it has marks."""
-    for node in model.graph:
-        product = node.inputs[0] if node.op_type == "Split" and node.inputs else None
-        if product is None or not _is_product(product.producer()) or sites_in(product) or len(product.uses()) > 1:
-            continue
-        marks, start = list[SiteOutput](), 0
-        for part in node.outputs:
-            width, own = static_dim(part, -1), sites_in(part)
-            if width is None or [(mark.start, mark.stop) for mark in own] != [(0, width)]:
-                break
-            marks.append(own[0].moved(start))
-            start += width
-        else:
-            like = node.outputs[0]
-            assert like.shape is not None
-            product.shape, product.type = ir.Shape([*like.shape[:-1], start]), like.type
-            product.meta[SITES] = tuple(marks)
-            for part in node.outputs:
-                part.meta.pop(SITES)
 
 
 def _place(value: ir.Value, quantized: bool) -> tuple[ir.Value, list[ir.Node]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult, contract
-from gralora_fx.exporters.rules.builder import SITES, SiteOutput, const_ints, static_dim
+from gralora_fx.exporters.rules.builder import SITES, SiteOutput, const_ints, sites_in, static_dim
 from gralora_fx.exporters.rules.onnx_pipeline import OWN_WEIGHTS
 
 MARKED = "gralora_marked"  # key of the paths of all layers with marks, in a model's
@@ -58,6 +58,32 @@ class MarkSites:
                 count += 1
         model.meta[MARKED] = frozenset(paths_marked)
         return PassResult(count, summary=MarkedSites(frozenset(paths_marked)))
+
+
+def mark_whole_products(model: ir.Model) -> None:
+    """Move the marks of layers from the parts of a product to the product, if all of it has marks."""
+    for node in model.graph:
+        product = node.inputs[0] if node.op_type == "Split" and node.inputs else None
+        if product is None or not _multiplies(product.producer()) or sites_in(product) or len(product.uses()) > 1:
+            continue
+        marks, start = list[SiteOutput](), 0
+        for part in node.outputs:
+            width, own = static_dim(part, -1), sites_in(part)
+            if width is None or [(mark.start, mark.stop) for mark in own] != [(0, width)]:
+                break
+            marks.append(own[0].moved(start))
+            start += width
+        else:
+            like = node.outputs[0]
+            assert like.shape is not None
+            product.shape, product.type = ir.Shape([*like.shape[:-1], start]), like.type
+            product.meta[SITES] = tuple(marks)
+            for part in node.outputs:
+                part.meta.pop(SITES)
+
+
+def _multiplies(node: ir.Node | None) -> bool:
+    return node is not None and node.op_type == "MatMul"
 
 
 def _norms(bias: ir.Value | None) -> Iterator[ir.Value]:
