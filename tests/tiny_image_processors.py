@@ -169,7 +169,19 @@ def _idefics2(model: PreTrainedModel) -> Any:
     return Idefics2Processor(images, tokenizer, image_seq_len=count, chat_template=_CHAT.replace("IMAGE", "<image>"))
 
 
+def _paligemma(model: PreTrainedModel) -> Any:
+    from transformers import PaliGemmaProcessor
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    vision = model.config.vision_config
+    side, count = vision.image_size, (vision.image_size // vision.patch_size) ** 2
+    images = SiglipImageProcessorPil(size={"height": side, "width": side}, image_seq_length=count)
+    tokenizer, chat = tiny_tokenizer({IMAGE: "<image>"}), _CHAT.replace("IMAGE", "<image>")
+    return PaliGemmaProcessor(images, tokenizer, chat_template=chat)
+
+
 _OTHERS = {
+    "paligemma": _paligemma,
     "mistral3": _mistral,
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,

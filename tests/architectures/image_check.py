@@ -95,6 +95,8 @@ def _prompt(model: PreTrainedModel, images: list[dict[str, Tensor]]) -> dict[str
     tensor = torch.tensor([ids + _AFTER])
     taken = inspect.signature(model.forward).parameters
     types = {name: (tensor == IMAGE).long() for name in ("token_type_ids", "mm_token_type_ids") if name in taken}
+    if model.config.model_type == "paligemma":  # which tells its prompt from its answer
+        types = {"token_type_ids": torch.zeros_like(tensor)} if images else {}
     return {
         "input_ids": tensor,
         "attention_mask": torch.ones_like(tensor),

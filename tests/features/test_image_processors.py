@@ -25,6 +25,7 @@ _FORMS = {  # whether other programs know how to call what reads pixels
     "LlavaNextForConditionalGeneration": False,  # cuts each of several images
     "LlavaOnevisionForConditionalGeneration": False,  # cuts none of several images
     "Mistral3ForConditionalGeneration": False,
+    "PaliGemmaForConditionalGeneration": False,  # all of a prompt sees each other
 }
 
 

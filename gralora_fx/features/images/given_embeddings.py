@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx.core.tracing.inputs.cache import positions
 from gralora_fx.features.images.image_inputs import deepstack_part, embedding_of
-from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID
+from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID, PREFIX
 from gralora_fx.format.input_names import EMBEDS, IDS, beside_ids
 
 
@@ -55,7 +56,7 @@ def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterat
         embeds = inputs.pop(EMBEDS, None)
         if embeds is None or inputs.get(IDS) is None:
             return forward(*args, **inputs, **({} if embeds is None else {EMBEDS: embeds}))
-        ids, grid, features = inputs[IDS], inputs.pop(GRID, None), inputs.pop(FEATURES, None)
+        ids, grid, features, prefix = (inputs[IDS], *(inputs.pop(name, None) for name in (GRID, FEATURES, PREFIX)))
         given = ids < 0
         inputs[IDS] = torch.where(given, _stands_in(model), ids)
         if grid is not None:
@@ -64,6 +65,8 @@ def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterat
             inputs["position_ids"] = torch.where(grid < 0, counted, grid)
         with ExitStack() as changed:
             changed.enter_context(patch.object(embedding, "forward", _where_given(embedding.forward, given, embeds)))
+            if prefix is not None:
+                _join(changed, model, prefix)
             if features is not None:
                 _add_features(changed, deepstack_part(model), given, features)
             return forward(*args, **inputs)
@@ -78,6 +81,14 @@ def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterat
     )
     with patch.object(model, "forward", placed):
         yield
+
+
+def _join(changed: ExitStack, model: PreTrainedModel, prefix: Tensor) -> None:
+    """Let tokens of a prompt attend to each other in every step, where a model's code does in a first one alone."""
+    code = sys.modules[type(model).__module__]
+    for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
+        masked = functools.partial(getattr(code, name), block_sequence_ids=torch.where(prefix == 1, 0, -1))
+        changed.enter_context(patch.object(code, name, masked))
 
 
 def _stands_in(model: PreTrainedModel) -> int:

@@ -30,6 +30,7 @@ from gralora_fx.features.images.tasks_and_inputs import (
     IMAGE_FEATURES,
     IMAGES,
     PATCH_PLACES,
+    PREFIX,
     VISION_ENCODER,
 )
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST, beside_ids
@@ -226,5 +227,6 @@ def _inputs(
             inputs[name] = inputs[name].to(values.dtype, copy=True)
             inputs[name].narrow(axis, 0, values.shape[axis]).copy_(values)
         elif spec.follows != IDS:
-            inputs[name] = is_given.to(example.dtype)
+            types = (torch.arange(count) < given[GIVEN_PLACES].shape[1])[None] if name == PREFIX else is_given
+            inputs[name] = types.to(example.dtype)
     return {**model.constants, **inputs, PAST: empty_cache(model.example_inputs[PAST], 1)}

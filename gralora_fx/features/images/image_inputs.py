@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 from gralora_fx.core.tracing.inputs.samples import BATCH, part_with
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
-from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID, GRID_THW, IMAGES, PATCH_PLACES, reads_images
+from gralora_fx.features.images.tasks_and_inputs import (
+    FEATURES,
+    GRID,
+    GRID_THW,
+    IMAGES,
+    PATCH_PLACES,
+    PREFIX,
+    reads_images,
+)
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, beside_ids
 
 _IMAGES = 0.4  # the share of a case's positions that have an image
@@ -25,7 +33,7 @@ _COMPARED = frozenset(
     aya_vision cohere2_vision cohere_compass cosmos3_omni deepseek_vl exaone4_5 gemma3 gemma4 gemma4_unified glm46v
     glm4v glm4v_moe glm5_next glm_ocr got_ocr2 hyperclovax_vision_v2 idefics2 idefics3 internvl janus kimi_k25 lfm3_vl
     lighton_ocr llava llava_next llava_next_video llava_onevision minimax_m3_vl mistral3 mistral_large4 muse_glimmer
-    muse_spark paddleocr_vl qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe
+    muse_spark paddleocr_vl paligemma qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe
     qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe smolvlm video_llava vipllava
         """,
     )
@@ -45,7 +53,6 @@ _REFUSED = {
     "kosmos-2.5": "its decoder has positions and masks of images of its own",
     "mllama": "layers of its own attend to images (cross_attention_states)",
     "molmo2": "its masks of a prompt depend on whether it is the first step",
-    "paligemma": "all of a prompt sees each other, and a step does not tell whether it is the first",
     "pi0": "it gives actions, not text",
     "qwen4_exp": "its layers read ids of images (ple_input_ids)",
     "unlimited_ocr": "its prompts are read by an encoder whose masks tell images from queries",
@@ -156,6 +163,8 @@ def _deepstack_layers(model: PreTrainedModel) -> int | None:
 
 def _types_of_blocks(model: PreTrainedModel) -> str | None:
     """Return the name of the token types by which tokens of an image attend to each other; None if they do not."""
+    if model.config.model_type == "paligemma":
+        return PREFIX
     parts = {type(part).__module__ for part in model.children()} | {type(model).__module__}
     if not any(hasattr(sys.modules[name], "create_masks_for_vision_model") for name in parts):
         return None

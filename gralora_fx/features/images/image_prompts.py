@@ -149,7 +149,10 @@ class ImagePrompts:
         more = {"add_special_tokens": False} if bos and text.startswith(bos) and not isinstance(prompt, str) else {}
         own = [list(images)] if images else None  # of one prompt, by which some processors cut none of several
         try:
-            made = dict(self._processor(text=[text], images=own, return_tensors="np", **more))
+            if own is None:  # some processors take none
+                made = dict(self._processor.tokenizer([text], return_tensors="np", **more))
+            else:
+                made = dict(self._processor(text=[text], images=own, return_tensors="np", **more))
         except Exception as error:  # processors raise what they like
             raise ServingError(
                 f"the processor does not take the prompt with {len(images)} images ({first_line(error)}); a text needs "

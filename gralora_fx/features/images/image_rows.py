@@ -17,6 +17,7 @@ from gralora_fx.features.images.tasks_and_inputs import (
     GIVEN_PLACES,
     GRID,
     IMAGE_FEATURES,
+    PREFIX,
     STEP_INPUTS,
 )
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
@@ -84,7 +85,7 @@ class ImageRows(GivenRows):
         source = {name: value for name, value in source.items() if name != GIVEN_PLACES}
         if unknown := [str(name) for name in source if name not in self._taken]:
             raise ServingError(f"unknown {', '.join(unknown)}; beside ids the model takes {listed(self._taken)}")
-        if self._types and places is None and self._types[0] not in source:
+        if self._types and self._types[0] != PREFIX and places is None and self._types[0] not in source:
             raise ServingError(
                 f"the tokens of an image see each other in this model; give {self._types[0]}, 1 for those of images, "
                 f"with {EMBEDS}"
@@ -92,7 +93,8 @@ class ImageRows(GivenRows):
         arrays = {name: as_array(name, value, self._taken[name]) for name, value in source.items()}
         for name in self._types:
             if name not in arrays:
-                arrays[name] = np.asarray(places, DTYPES[self._taken[name].type])
+                types = np.ones(arrays[EMBEDS].shape[:2]) if name == PREFIX else places
+                arrays[name] = np.asarray(types, DTYPES[self._taken[name].type])
         sizes = {name: array.shape[_SPECS[name].axis :][:2] for name, array in arrays.items()}
         rows, count = sizes[EMBEDS]
         if wrong := next((name for name, size in sizes.items() if size != (1, count)), None):
@@ -113,6 +115,8 @@ class ImageRows(GivenRows):
     def names(self, row: int) -> Mapping[int, int] | None:
         """Return digests of the inputs in place of a row's tokens, by position; text has its ids."""
         own, places = self._rows[row], self._places[row]
+        if PREFIX in own:  # what was read of an image depends on the text after it
+            return None
         by_position = {name: self._by_position(name, array)[0] for name, array in own.items()}
         if (grid := by_position.get(GRID)) is not None:
             largest = np.maximum.accumulate(grid.max(1))

@@ -9,6 +9,7 @@ from gralora_fx.format.tasks import Task
 
 IMAGES = "pixel_values"
 GRID, FEATURES = "grid_position_ids", "deepstack_embeds"
+PREFIX = "prefix_type_ids"  # 1 in a prompt whose tokens all see each other
 GRID_THW = "image_grid_thw"  # of an image's patches: frames, height, width
 IMAGE_SIZES = "image_sizes"  # of a processor: height and width of each image, which it has padded
 PIXEL_MASK = "pixel_attention_mask"  # of a processor: which pixels are not padding
@@ -28,6 +29,7 @@ STEP_INPUTS = (
     # [batch, past + length], 1 in an image, whose tokens all see each other
     StepInput("token_type_ids", follows="attention_mask"),
     StepInput("mm_token_type_ids", follows="attention_mask"),  # Gemma 4's name for it
+    StepInput(PREFIX, follows="attention_mask"),
 )
 CLASSIFICATION = "image-classification"
 
