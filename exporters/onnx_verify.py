@@ -62,9 +62,8 @@ def verify_onnx(
         output_dir: The export directory.
         model: The model it was exported from; a `GraloraModel` runs with its active adapters unfolded, so that a wrong
             fold would show.
-        level: `"full"`, or `"quick"` for few and short inputs of a model with a cache: each kind of step once, and none
-            of the graphs that other programs run instead of `model.onnx`. Models without a cache are compared on the
-            same inputs either way.
+        level: `"full"`, or `"quick"` for few and short inputs of a model with a cache: each kind of step once. Models
+            without a cache are compared on the same inputs either way.
         inputs: A user's own inputs, compared in addition.
         prompts: A user's own prompts for an export with a cache, compared in addition: texts, chats or token ids.
         tolerance: Largest difference allowed, relative to the largest value or to 1 if that is smaller; None for the
@@ -107,7 +106,7 @@ def verify_onnx(
         from gralora_fx.exporters.verify.same_model import check_same_model
 
         check_same_model(output_dir, manifest, model)
-    opened = open_comparable(Path(output_dir), manifest, runtime, programs=not quick, streamed=is_streamed(model))
+    opened = open_comparable(Path(output_dir), manifest, runtime, streamed=is_streamed(model))
     session, rows, arithmetic, companions = opened
     traced = base_trace(model)
     verification = flavour_of(traced).verification

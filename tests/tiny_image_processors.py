@@ -117,9 +117,13 @@ def _llava_onevision(model: PreTrainedModel) -> Any:
 
 
 def _gemma_tokenizer() -> Any:
-    """The tokenizer of Gemma's processors, which names its special tokens."""
     names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
     names |= {"audio_token": "<audio_soft_token>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>"}
+    return named_tokenizer(names)
+
+
+def named_tokenizer(names: dict[str, str]) -> Any:
+    """A tokenizer that has attributes for its special tokens; the first is that of an image."""
     plain = tiny_tokenizer(dict(zip(range(IMAGE, IMAGE - len(names), -1), names.values(), strict=True)))
     special = {name: getattr(plain, name) for name in ("pad_token", "bos_token", "eos_token")}
     return PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer, **special, extra_special_tokens=names)
@@ -180,7 +184,136 @@ def _paligemma(model: PreTrainedModel) -> Any:
     return PaliGemmaProcessor(images, tokenizer, chat_template=chat)
 
 
+def _tiles(model: PreTrainedModel) -> Any:
+    """Return the image processor of models that cut images into tiles as GOT-OCR2 does."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    side = _side(model)
+    return GotOcr2ImageProcessorPil(size={"height": side, "width": side}, crop_to_patches=True, max_patches=4)
+
+
+def _side(model: PreTrainedModel) -> int:
+    size: Any = model.config.vision_config.image_size
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _patch(model: PreTrainedModel) -> int:
+    size: Any = model.config.vision_config.patch_size
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _internvl(model: PreTrainedModel) -> Any:
+    from transformers import InternVLProcessor, InternVLVideoProcessor
+
+    names = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>"}
+    tokenizer, count = named_tokenizer({**names, "video_token": "<video>"}), _side(model) // _patch(model)
+    return InternVLProcessor(
+        _tiles(model),
+        tokenizer,
+        InternVLVideoProcessor(),
+        image_seq_length=int((count * model.config.downsample_ratio) ** 2),
+        chat_template=_CHAT.replace("IMAGE", "<IMG_CONTEXT>"),
+    )
+
+
+def _aya(model: PreTrainedModel) -> Any:
+    from transformers import AyaVisionProcessor
+
+    names = ("<|IMG_PATCH|>", "<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>")
+    tokenizer = tiny_tokenizer(dict(zip(range(IMAGE, IMAGE - len(names), -1), names, strict=True)))
+    options = {
+        "patch_size": _patch(model),
+        "img_size": _side(model),
+        "downsample_factor": model.config.downsample_factor,
+    }
+    return AyaVisionProcessor(_tiles(model), tokenizer, chat_template=_CHAT.replace("IMAGE", "<image>"), **options)
+
+
+def _janus(model: PreTrainedModel) -> Any:
+    from transformers import JanusProcessor
+    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+    side = _side(model)
+    names = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+    return JanusProcessor(
+        JanusImageProcessorPil(size={"height": side, "width": side}),
+        named_tokenizer(names),
+        chat_template=_CHAT.replace("IMAGE", "<image_placeholder>"),
+        num_image_tokens=(side // _patch(model)) ** 2,
+    )
+
+
+def _lighton(model: PreTrainedModel) -> Any:
+    from transformers import LightOnOcrProcessor
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    patch, merge = _patch(model), model.config.spatial_merge_size
+    images = PixtralImageProcessorPil(patch_size=patch * merge, size={"longest_edge": 4 * patch * merge})
+    names = {"image_token": "<|image_pad|>", "image_break_token": "<|vision_pad|>", "image_end_token": "<|vision_end|>"}
+    options = {
+        "patch_size": patch,
+        "spatial_merge_size": merge,
+        "chat_template": _CHAT.replace("IMAGE", "<|image_pad|>"),
+    }
+    return LightOnOcrProcessor(images, named_tokenizer(names), **options)
+
+
+def _kimi(model: PreTrainedModel) -> Any:
+    from transformers import Kimi_K25Processor, Kimi_K25VideoProcessor
+    from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor
+
+    merge = model.config.vision_config.merge_kernel_size
+    options = {"patch_size": _patch(model), "merge_size": merge if isinstance(merge, int) else merge[0]}
+    tokenizer = named_tokenizer({"image_token": "<|media_pad|>", "video_token": "<|kimi_k25_video_placeholder|>"})
+    chat = _CHAT.replace("IMAGE", "<|media_pad|>")
+    return Kimi_K25Processor(
+        Kimi_K25ImageProcessor(max_patches=64, **options), tokenizer, Kimi_K25VideoProcessor(), chat_template=chat
+    )
+
+
+def _paddle(model: PreTrainedModel) -> Any:
+    from transformers import PaddleOCRVLProcessor
+    from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
+
+    patch, merge = _patch(model), model.config.vision_config.spatial_merge_size
+    size = {"shortest_edge": (patch * merge) ** 2, "longest_edge": 24 * (patch * merge) ** 2}
+    images = PaddleOCRVLImageProcessorPil(patch_size=patch, merge_size=merge, size=size)
+    names = {"image_token": "<|IMAGE_PLACEHOLDER|>", "start_token": "<|IMAGE_START|>", "end_token": "<|IMAGE_END|>"}
+    chat = _CHAT.replace("IMAGE", "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>")
+    return PaddleOCRVLProcessor(images, named_tokenizer(names), chat_template=chat)
+
+
+def _cohere2(model: PreTrainedModel) -> Any:
+    from transformers import Cohere2VisionProcessor
+    from transformers.models.cohere2_vision.image_processing_cohere2_vision import Cohere2VisionImageProcessor
+
+    side = _side(model)
+    count = side // _patch(model) // model.config.downsample_factor
+    names = {"image_token": "<|IMG_PATCH|>", "boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>"}
+    tokenizer = named_tokenizer({**names, "img_line_break_token": "<|IMG_LINE_BREAK|>"})
+    images = Cohere2VisionImageProcessor(
+        size={"height": side, "width": side}, patch_size=count, crop_to_patches=True, max_patches=4
+    )
+    return Cohere2VisionProcessor(images, tokenizer, chat_template=_CHAT.replace("IMAGE", "<|IMG_PATCH|>"))
+
+
+def _got(model: PreTrainedModel) -> Any:
+    from transformers import GotOcr2Processor
+
+    names = ("<imgpad>", "<img>", "</img>", "<|im_start|>", "<|im_end|>")
+    tokenizer = tiny_tokenizer(dict(zip(range(IMAGE, IMAGE - len(names), -1), names, strict=True)))
+    return GotOcr2Processor(_tiles(model), tokenizer, chat_template=_CHAT.replace("IMAGE", "<img><imgpad></img>"))
+
+
 _OTHERS = {
+    "internvl": _internvl,
+    "aya_vision": _aya,
+    "janus": _janus,
+    "lighton_ocr": _lighton,
+    "kimi_k25": _kimi,
+    "paddleocr_vl": _paddle,
+    "cohere2_vision": _cohere2,
+    "got_ocr2": _got,
     "paligemma": _paligemma,
     "mistral3": _mistral,
     "llava_next": _llava_next,

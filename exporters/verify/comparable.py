@@ -49,10 +49,9 @@ def open_comparable(
     manifest: Manifest,
     runtime: Runtime | None = None,
     *,
-    programs: bool = False,
     streamed: bool = False,
 ) -> Comparable:
-    """Open sessions over an export, or its float32 copy where needed; over graphs of other programs if asked.
+    """Open sessions over an export, or its float32 copy where needed.
 
     Those of a large streamed model read weights from their files, without copies for faster products.
     """
@@ -60,23 +59,24 @@ def open_comparable(
         runtime = Runtime(session_options=mapped_options())
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
-        return _opened(directory, manifest, runtime, precision, programs)
+        return _opened(directory, manifest, runtime, precision)
     from gralora_fx.exporters.verify.quantized_references import write_float32_copy
 
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.absolute().parent) as copy:
         write_float32_copy(directory, Path(copy))
-        return _opened(Path(copy), manifest, runtime, "fp16" if precision == "fp16" else "fp32", programs)
+        return _opened(Path(copy), manifest, runtime, "fp16" if precision == "fp16" else "fp32")
 
 
-def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precision: str, programs: bool) -> Comparable:
+def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precision: str) -> Comparable:
     is_known = runtime is None or (not runtime.devices and {name for name, _ in runtime.providers} <= _RUN_ROWS)
     opened = runtime or Runtime(session_options=yielding_options())
     rows = open_session(directory, opened, name=ROWS_NAME) if is_known and manifest.has_rows else None
     session = open_session(directory, opened, as_stored=True)  # `model.onnx` as others open it; rows as they are served
     if runtime is not None:
         precision = arithmetic_of(runtime, precision, is_quantized=manifest.quantization is not None)
-    names = (*manifest.companions, *(manifest.programs if programs else ()))
-    companions = {name: open_session(directory, opened, name=f"{name}.onnx") for name in names}
+    companions = {name: open_session(directory, opened, name=f"{name}.onnx") for name in manifest.companions}
+    shared = runtime or Runtime(session_options=mapped_options())
+    companions |= {name: open_session(directory, shared, name=f"{name}.onnx") for name in manifest.programs}
     return Comparable(session, rows, precision, companions)
 
 

@@ -42,7 +42,7 @@ class TogetherRun:
     """A decoder and its companions, of the model and of the export, in one state of the adapters."""
 
     models: Mapping[str, TracedModel | GraloraModel]  # the model's companions by file name
-    sessions: Mapping[str, Any]  # the export's companions; in a full comparison, also other programs' graphs
+    sessions: Mapping[str, Any]  # the export's companions, and other programs' graphs
     model: TracedModel | GraloraModel  # the decoder, as `Variant.reference`
     session: Any  # the session of `model.onnx`
     # opens a decoder over `model_rows.onnx` for a number of rows and tokens per row; None if there is none, or it is

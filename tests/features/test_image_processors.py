@@ -8,23 +8,30 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, GotOcr2Processor
 
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.features.images.program_graphs import DECODER
 from gralora_fx.serving import load
+from tests.architectures.image_pixels import features_of, pixels_of
 from tests.architectures.image_prompts import wide_image_model
 from tests.tiny_image_processors import drawn_image, tiny_processor
 
 _NEW = 4
 _FORMS = {  # whether other programs know how to call what reads pixels
+    "AyaVisionForConditionalGeneration": True,  # tokens between its tiles
     "Gemma3ForConditionalGeneration": False,  # begins with a token that the template has written
     "Gemma4ForConditionalGeneration": False,
     "Glm4vForConditionalGeneration": True,
+    "InternVLForConditionalGeneration": True,
+    "JanusForConditionalGeneration": True,
+    "Kimi_K25ForConditionalGeneration": True,
+    "LightOnOcrForConditionalGeneration": False,
     "LlavaNextForConditionalGeneration": False,  # cuts each of several images
     "LlavaOnevisionForConditionalGeneration": False,  # cuts none of several images
     "Mistral3ForConditionalGeneration": False,
+    "PaddleOCRVLForConditionalGeneration": True,
     "PaliGemmaForConditionalGeneration": False,  # all of a prompt sees each other
 }
 
@@ -60,6 +67,24 @@ def test_chats_with_images_are_answered_as_by_transformers_processors(name: str,
     found = model.generate(chats, images=[several[0], None, several[1]], max_new_tokens=_NEW)
     assert found == [answers[0], text, answers[1]]
     assert (tmp_path / "onnx" / f"{DECODER}.onnx").exists() == _FORMS[name]
+
+
+def test_a_processor_that_takes_no_list_for_each_prompt_is_given_a_flat_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = wide_image_model("GotOcr2ForConditionalGeneration")
+    monkeypatch.setattr(GotOcr2Processor, "num_image_tokens", features_of(source, pixels_of(source, 0)))
+    processor = tiny_processor(source)
+    export_onnx(
+        trace(source, task="image-text-to-text-with-past"), tmp_path / "onnx", tokenizer=processor, verify=False
+    )
+    model, images = load(tmp_path / "onnx", threads=1), [drawn_image(70, 50)]
+    text = processor.apply_chat_template(_chat(1), add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=[text], images=images, return_tensors="pt")
+    with torch.no_grad():
+        tokens = source.generate(**inputs, max_new_tokens=_NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.decode(tokens, skip_special_tokens=True)
+    assert model.generate(_chat(1), images=images, max_new_tokens=_NEW) == expected
 
 
 def test_an_adapter_of_tower_and_decoder_is_given_to_each_where_rows_run_one_after_the_other(tmp_path: Path) -> None:

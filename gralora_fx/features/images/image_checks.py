@@ -22,7 +22,7 @@ from gralora_fx.features.images.image_inputs import drawn_patches, drawn_places
 from gralora_fx.features.images.image_prompts import token_merge
 from gralora_fx.features.images.image_rows import Outputs, given_of, grid_positions
 from gralora_fx.features.images.pictures import read_pictures
-from gralora_fx.features.images.program_graphs import DECODER, EMBEDDING, image_token
+from gralora_fx.features.images.program_graphs import DECODER, EMBED_TOKENS, EMBEDDING, image_token
 from gralora_fx.features.images.tasks_and_inputs import (
     GIVEN_PLACES,
     GRID,
@@ -85,15 +85,13 @@ def _drawn(part: TracedModel, generator: torch.Generator) -> list[dict[str, Tens
     if pixels.ndim == 3:  # one image, whose sides have no common divisor but that of images
         step = math.gcd(*pixels.shape[1:])
         sides = [(pixels.shape[0], height * step, width * step) for height, width in _SIDES]
-        return [{IMAGES: torch.randn(*each, generator=generator).to(pixels.dtype)} for each in sides]
-    if PATCH_PLACES in example:
-        placed = [drawn_places(size, _merge_of(part), pixels.shape[1], generator) for size in _SIDES]
-        return [{**each, IMAGES: each[IMAGES].to(pixels.dtype)} for each in placed]
-    if GRID_THW not in example:
-        return [
-            {IMAGES: torch.randn(count, *pixels.shape[1:], generator=generator).to(pixels.dtype)} for count in _TILES
-        ]
-    drawn = [drawn_patches(size, _merge_of(part), pixels.shape[1:], generator) for size in _SIDES]
+        drawn = [{IMAGES: torch.randn(*each, generator=generator)} for each in sides]
+    elif PATCH_PLACES in example:
+        drawn = [drawn_places(size, _merge_of(part), pixels.shape[1], generator) for size in _SIDES]
+    elif GRID_THW in example:
+        drawn = [drawn_patches(size, _merge_of(part), pixels.shape[1:], generator) for size in _SIDES]
+    else:
+        drawn = [{IMAGES: torch.randn(count, *pixels.shape[1:], generator=generator)} for count in _TILES]
     return [{**each, IMAGES: each[IMAGES].to(pixels.dtype)} for each in drawn]
 
 
@@ -119,10 +117,11 @@ def _compare_prompt(
     read = _reader(run, description, partial(inputs_of, given), ids, given)
     run.tally.cases.append(description)
     if DECODER in run.sessions and run.adapter is None:
-        inputs, embeddings = inputs_of(reference, ids), [outputs[IMAGE_FEATURES] for outputs in actual]
+        inputs, features = inputs_of(reference, ids), np.concatenate([outputs[IMAGE_FEATURES] for outputs in actual])
         wanted = _logits(partial(run_model, run.model, description), inputs)
-        found = _last_of_programs(run, description, inputs_of(given, ids), np.concatenate(embeddings))
-        run.tally.add_step(0, f"{description}, by embeddings", wanted, found, partial(_logits, inputs=inputs))
+        for name, embeds in _embeddings_of_programs(run, description, inputs_of(given, ids), features).items():
+            found = _last_of_programs(run, description, inputs_of(given, ids), embeds)
+            run.tally.add_step(0, f"{description}, by {name}", wanted, found, partial(_logits, inputs=inputs))
     for index in range(_QUICK_STEPS if run.quick else _STEPS):
         inputs = inputs_of(reference, ids)
         wanted = _logits(partial(run_model, run.model, description), inputs)
@@ -176,19 +175,28 @@ def _last_of_session(session: Any, description: str, inputs: Mapping[str, Any]) 
     return last_logits(as_tensor(logits).float(), inputs["attention_mask"])[:, -1]
 
 
-def _last_of_programs(run: TogetherRun, description: str, inputs: Mapping[str, Any], features: NDArray[Any]) -> Tensor:
-    """Return the last logits by the graphs that other programs run: embeddings of all tokens, then the decoder."""
-    embedding, decoder = run.sessions[EMBEDDING], run.sessions[DECODER]
-    token = image_token(base_trace(run.model).config)
-    ids = inputs[IDS].masked_fill(inputs[IDS] == GIVEN, token)
-    read = {IDS: ids, IMAGE_FEATURES: torch.from_numpy(features)}
+def _embeddings_of_programs(
+    run: TogetherRun, description: str, inputs: Mapping[str, Any], features: NDArray[Any]
+) -> dict[str, Tensor]:
+    """Return embeddings of all tokens as onnxruntime-genai and transformers.js make them, by their graphs' names."""
+    is_given, of_images = inputs[IDS] == GIVEN, torch.from_numpy(features)
+    ids = inputs[IDS].masked_fill(is_given, image_token(base_trace(run.model).config))
+    table = as_tensor(run_values(run.sessions[EMBED_TOKENS], {IDS: ids}, description)[EMBEDS]).clone()
+    table[is_given] = of_images
+    joined = run_values(run.sessions[EMBEDDING], {IDS: ids, IMAGE_FEATURES: of_images}, description)[EMBEDS]
+    return {EMBEDDING: as_tensor(joined), EMBED_TOKENS: table}
+
+
+def _last_of_programs(run: TogetherRun, description: str, inputs: Mapping[str, Any], embeds: Tensor) -> Tensor:
+    """Return the last logits by the decoder that other programs run after the embeddings of all tokens."""
+    decoder = run.sessions[DECODER]
     places = inputs.get(GRID)
     if places is not None:
         places = torch.where(places < 0, inputs["position_ids"], places)
     feed = {
         **{name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs},
         **({} if places is None else {"position_ids": places}),
-        EMBEDS: run_values(embedding, read, description)[EMBEDS],
+        EMBEDS: embeds,
         **empty_values(decoder, 1),
     }
     logits = run_values(decoder, feed, description)["logits"]

@@ -147,7 +147,8 @@ class ImagePrompts:
         bos = self._processor.tokenizer.bos_token
         # as transformers' own processors do with what their template has written
         more = {"add_special_tokens": False} if bos and text.startswith(bos) and not isinstance(prompt, str) else {}
-        own = [list(images)] if images else None  # of one prompt, by which some processors cut none of several
+        # of one prompt, by which some processors cut none of several; GOT-OCR2's takes no list of lists
+        own = (list(images) if hasattr(self._processor, "multi_page") else [list(images)]) if images else None
         try:
             if own is None:  # some processors take none
                 made = dict(self._processor.tokenizer([text], return_tensors="np", **more))
@@ -160,6 +161,8 @@ class ImagePrompts:
             ) from error
         ids = [int(token) for token in np.asarray(made["input_ids"])[0]]
         if not images:
+            if self._token in ids:
+                raise ServingError("the prompt has a place for an image, and none is given; give as many")
             return ids, None
         return ids, self.given(np.asarray(ids), made, adapter)
 
