@@ -113,7 +113,7 @@ def verify(
     if files:
         others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
         others |= {"--provider": provider, "--adapter-name": adapter_name, "--base-quantization": base_quantization}
-        others["--stream"] = stream
+        others |= {"--stream": "given" if stream else None}
         _verify_files(onnx, [name for name, value in others.items() if value])
         return
     if provider is not None:

@@ -95,7 +95,7 @@ def reading(module: nn.Module) -> AbstractContextManager[Any]:
     return _Reading() if any(map(is_lazy, module.parameters())) else nullcontext()
 
 
-_FACTS = frozenset({Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.ndim.__get__})
+_FACTS = frozenset(getattr(Tensor, name).__get__ for name in ("dtype", "shape", "ndim"))
 
 
 class _Reading(TorchFunctionMode):
