@@ -1,8 +1,8 @@
 """Adapters as data: their cost per decoded token, and the cost of a switch.
 
 SmolLM2-135M with a GraLoRA adapter on all seven projections: the export with the adapter folded in, the base's, and
-those with adapters as data in both forms, run by onnxruntime-genai in turns in one process. onnxruntime-genai's own
-export of a LoRA adapter is compared with its base.
+those with adapters as data in both forms, run by onnxruntime-genai in turns in one process, and those of the default
+forms by the engine, in the graph of rows. onnxruntime-genai's own export of a LoRA adapter is compared with its base.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks import smollm2
 from benchmarks.forms import BLOCKS, LORA, in_form
 from benchmarks.genai import build, open_model, run_process, seconds_of, token_times
-from benchmarks.harness import Claim, Report, Table, progress
+from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run.sessions.session import yielding_options
 from gralora_fx.serving import load
 
 RUNS = Path("runs/adapters")
@@ -47,6 +48,8 @@ def run(iterations: int = 6) -> Report:
         ("int4", 8, BLOCKS, None),
     ):
         _compare_decode(report, base, adapters[rank], (precision, rank, form), over_merged, iterations)
+        if over_merged is not None:
+            _compare_engine(report, f"{precision}, r={rank}, {form}", _exports_of(precision, rank, form), iterations)
     _compare_genai(report, base, iterations)
     _compare_switches(report, RUNS / f"data_fp32_r32_{BLOCKS}")
     return report
@@ -101,6 +104,38 @@ def _compare_decode(
     floor = {"nodes added, inlined": nodes, "MB of adapter": values / 1e6}
     rows = [{"graph": side, "ms a token": 1e3 * seconds, **floor} for side, seconds in times.items()]
     report.tables.append(Table(f"decode, {name}, {THREADS} threads", rows))
+
+
+def _exports_of(precision: str, rank: int, form: str) -> dict[str, Path]:
+    names = {"merged": f"merged_{precision}_r{rank}", "base": f"base_{precision}"}
+    return {side: RUNS / name for side, name in (names | {"data": f"data_{precision}_r{rank}_{form}"}).items()}
+
+
+def _compare_engine(report: Report, name: str, exports: Mapping[str, Path], iterations: int) -> None:
+    """Measure a token of one stream in the engine."""
+    progress(f"the engine, {name}")
+    adapters = {"merged": None, "base": None, "data, adapter on": "default", "data, none on": None}
+    cases = [Case.of(side, _Stream(exports[side.partition(",")[0]], own)) for side, own in adapters.items()]
+    times = measure(cases, iterations=10 * iterations)
+    rows = [times.row(side, "merged") for side in adapters]
+    report.tables.append(Table(f"four tokens of the engine, {name}, {THREADS} threads", rows))
+    for side, other in (("data, adapter on", "merged"), ("data, none on", "base")):
+        ratio = times.ratio(side, other).median_of_pairs
+        report.claims.append(Claim(f"{name}: a token of the engine, {side}, over {other}", ratio))
+
+
+class _Stream:
+    """A row that decodes; a call reads four tokens, one after the other."""
+
+    def __init__(self, directory: Path, adapter: str | None) -> None:
+        # threads stop when a step ends, else those of one session would take the cores from the next
+        decoder = load(directory, session_options=yielding_options(THREADS)).decoder(rows=1, capacity=2000, chunk=64)
+        self._decoder, self._row = decoder, decoder.open(adapter=adapter)
+        decoder.step({self._row: np.random.default_rng(0).integers(10, 40000, CONTEXT).tolist()})
+
+    def __call__(self) -> None:
+        for _ in range(4):
+            self._decoder.step({self._row: [7]})
 
 
 def _interleaved(sides: Mapping[str, Side], name: str, iterations: int) -> dict[str, float]:
