@@ -129,8 +129,8 @@ def test_the_last_token_that_there_is_room_for_can_be_verified(tmp_path: Path) -
         (lambda decoder, row: decoder.rewind(row, 9), "has read 5 tokens and cannot be set back to 9"),
         (lambda decoder, row: decoder.rewind(row, -1), "cannot be set back to -1"),
         (lambda decoder, row: decoder.rewind(7, 0), "row 7 is not open"),
-        (lambda decoder, row: decoder.step({row: [3]}, {row: 2}), "logits of 2 tokens of row 0 are wanted"),
-        (lambda decoder, row: decoder.step({row: [3]}, {1: 1}), "logits of 1 tokens of row 1 are wanted"),
+        (lambda decoder, row: decoder.step({row: [3]}, {row: 2}), "logits of 2 tokens of row 0 are requested"),
+        (lambda decoder, row: decoder.step({row: [3]}, {1: 1}), "logits of 1 tokens of row 1 are requested"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_read(data: OrtModel, call: Any, message: str) -> None:
