@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -80,15 +79,18 @@ class _Layer:
         arrays = self.work.read(self.result)
         return None if arrays is None else blocks_of(arrays)
 
-    def round(self) -> tuple[BlockArrays, Tensor]:
-        """Return the blocks of its weight, and the dequantized weight."""
-        is_transposed, blocks = self.site.kind == "conv1d", self.known
-        if blocks is None:
-            weight = values_of(self.site.weight, self.name).float()
-            matrix = np.ascontiguousarray((weight if is_transposed else weight.t()).numpy())  # [in, out]
-            blocks = quantize_blocks(matrix, self.form, self.moments.products, self.name)
+    def round(self) -> BlockArrays:
+        """Return the blocks of its weight."""
+        if self.known is not None:
+            return self.known
+        weight = values_of(self.site.weight, self.name).float()
+        matrix = (weight if self.site.kind == "conv1d" else weight.t()).numpy()  # [in, out], a view
+        return quantize_blocks(matrix, self.form, self.moments.products, self.name)
+
+    def values(self, blocks: BlockArrays) -> Tensor:
+        """Return the dequantized weight."""
         values = torch.from_numpy(dequantize_blocks(blocks, self.form.bits, self.site.in_features))
-        return blocks, values.t().contiguous() if is_transposed else values
+        return values.t().contiguous() if self.site.kind == "conv1d" else values
 
 
 @torch.no_grad()
@@ -118,13 +120,14 @@ def round_in_order(
             layer.calls.remove(call)
             if not layer.calls:
                 with memory_for(f"round {layer.site.path}"):
-                    blocks, values = layer.round()
+                    blocks = layer.round()
                 if work.directory is None:
                     rounded[layer.site.path] = blocks
                 else:
                     kept[layer.site.path] = layer.result
                     if layer.known is None:
                         work.keep(layer.result, arrays_of(blocks))
+                values = layer.values(blocks) if layers else None  # nothing reads the last one
                 for run in runs:
                     run.env[call.weight] = values
         if not layers:

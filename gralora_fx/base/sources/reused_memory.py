@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,7 +19,7 @@ class ReusedMemory:
 
     def __init__(self) -> None:
         """Begin without any."""
-        self._arrays: list[NDArray[np.float32]] = []
+        self._arrays: list[NDArray[Any]] = []
         self._lock = threading.Lock()
 
     def cast(self, values: Tensor) -> Tensor:
@@ -37,6 +37,6 @@ class ReusedMemory:
         for array in self._arrays:
             if len(array) >= count and sys.getrefcount(array) == _FREE:
                 return torch.from_numpy(array)[:count]
-        array = np.empty(count, np.float32)
+        array = torch.empty(count).numpy()  # aligned as other tensors are, on which last digits of products depend
         self._arrays = sorted([*self._arrays, array], key=len)[-_COUNT:]
         return torch.from_numpy(array)
