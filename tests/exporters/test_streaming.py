@@ -62,7 +62,8 @@ def test_a_streamed_export_is_the_other_byte_for_byte(
     name: str, adapter: AdapterConfig | None, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """The files, what was compared, the bits that were chosen and what quantization changes."""
-    base, saved_adapter = saved(name, tmp_path, adapter)
+    dtype = torch.bfloat16 if options.get("quantize") == "int4" else torch.float32
+    base, saved_adapter = saved(name, tmp_path, adapter, dtype)
     for stream in (False, True):
         model = load_traced(base, saved_adapter if adapter else None, CACHED, stream=stream)
         assert export_onnx(model, tmp_path / str(stream), **options).verification
