@@ -111,13 +111,7 @@ def verify(
     check_choice("verify", level or "full", LEVELS)
     of_provider = _provider_options(provider, provider_option)
     if files:
-        others: dict[str, Any] = {
-            "--model": model,
-            "--adapter": adapter,
-            "--task": task,
-            "--prompt": prompt,
-            "--verify": level,
-        }
+        others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
         others |= {"--provider": provider, "--adapter-name": adapter_name, "--base-quantization": base_quantization}
         others |= {"--stream": "given" if stream else None}
         _verify_files(onnx, [name for name, value in others.items() if value])
