@@ -110,7 +110,13 @@ def _compare_kinds(
     rows = []
     for kind, features in found.items():
         error = np.linalg.norm(features - expected, axis=1) / np.linalg.norm(expected, axis=1)
-        rows.append({**timings.row(kind, "float"), "MB": round(sizes[kind] / 1e6, 1), "relative error": error.mean()})
+        rows.append(
+            {
+                **timings.row(kind, "float"),
+                "MB": round(sizes[kind] / 1e6, 1),
+                "relative error": round(float(error.mean()), 4),
+            }
+        )
     report.tables.append(Table("SigLIP, quantized", rows))
 
 
