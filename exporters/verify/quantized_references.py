@@ -53,16 +53,11 @@ def with_stored_weights(
             f"cannot be compared with a model of the same rounded weights; export with {option(verify=False)} and "
             "judge the export by its results"
         )
-    weights = {
-        site.path: computed_like(site.weight, partial(_rounded, site, stored[site.path], {}))
-        for site in reference.sites
-        if site.path in stored
-    }
+    called = [site for site in reference.sites if site.calls and site.path in stored]  # others are of other graphs
+    weights = {site.path: computed_like(site.weight, partial(_rounded, site, stored[site.path], {})) for site in called}
     readers = other_readers(reference.graph_module, reference.sites) if quantized.lookups else {}
     shared = [
-        site
-        for site in reference.sites
-        if quantized.lookups and site.path in stored and _is_shared(site, readers[site.path], stored[site.path].weight)
+        site for site in called if quantized.lookups and _is_shared(site, readers[site.path], stored[site.path].weight)
     ]
     tables = {id(site.weight): weights.pop(site.path) for site in shared}
     for rounded, _ in others:

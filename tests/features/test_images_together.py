@@ -106,7 +106,7 @@ def test_features_are_kept_by_the_adapter_that_reads_pixels(
 def test_what_reads_pixels_is_compared_in_exports_of_other_forms(
     form: dict[str, Any], adapted: GraloraModel, tmp_path: Path
 ) -> None:
-    """Weights and adapters are rounded each by itself; what reads pixels has no quantized product to compare."""
+    """Weights and adapters are rounded each by itself, those of what reads pixels too."""
     report = export_onnx(adapted, tmp_path / "export", verify="quick", **form)
     assert report.verification is not None
     assert report.verification.companions is not None
