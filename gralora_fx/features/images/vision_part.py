@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -68,28 +68,21 @@ def _traced_part(model: PreTrainedModel, form: VisionForm) -> TracedModel:
         if any(parameter.is_meta and not is_lazy(parameter) for parameter in model.parameters()):
             return part.eval()
         model.eval()
+        part = part.eval()
         with reading(model):
-            _check_part(model, form, part.eval(), (example, *others), generator)
+            for inputs in (example, *others):
+                try:
+                    with torch.no_grad():
+                        expected, actual = form.own(**inputs), part(**inputs)
+                except Exception as error:  # a model raises what it likes
+                    raise TraceError(
+                        f"{type(model).__name__} fails on {_sizes(inputs)}: {first_line(error)}"
+                    ) from error
+                if (problem := gap(expected, actual)) is not None:
+                    raise TraceError(f"its trace differs from {type(model).__name__} on {_sizes(inputs)}: {problem}")
+            if (problem := form.check(generator) or _wrong_positions(model)) is not None:
+                raise TraceError(f"a prompt has other features or positions in {type(model).__name__}: {problem}")
     return part
-
-
-def _check_part(
-    model: PreTrainedModel,
-    form: VisionForm,
-    part: TracedModel,
-    examples: Iterable[Mapping[str, Any]],
-    generator: torch.Generator,
-) -> None:
-    for inputs in examples:
-        try:
-            with torch.no_grad():
-                expected, actual = form.own(**inputs), part(**inputs)
-        except Exception as error:  # a model raises what it likes
-            raise TraceError(f"{type(model).__name__} fails on {_sizes(inputs)}: {first_line(error)}") from error
-        if (problem := gap(expected, actual)) is not None:
-            raise TraceError(f"its trace differs from {type(model).__name__} on {_sizes(inputs)}: {problem}")
-    if (problem := form.check(generator) or _wrong_positions(model)) is not None:
-        raise TraceError(f"a prompt has other features or positions in {type(model).__name__}: {problem}")
 
 
 def _wrong_positions(model: Any) -> str | None:
