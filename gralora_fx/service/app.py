@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import ExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
@@ -20,7 +20,7 @@ from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
 from gralora_fx.service.adapter_store.adapter_versions import RootFiles
 from gralora_fx.service.adapter_store.store import load_given
 from gralora_fx.service.engines import EncoderEngine, Engine, TextEngine, open_engine
-from gralora_fx.service.error_responses import add_handlers, is_inference
+from gralora_fx.service.error_responses import add_handlers, embeddings_form, is_inference
 from gralora_fx.service.metrics import GatewayMetrics, Metrics
 from gralora_fx.service.middleware import add_middleware
 from gralora_fx.service.protocols.inference.requests import HEADER_LENGTH, InferRequest
@@ -120,7 +120,10 @@ def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     app.include_router(model_routes(engine.models))
     app.include_router(server_routes(engine.models))
     if isinstance(engine, EncoderEngine):
+        from gralora_fx.service.protocols.tei.routes import classifier_routes  # of encoders alone
+
         texts = encoder_routes(engine)
+        _include(texts, classifier_routes(engine))
         _include(texts, _feature_routes(engine, engine.encoder.outputs))
     else:
         assert isinstance(engine, TextEngine)
@@ -194,6 +197,13 @@ class InferenceError(BaseModel):
     error: str
 
 
+class EmbeddingsError(BaseModel):
+    """An error in the form of Text Embeddings Inference."""
+
+    error: str
+    error_type: Literal["validation", "tokenizer", "overloaded", "backend", "unhealthy"]
+
+
 class DescribedApp(FastAPI):
     """A FastAPI app whose OpenAPI description lists the errors that it answers with."""
 
@@ -204,7 +214,7 @@ class DescribedApp(FastAPI):
             schemas = description.setdefault("components", {}).setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own error form, which is not used
                 schemas.pop(name, None)
-            modes = [(model, "validation") for model in (Error, InferenceError, InferRequest)]
+            modes = [(model, "validation") for model in (Error, InferenceError, EmbeddingsError, InferRequest)]
             schemas |= models_json_schema(modes, ref_template=_SCHEMAS + "{model}")[1]["$defs"]  # type: ignore[arg-type]
             for path, method, operation in _operations(description):
                 _add_errors(path, method, operation)
@@ -230,8 +240,11 @@ def _add_errors(path: str, method: str, operation: dict[str, Any]) -> None:
         errors |= _NAMED
     if method == "post":
         errors |= _POSTED
-    model = InferenceError if is_inference(path) else Error
-    content = {_JSON: {"schema": {"$ref": _SCHEMAS + model.__name__}}}
+    has_form = embeddings_form(path)
+    models: list[type[BaseModel]] = [InferenceError] if is_inference(path) else []
+    models = models or [EmbeddingsError] * (has_form is not False) + [Error] * (not has_form)
+    schemas = [{"$ref": _SCHEMAS + model.__name__} for model in models]
+    content = {_JSON: {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}}
     for status, meaning in sorted(errors.items()):
         responses.setdefault(str(status), {"description": meaning, "content": content})
 

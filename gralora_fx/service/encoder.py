@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,21 +51,22 @@ class TextReader:
         self.limit = most if context is None else min(most, context - position_offset)
         self._lengths = PromptLimit(self.limit, "a text", f"more than the model's {self.limit}")
         self._vocabulary = config.get("vocab_size")
+        self._cutting = threading.Lock()
 
     @property
     def pads(self) -> bool:
         """Return whether the tokenizer has a padding token."""
         return self._tokenizer.pad_token_id is not None
 
-    def texts(self, texts: Sequence[str | Sequence[int]]) -> list[Tokens]:
-        """Tokenize texts; lists of ids are kept."""
+    def texts(self, texts: Sequence[str | Sequence[int]], *, truncate: bool = False) -> list[Tokens]:
+        """Tokenize texts, cut to the limit with `truncate`; lists of ids are kept."""
         if all(isinstance(text, str) for text in texts):
-            return self._encoded(texts, None)
-        return [self._one(text) for text in texts]
+            return self._encoded(texts, None, truncate)
+        return [self._one(text, truncate) for text in texts]
 
-    def pairs(self, first: str, seconds: Sequence[str]) -> list[Tokens]:
-        """Tokenize a text paired with each of several others."""
-        return self._encoded([first] * len(seconds), seconds)
+    def pairs(self, first: str, seconds: Sequence[str], *, truncate: bool = False) -> list[Tokens]:
+        """Tokenize a text paired with each of several others; `truncate` cuts the longer of a pair first."""
+        return self._encoded([first] * len(seconds), seconds, truncate)
 
     def padded(self, rows: Sequence[Tokens]) -> dict[str, NDArray[Any]]:
         """Return the model's inputs `[rows, longest]`, padded on the tokenizer's padding side."""
@@ -80,21 +84,31 @@ class TextReader:
         arrays = {_IDS: ids, _TYPES: types, _ATTENTION_MASK: mask}
         return {name: array for name, array in arrays.items() if name in self._inputs}
 
-    def _one(self, text: str | Sequence[int]) -> Tokens:
+    def _one(self, text: str | Sequence[int], truncate: bool) -> Tokens:
         if not isinstance(text, str) and is_ids(text):
             return self._checked(Tokens(text))
-        return self._encoded([text], None)[0]
+        return self._encoded([text], None, truncate)[0]
 
-    def _encoded(self, firsts: Sequence[Any], seconds: Sequence[str] | None) -> list[Tokens]:
+    def _encoded(self, firsts: Sequence[Any], seconds: Sequence[str] | None, truncate: bool) -> list[Tokens]:
         for text in (*firsts[:1], *(seconds or firsts)):
             _check_text(text)
-            self._lengths.check_text(text, self._tokenizer)
+            if not truncate:
+                self._lengths.check_text(text, self._tokenizer)
+        texts = list(firsts), None if seconds is None else list(seconds)
         try:
-            encoding = self._tokenizer(list(firsts), None if seconds is None else list(seconds))
+            encoding = self._tokenizer(*texts)
+            if truncate and max(map(len, encoding[_IDS]), default=0) > self.limit:
+                with self._cutting:
+                    encoding = self._cutter(*texts, truncation=True, max_length=self.limit)
         except Exception as error:  # tokenizers raise types of their own
             raise ServingError(f"the tokenizer does not take the texts ({first_line(error)})") from error
         types = encoding.get(_TYPES) or [None] * len(firsts)
         return [self._checked(Tokens(*row)) for row in zip(encoding[_IDS], types, strict=True)]
+
+    @cached_property
+    def _cutter(self) -> Any:
+        """A tokenizer that may truncate: transformers' keep that as state, which other threads would see."""
+        return self._tokenizer if isinstance(self._tokenizer, TextTokenizer) else copy.deepcopy(self._tokenizer)
 
     def _checked(self, tokens: Tokens) -> Tokens:
         ids = tokens.ids

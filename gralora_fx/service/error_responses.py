@@ -1,4 +1,4 @@
-"""Errors as responses: OpenAI's JSON error object, or the Open Inference Protocol's on its paths."""
+"""Errors as responses: OpenAI's JSON error object, or that of another protocol on its paths."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ _RETRY_AFTER = {"Retry-After": "1"}
 _NO_RETRY = {"X-Should-Retry": "false"}
 _HEADERS = {429: _RETRY_AFTER, 503: _RETRY_AFTER, 504: _NO_RETRY}
 _INFERENCE = "/v2"
+# Text Embeddings Inference's paths, and its types of errors by status; one that it shares has errors in the form of
+# the request
+_EMBEDDINGS, _SHARED = ("/embed", "/predict"), "/rerank"
+_EMBEDDING_TYPES = {422: "tokenizer", 429: "overloaded", 500: "backend", 503: "unhealthy", 504: "overloaded"}
+_FORM = "gralora_fx.error_form"
 _ONE_ADAPTER = (
     "a request names one adapter, as its model; a weighted sum of several is an adapter of its own, which "
     "mix_adapters makes in Python"
@@ -74,11 +79,23 @@ def is_inference(path: str) -> bool:
     return path == _INFERENCE or path.startswith(f"{_INFERENCE}/")
 
 
+def embeddings_form(path: str) -> bool | None:
+    """Return whether errors of a path have Text Embeddings Inference's form; None if the request decides it."""
+    return None if path == _SHARED else path in _EMBEDDINGS
+
+
+def note_embeddings_form(scope: Any) -> None:
+    """Record that errors of a request have Text Embeddings Inference's form."""
+    scope[_FORM] = _EMBEDDINGS[0]
+
+
 def error_response(
     path: str, status: int, message: str, field: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """Return an error response in the form of the path's protocol."""
     body = {"error": message} if is_inference(path) else error_body(status, message, field)
+    if embeddings_form(path):
+        body = {"error": message, "error_type": _EMBEDDING_TYPES.get(status, "validation")}
     added = _HEADERS.get(status, {})
     return JSONResponse(body, status, headers={**added, **(headers or {})})
 
@@ -89,7 +106,7 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(GraloraError)
     async def _refused(request: Request, error: GraloraError) -> JSONResponse:
         note_rejection(request.scope, error)
-        response = error_response(request.url.path, status_of(error), str(error), error.field)
+        response = error_response(_form(request), status_of(error), str(error), error.field)
         if isinstance(error, NeverRoomError):
             del response.headers["Retry-After"]
             response.headers.update(_NO_RETRY)
@@ -98,17 +115,24 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         field, message = _first_problem(request, error)
-        return error_response(request.url.path, 400, message, field)
+        if request.url.path == _SHARED and isinstance(error.body, dict) and "texts" in error.body:
+            note_embeddings_form(request.scope)
+        return error_response(_form(request), 400, message, field)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         text = _described(request, error)
-        return error_response(request.url.path, error.status_code, text, headers=error.headers)
+        return error_response(_form(request), error.status_code, text, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def _failed(request: Request, error: Exception) -> JSONResponse:
         _logger.error("a request failed", exc_info=error)
-        return error_response(request.url.path, 500, FAILED)
+        return error_response(_form(request), 500, FAILED)
+
+
+def _form(request: Request) -> str:
+    """Return the path in whose form to report an error."""
+    return str(request.scope.get(_FORM, request.url.path))
 
 
 def _described(request: Request, error: HTTPException) -> str:

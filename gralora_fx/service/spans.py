@@ -38,6 +38,7 @@ _OPERATIONS = {  # by route, the operation names of the generative AI convention
     "/v1/chat/completions": "chat",
     "/v1/responses": "chat",
     "/v1/embeddings": "embeddings",
+    "/embed": "embeddings",
 }
 
 

@@ -34,6 +34,7 @@ def pair_tokenizer() -> PreTrainedTokenizerBase:
         single=f"{start} $A {end}", pair=f"{start} $A {end} $B:1 {end}:1", special_tokens=[(start, 1), (end, 2)]
     )
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # else they are not saved
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""`/v1/embeddings`: texts through a sentence encoder."""
+"""`/v1/embeddings` and `/embed`: texts through a sentence encoder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from gralora_fx.errors import ServingError
-from gralora_fx.features.sentences.stored_modules import SENTENCE
+from gralora_fx.features.sentences.stored_modules import SENTENCE, stored_prompts
 from gralora_fx.service.engines import EncoderEngine
 from gralora_fx.service.protocols.openai.encoders import Outputs, Usage, answer_texts, finite
 from gralora_fx.service.protocols.openai.requests import EmbeddingRequest
 from gralora_fx.service.protocols.openai.strict_model import with_ignored
+from gralora_fx.service.protocols.tei.routes import embed_routes
 
 
 class Embedding(BaseModel):
@@ -61,4 +62,5 @@ def embedding_routes(engine: EncoderEngine) -> APIRouter:
         answer = await answer_texts(engine, request, asked.model, engine.encoder.reader.texts, asked.texts, body)
         return with_ignored(answer, asked)
 
+    router.include_router(embed_routes(engine, SENTENCE, stored_prompts(engine.encoder.model.directory)))
     return router

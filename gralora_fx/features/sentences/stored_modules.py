@@ -113,6 +113,12 @@ def read_sentence_modules(directory: Path) -> SentenceModules:
     )
 
 
+def stored_prompts(directory: Path) -> dict[str, str]:
+    """Return the prompts of a sentence encoder or of its export, by name."""
+    prompts = _object_if_there(directory / SETTINGS_NAME).get("prompts") or {}
+    return {str(name): str(prompt) for name, prompt in prompts.items()}
+
+
 def _check_order(steps: Sequence[Pooling | Normalize | Dense], path: Path) -> None:
     """Check that a Pooling precedes every module that reads a sentence embedding."""
     pooled = next((index for index, step in enumerate(steps) if isinstance(step, Pooling)), None)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 from ray.serve.exceptions import RayServeException
 from starlette.concurrency import run_in_threadpool
@@ -39,9 +40,11 @@ class AsgiRequest:
 
     @property
     def model(self) -> str | None:
-        """The model named in the path or the body; None if there is none."""
+        """The model named in the path, the query or the body; None if there is none."""
         if self.path.startswith(_MODEL_PATHS):
             return self.path.removeprefix(_MODEL_PATHS).partition("/")[0]
+        if named := parse_qs(self.scope.get("query_string", b"")).get(b"model"):
+            return str(named[-1], errors="replace")
         try:
             body = json.loads(self.body)
         except (ValueError, RecursionError):  # the handler reports it

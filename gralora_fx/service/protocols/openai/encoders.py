@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -80,11 +80,22 @@ def encoder_routes(engine: EncoderEngine) -> APIRouter:
     router, encoder = APIRouter(), engine.encoder
     if not encoder.takes_texts:
         return router
-    if encoder.model.task == _CLASSIFICATION and "logits" in encoder.outputs:
+    if classifies(engine):
         _add_classes(router, engine)
-        if encoder.outputs["logits"].shape[-1] == 1:
-            _add_rerank(router, engine)
+        if ranks(engine):
+            router.post("/v1/rerank", response_model=RerankResponse, response_model_exclude_none=True)(reranks(engine))
     return router
+
+
+def classifies(engine: EncoderEngine) -> bool:
+    """Return whether a model classifies texts."""
+    encoder = engine.encoder
+    return encoder.takes_texts and encoder.model.task == _CLASSIFICATION and "logits" in encoder.outputs
+
+
+def ranks(engine: EncoderEngine) -> bool:
+    """Return whether a model that classifies texts is a cross-encoder, with one label."""
+    return bool(engine.encoder.outputs["logits"].shape[-1] == 1)
 
 
 def _add_classes(router: APIRouter, engine: EncoderEngine) -> None:
@@ -107,7 +118,8 @@ def _add_classes(router: APIRouter, engine: EncoderEngine) -> None:
         return with_ignored(answer, asked)
 
 
-def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
+def reranks(engine: EncoderEngine) -> Callable[[RerankRequest, Request], Awaitable[Response]]:
+    """Return the endpoint that ranks documents."""
     encoder, relevance = engine.encoder, relevance_of(engine.encoder.model.config)
 
     async def rerank(asked: RerankRequest, request: Request) -> Response:
@@ -123,8 +135,7 @@ def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
         answer = await answer_texts(engine, request, model, partial(encoder.reader.pairs, asked.query), texts, body)
         return with_ignored(answer, asked)
 
-    for path in ("/v1/rerank", "/rerank"):
-        router.post(path, response_model=RerankResponse, response_model_exclude_none=True)(rerank)
+    return rerank
 
 
 async def answer_texts(
@@ -133,21 +144,23 @@ async def answer_texts(
     model: str,
     read: Callable[[Sequence[Any]], list[Tokens]],
     texts: Sequence[Any],
-    body: Callable[[Outputs], dict[str, Any]],
+    body: Callable[[Outputs], dict[str, Any] | list[Any]],
 ) -> Response:
-    """Run texts, and build a response from their outputs."""
+    """Run texts, each a string, token ids or a tuple of strings, and build a response; an object gets the usage."""
     encoder, begun = engine.encoder, time.monotonic()
     async with engine.models.use(model, timeout_of(request)) as adapter:
         note_model(request.scope, model, adapter)
         if not texts:
             raise ServingError("input has no texts; give at least one")
         encoder.batches.check_count(len(texts))
-        rows = read(texts) if sum(map(len, texts)) <= _SHORT else await run_in_threadpool(read, texts)
+        size = sum(sum(map(len, text)) if isinstance(text, tuple) else len(text) for text in texts)
+        rows = read(texts) if size <= _SHORT else await run_in_threadpool(read, texts)
         tokens = sum(len(row.ids) for row in rows)
 
         async def respond() -> Response:
             usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-            answer = {**body(await encoder.texts(rows, adapter)), "usage": usage}
+            answer = body(await encoder.texts(rows, adapter))
+            answer = {**answer, "usage": usage} if isinstance(answer, dict) else answer
             return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
         return await unless_disconnected(request, respond, begun)

@@ -43,7 +43,7 @@ _Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-def _single_texts(texts: Any) -> list[str | list[int]]:
+def single_texts(texts: Any) -> list[str | list[int]]:
     """Return the texts of a field that holds one or several, each a string or token ids."""
     return [texts] if isinstance(texts, str) or (texts and isinstance(texts[0], int)) else texts
 
@@ -149,7 +149,7 @@ class CompletionRequest(_TextFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts as a list."""
-        return _single_texts(self.prompt) or [[]]
+        return single_texts(self.prompt) or [[]]
 
     @property
     def top_scores(self) -> int | None:
@@ -225,7 +225,7 @@ class EmbeddingRequest(_EncoderFields):
     @property
     def texts(self) -> list[str | list[int]]:
         """The texts as a list."""
-        return _single_texts(self.input)
+        return single_texts(self.input)
 
 
 class ClassifyRequest(_EncoderFields):
@@ -237,7 +237,7 @@ class ClassifyRequest(_EncoderFields):
     @property
     def texts(self) -> list[str | list[int]]:
         """The texts as a list."""
-        return _single_texts(self.input)
+        return single_texts(self.input)
 
 
 class Document(StrictModel):

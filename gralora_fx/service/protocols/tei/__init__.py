@@ -1,0 +1,1 @@
+"""Text Embeddings Inference's routes, with an adapter a request: embeddings, ranks and classes."""
