@@ -33,6 +33,10 @@ def test_the_model_of_a_request(path: str, body: bytes, model: str | None) -> No
     assert AsgiRequest({"path": path}, body).model == model
 
 
+def test_the_model_of_a_request_may_be_in_its_url() -> None:
+    assert AsgiRequest({"path": "/embed", "query_string": b"a=b&model=wi%64e"}, b'{"inputs": "a"}').model == "wide"
+
+
 def test_an_app_answers_as_it_does_itself() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
