@@ -62,8 +62,8 @@ class ExportOptions:
     dora: Annotated[
         bool,
         Option(
-            "With adapters as data, take DoRA adapters at every layer that takes adapters; else only where an adapter "
-            "of the model is one.",
+            "Take DoRA adapters, as data, at every layer that takes adapters; without it only where an adapter of the "
+            "model is one.",
             ADAPTERS,
         ),
     ] = False

@@ -16,7 +16,7 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.quantize import calibration
 from gralora_fx.exporters.quantize.round_in_order import Moments
 from gralora_fx.exporters.quantize.sensitivity import draw
-from gralora_fx.exporters.verify import given_texts, quality
+from gralora_fx.exporters.verify import given_texts, quality, quality_figures
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps
 from tests.architectures.tiny_decoders import tiny_decoder
 
@@ -103,5 +103,5 @@ def test_a_divergence_is_that_of_pytorch() -> None:
         )
         for a, b, mask in zip(p, q, kept, strict=True)
     ]
-    torch.testing.assert_close(quality.kl_divergence(p, q), torch.stack(expected))
-    assert quality.kl_divergence(p[:0], q[:0]).shape == (0,)
+    torch.testing.assert_close(quality_figures.kl_divergence(p, q), torch.stack(expected))
+    assert quality_figures.kl_divergence(p[:0], q[:0]).shape == (0,)

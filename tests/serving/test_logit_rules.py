@@ -123,7 +123,7 @@ def test_logits_that_are_no_numbers_are_not_drawn_from() -> None:
     logits = logits_of(0)
     logits[4] = np.nan
     choose = TokenChooser(Sampling(do_sample=True), [1], frozenset())
-    with pytest.raises(ServingError, match="logits that are not finite"):
+    with pytest.raises(ServingError, match="logits are not finite"):
         choose(logits)
 
 

@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import quiet
+from gralora_fx.base.sources.lazy_tensors import reading
 from gralora_fx.core.tracing.inputs.arguments import widen
 from gralora_fx.core.tracing.inputs.cache import (
     attributes_of,
@@ -134,7 +135,7 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
     longer_by_one: set[tuple[int, int]] = set()
     layers = parts("cache layers", attributes_of(inputs[PAST])) if PAST in inputs else []
     try:
-        with torch.no_grad(), quiet(), ExitStack() as noted:
+        with torch.no_grad(), quiet(), reading(model), ExitStack() as noted:
             for states in layers:
                 longer_by_one = noted.enter_context(states.longer_states(model))
             cache: Any = returned_cache(model(**by_own_names(model.forward, inputs), use_cache=True))
