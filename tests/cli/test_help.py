@@ -19,7 +19,7 @@ COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-define
 LONGEST = 55  # letters of a command's sentence
 JARGON = re.compile(r"\b(fold|site|trace|tensor|provider|decoder|hybrid|digest|quantiz)", re.IGNORECASE)
 VERBS = re.compile(  # with which the help of an option begins
-    "(Accept|Add|Allow|Answer|Apply|Ask|Cache|Compare|Compute|Continue|Draw|Expect|Export|Give|Guess|Keep|Leave|Let|Listen"
+    "(Accept|Add|Allow|Answer|Apply|Ask|Cache|Cancel|Compare|Compute|Continue|Draw|Expect|Export|Give|Guess|Keep|Leave|Let|Listen"
     "|Log|Merge|Measure|Multiply|Print|Put|Read|Refuse|Replace|Return|Round|Run|Serve|Set|Shorten|Show|Skip|Spend|Start"
     "|Store|Take|Train|Transcribe|Use|Wait|Write) .*[.]",
 )

@@ -42,7 +42,7 @@ class Prediction(BaseModel):
     score: float
 
 
-class Rank(BaseModel):
+class TextScore(BaseModel):
     """A text's score, by its index in the request."""
 
     index: int
@@ -122,7 +122,7 @@ def _add_rank(router: APIRouter, engine: EncoderEngine) -> None:
         read = partial(reader.pairs, asked.query, truncate=asked.truncate)
         return await answer_texts(engine, request, _model(engine, asked.model, model), read, asked.texts, body)
 
-    @router.post("/rerank", response_model=list[Rank] | RerankResponse, response_model_exclude_none=True)
+    @router.post("/rerank", response_model=list[TextScore] | RerankResponse, response_model_exclude_none=True)
     async def either(asked: AnyRank, request: Request, model: str | None = None) -> Response:
         if isinstance(asked, RerankRequest):
             return await rerank(asked.model_copy(update={"model": _model(engine, asked.model, model)}), request)
