@@ -41,7 +41,7 @@ class AdapterSlots:
         self._most = 0  # the most adapters that these buffers had at a time
         self._arrays: Mapping[str, NDArray[Any]] = {}
         self._values: dict[int, Mapping[str, Any]] = {}  # by how many adapters they have
-        self._only: Mapping[str, Any] = {}  # the first adapter without the base
+        self._alone: tuple[Mapping[str, Any], int] | None = None  # the first adapter without the base: `Stack.only`
         self._ids: WeakKeyDictionary[LoadedAdapter, int] = WeakKeyDictionary()
         self._ranks: WeakKeyDictionary[LoadedAdapter, Ranks] = WeakKeyDictionary()
 
@@ -63,9 +63,10 @@ class AdapterSlots:
             self._values[last] = {name: as_ort_value(array[: last + 1]) for name, array in self._arrays.items()}
         if len(used) != 1:
             return Stack(ids, self._values[last])
-        if not self._only:
-            self._only = {name: as_ort_value(array[last : last + 1]) for name, array in self._arrays.items()}
-        return Stack(ids, self._values[last], self._only, most_tokens_alone(self._room, self._inputs))
+        if self._alone is None:
+            only = {name: as_ort_value(array[last : last + 1]) for name, array in self._arrays.items()}
+            self._alone = only, most_tokens_alone(self._room, self._inputs)
+        return Stack(ids, self._values[last], *self._alone)
 
     def size(self, used: Sequence[LoadedAdapter]) -> int:
         """Return the bytes of a stack of some adapters in buffers of just the size it needs."""
@@ -96,7 +97,7 @@ class AdapterSlots:
         """Replace the buffers if they do not fit."""
         if self._arrays and not self.is_misfit(used):
             return
-        self._room, self._values, self._only, self._most = self._needed(used), {}, {}, 0
+        self._room, self._values, self._alone, self._most = self._needed(used), {}, None, 0
         self._ids.clear()
         self._arrays = {}  # free them before others are allocated
         self._arrays = empty_stack(self._count, self._room, self._inputs)
