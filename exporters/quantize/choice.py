@@ -99,9 +99,7 @@ def _rounded(
     forms = {path: one for path, one in chosen.items() if one[1].rounding == "searched"}
     with evaluating(conversion.model, run.model):
         blocks = round_in_order(run.model, run.cases, forms, conversion.work)
-    if isinstance(blocks, KeptBlocks):
-        return KeptBlocks(blocks.work, {name: of for path, of in blocks.results.items() for name in names[path]})
-    return {name: arrays for path, arrays in blocks.items() for name in names[path]}
+    return KeptBlocks(blocks.work, {name: of for path, of in blocks.results.items() for name in names[path]})
 
 
 def _with_rows(plan: QuantizationPlan, conversion: Conversion, run: Calibration) -> QuantizationPlan:

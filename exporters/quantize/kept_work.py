@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,17 @@ class KeptWork:
     """Results by name, a file each in a directory; checksums tell damaged ones.
 
     Attributes:
-        directory: The directory; None keeps nothing.
+        directory: The directory; None keeps results in memory.
     """
 
     directory: Path | None = None
+    _in_memory: dict[str, Arrays] = field(default_factory=dict, compare=False, repr=False)
 
     def read(self, name: str) -> Arrays | None:
         """Return a result, or None if it is not there; a damaged one is removed, with a warning."""
-        if self.directory is None or not (file := self._file(name)).is_file():
+        if self.directory is None:
+            return self._in_memory.get(name)
+        if not (file := self._file(name)).is_file():
             return None
         try:
             with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
@@ -49,6 +52,7 @@ class KeptWork:
     def keep(self, name: str, arrays: Arrays) -> None:
         """Keep a result."""
         if self.directory is None:
+            self._in_memory[name] = arrays
             return
         file = self._file(name)
         unfinished = file.with_suffix(".unfinished")
@@ -90,7 +94,7 @@ def memory_for(work: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class KeptBlocks(Mapping[str, BlockArrays]):
-    """Rounded weights that are read from a directory when they are needed."""
+    """Rounded weights, read from what is kept when they are needed."""
 
     work: KeptWork
     results: Mapping[str, str]  # name of each weight's result

@@ -80,12 +80,14 @@ class _Layer:
         return None if arrays is None else blocks_of(arrays)
 
     def round(self) -> BlockArrays:
-        """Return the blocks of its weight."""
+        """Return the blocks of its weight, and keep them."""
         if self.known is not None:
             return self.known
         weight = values_of(self.site.weight, self.name).float()
         matrix = (weight if self.site.kind == "conv1d" else weight.t()).numpy()  # [in, out], a view
-        return quantize_blocks(matrix, self.form, self.moments.products, self.name)
+        blocks = quantize_blocks(matrix, self.form, self.moments.products, self.name)
+        self.work.keep(self.result, arrays_of(blocks))
+        return blocks
 
     def values(self, blocks: BlockArrays) -> Tensor:
         """Return the dequantized weight."""
@@ -99,15 +101,14 @@ def round_in_order(
     cases: Sequence[Mapping[str, Any]],
     forms: Mapping[str, tuple[str, Blocks]],
     work: KeptWork | None = None,
-) -> Mapping[str, BlockArrays]:
+) -> KeptBlocks:
     """Round the weights of layers.
 
     Each is rounded at its layer's last call, for the inputs of all its calls. What is kept of an earlier run is not
-    rounded again, and what is kept of this one is not in memory.
+    rounded again.
     """
     work = work or KeptWork()
-    layers, rounded = _layers(model, forms, work), dict[str, BlockArrays]()
-    kept: dict[str, str] = {}
+    layers, results = _layers(model, forms, work), dict[str, str]()
     runs = [_run(model, case) for case in cases]
     unread = _read_when_rounded(layers)
     for node in counted(list(model.graph_module.graph.nodes), "rounding", "operations"):
@@ -121,12 +122,7 @@ def round_in_order(
             if not layer.calls:
                 with memory_for(f"round {layer.site.path}"):
                     blocks = layer.round()
-                if work.directory is None:
-                    rounded[layer.site.path] = blocks
-                else:
-                    kept[layer.site.path] = layer.result
-                    if layer.known is None:
-                        work.keep(layer.result, arrays_of(blocks))
+                results[layer.site.path] = layer.result
                 values = layer.values(blocks) if layers else None  # nothing reads the last one
                 for run in runs:
                     run.env[call.weight] = values
@@ -135,7 +131,7 @@ def round_in_order(
         is_left = node.target in LEAVE or node.target in LEAVE.values()  # gradients are off, and casts not exported
         if not is_left and node not in unread:
             _run_node(node, runs)
-    return KeptBlocks(work, kept) if kept else rounded
+    return KeptBlocks(work, results)
 
 
 def _run_node(node: fx.Node, runs: Sequence[fx.Interpreter]) -> None:
