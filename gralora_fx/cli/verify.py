@@ -111,9 +111,9 @@ def verify(
     check_choice("verify", level or "full", LEVELS)
     of_provider = _provider_options(provider, provider_option)
     if files:
-        others = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt, "--verify": level}
+        others: dict[str, object] = {"--model": model, "--adapter": adapter, "--task": task, "--prompt": prompt}
         others |= {"--provider": provider, "--adapter-name": adapter_name, "--base-quantization": base_quantization}
-        others |= {"--stream": "given" if stream else None}
+        others |= {"--verify": level, "--stream": stream}
         _verify_files(onnx, [name for name, value in others.items() if value])
         return
     if provider is not None:

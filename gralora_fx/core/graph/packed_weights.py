@@ -69,8 +69,9 @@ def computed_parameters(module: nn.Module) -> dict[str, PackedWeight | StreamedW
 
 def hold_packed(root: nn.Module) -> None:
     """Replace the packed parameters in a tree's modules by buffers."""
-    for name, packed in computed_parameters(root).items():
-        if isinstance(packed, StreamedWeight):
+    for name, parameter in list(root.named_parameters(remove_duplicate=False)):
+        packed = packed_of(parameter)
+        if packed is None:
             continue
         owner, _, key = name.rpartition(".")
         module = root.get_submodule(owner)
