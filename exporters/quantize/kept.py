@@ -1,7 +1,7 @@
 """The integers of a quantized checkpoint as blocks of an export, none of them rounded anew.
 
-A group of inputs becomes one block or several with the same scale. Where a layer's groups are no neighbours (GPTQ's
-`desc_act`), its inputs are put in another order first, in which they are.
+A group of inputs becomes one or several blocks with the same scale. Where a layer's groups are not contiguous (GPTQ's
+`desc_act`), its inputs are first reordered so that they are.
 """
 
 from __future__ import annotations

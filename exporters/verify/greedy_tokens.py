@@ -245,7 +245,7 @@ class _StepsInFloat64:
     """A batch's steps in float64, each model with its own cache; run only when needed.
 
     Some models compute a single token differently from one of several (see `PromptClamp`), so a run on the whole text
-    is no reference for steps. `taken` holds the new ids and the mask of every step so far.
+    cannot be the reference for steps. `taken` holds each step's new ids and mask.
     """
 
     def __init__(self, model: TracedModel | GraloraModel, batch: int) -> None:

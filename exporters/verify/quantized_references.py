@@ -97,9 +97,9 @@ def _is_shared(site: LinearSite, others: Sequence[str], weight: ProductWeight) -
 
 
 def _rounded(site: LinearSite, stored: _StoredWeight, known: dict[int, bool]) -> Tensor:
-    """Return the export's stored values of a site's weight, or the weight itself if those are no rounding of it.
+    """Return the export's stored values of a site's weight, or the weight itself if it does not round to them.
 
-    What was compared is noted in `known`, by the first row, for the next time.
+    `known` caches the comparisons, by first row.
     """
     is_conv1d, (weight, start, stop) = site.kind == "conv1d", stored
     held = stored_values(weight)
