@@ -124,7 +124,10 @@ class _Rounded(nn.Module):
         super().__init__()
         config = CONFIGS[name]
         sizes, self.scale = method_of(config).sizes(config, lambda field: getattr(config, field))
-        factors = method_of(config).initial((linear.in_features, linear.out_features), sizes, config)
+        features = linear.in_features, linear.out_features
+        factors = method_of(config).initial(
+            features, sizes, config, weight=lambda: linear.weight.detach(), scale=self.scale
+        )
         self.weight, self.kind, self.how = linear.weight, type(factors), training
         self.A, self.B = nn.Parameter(factors.A), nn.Parameter(factors.B)
 

@@ -143,26 +143,30 @@ def _beside_genai() -> tuple[dict[str, float], float]:
 
 
 def measure_export(root: Path, task: str, options: dict[str, Any], *, with_adapter: bool = True) -> dict[str, float]:
-    """Return peak memory and seconds of one export in its own process."""
+    """Return peak memory and seconds of one export in its own process, and seconds of its stages."""
     adapter = str(root / "adapter") if with_adapter else ""
     arguments = [str(root / "base"), adapter, str(root / "onnx"), task, json.dumps(options)]
     begin = time.perf_counter()
     code = "from benchmarks.streaming import export; export()"
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
-    return {"peak GB": result["peak"] / 1e9, "imports GB": result["imports"] / 1e9, "s": time.perf_counter() - begin}
+    seconds = time.perf_counter() - begin
+    memory = {"peak GB": result["peak"] / 1e9, "imports GB": result["imports"] / 1e9}
+    stages = {f"{stage} s": spent for stage, spent in result["stages"].items() if spent >= 1}
+    return {**memory, "s": seconds, "CPU s": result["cpu"], **stages}
 
 
 def export() -> None:
-    """Run a streamed export and print its peak memory in bytes; called in the other process."""
+    """Run a streamed export and print its peak memory in bytes and its seconds; called in the other process."""
     from gralora_fx.core.loading.bases import load_traced
     from gralora_fx.exporters import export_onnx
 
     base, adapter, output, task, options = sys.argv[1:]
     imports = peak_memory()
     model = load_traced(base, adapter or None, task, stream=True)
-    export_onnx(model, output, **json.loads(options))
-    print(json.dumps({"imports": imports, "peak": peak_memory()}))
+    report = export_onnx(model, output, **json.loads(options))
+    result = {"imports": imports, "peak": peak_memory(), "cpu": time.process_time(), "stages": report.seconds}
+    print(json.dumps(result))
 
 
 def peak_memory() -> int:

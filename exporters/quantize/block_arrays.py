@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+_IN_CACHE = 2**17  # values dequantized at once
+
 
 class BlockArrays(NamedTuple):
     """A block-quantized matrix."""
@@ -19,7 +21,15 @@ class BlockArrays(NamedTuple):
 
 def dequantize_blocks(blocks: BlockArrays, bits: int, inputs: int) -> NDArray[np.float32]:
     """Return the dequantized values of blocks, `[N, K]`."""
-    values = (_integers(blocks.packed, bits) - zeros_of(blocks, bits)) * blocks.scales[..., None]
+    count, width = blocks.packed.shape[1:]
+    values = np.empty((len(blocks.packed), count, width * 8 // bits), np.float32)
+    zeros, scales = zeros_of(blocks, bits), blocks.scales[..., None]
+    step = max(1, _IN_CACHE * len(values) // max(1, values.size))
+    for first in range(0, len(values), step):
+        part = slice(first, first + step)
+        _unpack(blocks.packed[part], bits, values[part])
+        values[part] -= zeros[part]
+        values[part] *= scales[part]
     rows: NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]
     return rows
 
@@ -32,10 +42,19 @@ def zeros_of(blocks: BlockArrays, bits: int) -> NDArray[np.float32]:
 
 
 def _integers(stored: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
-    """Unpack bytes along the last axis to integers; with 4 bits, the first of two is the low nibble."""
+    """Return the integers in bytes along the last axis."""
+    values = np.empty((*stored.shape[:-1], stored.shape[-1] * 8 // bits), np.float32)
+    _unpack(stored, bits, values)
+    return values
+
+
+def _unpack(stored: NDArray[np.uint8], bits: int, values: NDArray[np.float32]) -> None:
+    """Write the integers in bytes along the last axis; with 4 bits, the first of two is the low nibble."""
     if bits == 4:
-        stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(*stored.shape[:-1], -1)
-    return stored.astype(np.float32)
+        values[..., ::2] = stored & 15
+        values[..., 1::2] = stored >> 4
+    else:
+        values[...] = stored
 
 
 def dequantize_columns(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -16,12 +17,13 @@ from torch import Tensor
 from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.block_arrays import BlockArrays
 
-_TOGETHER, _IN_CACHE = 2**22, 2**17  # values rounded at once; values searched at once
-_PANEL = 32  # inputs rounded between two products with the errors so far
+_TOGETHER, _FEWEST, _IN_CACHE = 2**22, 1024, 2**17  # values and fewest columns rounded at once; values searched at once
+_PANEL, _PART = 128, 16  # inputs rounded between two products with all errors so far, and with those of their panel
 _RANGES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of a block's range, tried in a search
 _TINY = 1e-30  # minimum width of a block's range
 _FARTHEST = 8.0  # limit of a column's squared error relative to rounding to nearest, `scale^2 / 12`
 _DAMPING = 0.3  # damping added to each input's mean square, as a share of the mean
+_Result = TypeVar("_Result")
 
 
 class InputWindow(NamedTuple):
@@ -79,19 +81,37 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | 
     height, outputs = matrix.shape
     count = -(-height // form.block_size)
     weights = torch.ones(count * form.block_size) if inputs is None else inputs.squares
-    parts = []
-    step = max(1, _TOGETHER // len(weights))
-    for start in range(0, outputs, step):
+    windows, dtype = None if inputs is None else inputs.windows, scale_dtype(form, matrix.dtype)
+    step = max(_FEWEST, _TOGETHER // len(weights))
+
+    def rounded(start: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
         columns = matrix[:, start : start + step]
         values = torch.zeros(len(weights), columns.shape[1])
         values[:height] = torch.from_numpy(np.ascontiguousarray(columns, np.float32))
-        dtype = scale_dtype(form, matrix.dtype)
-        found = _search(values, weights, None if inputs is None else inputs.windows, form, dtype)
+        found = _search(values, weights, windows, form, dtype)
         if inputs is not None:
             found = _without_drift(found, values, form, dtype)
-        parts.append(found.stored(count, form.bits))
+        return found.stored(count, form.bits)
+
+    parts = _in_threads(rounded, range(0, outputs, step))
     integers, scales, zero_points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return BlockArrays(integers, scales.astype(matrix.dtype), zero_points)
+
+
+def _in_threads(function: Callable[[int], _Result], starts: Sequence[int]) -> list[_Result]:
+    """Call a function with each start, in as many threads as PyTorch's operators have, each with operators of one.
+
+    Operators on the rows of a panel are too small to be split between threads.
+    """
+    threads = torch.get_num_threads()
+    if min(threads, len(starts)) < 2:
+        return list(map(function, starts))
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(function, starts))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Found(NamedTuple):
@@ -166,7 +186,11 @@ def _made_up_for(
             zip(own.tolist(), wanted.unbind(), ordered.unbind(), strict=True)
         ):
             index, (scale, step, zero) = begin + place, of_blocks[block]
-            target.addmv_(errors[begin:index].t(), feedback[place, begin:index])
+            first = begin + place // _PART * _PART
+            if begin < index == first:  # and another those of the panel before a part of it
+                part = slice(place, place + _PART)
+                wanted[part].addmm_(feedback[part, begin:index], errors[begin:index])
+            target.addmv_(errors[first:index].t(), feedback[place, first:index])
             torch.addcmul(zero, target, step, out=target).round_().clamp_(0, largest)
             torch.addcmul(value, target, scale, value=-1, out=rows[index])
         integers[places] = wanted.to(torch.uint8)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gralora_fx.base.progress.stages import counted
-from gralora_fx.base.sources.lazy_tensors import values_of
+from gralora_fx.base.sources.lazy_tensors import raw_values_of
 from gralora_fx.core.graph.sites import LinearSite, other_readers
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import first_line
@@ -167,10 +167,10 @@ def _candidate(
     site: LinearSite, names: tuple[str, ...], forms: tuple[Blocks, Blocks], measured: Sensitivities | None
 ) -> _Candidate:
     """Return a layer's weight with its loss in each format."""
-    values = values_of(site.weight, names[0]).detach()
+    values = raw_values_of(site.weight, names[0])
     weight = values.t() if site.kind == "conv1d" else values  # [out, in]
     rows = torch.arange(0, len(weight), max(1, len(weight) // _ROWS))
-    sample = weight[rows].float()
+    sample = weight[rows].to(site.weight.dtype).float()
     known = measured if measured is not None and measured.has_gradients(site.path) else None
     errors = {of: _expected_errors(sample, of) for of in dict.fromkeys(forms)}
     relative = {of: float(error.sum() / sample.square().sum().clamp(min=1e-30)) for of, error in errors.items()}

@@ -30,9 +30,12 @@ _SILENT = 1e-20  # mean square of inputs that are practically zero
 
 @dataclass
 class Moments:
-    """Sums over positions of products of neighbouring inputs, of within a window, for layers that read the same."""
+    """Sums over positions of products of neighbouring inputs, of within a window, for layers that read the same.
 
-    windows: Tensor  # `[windows, width, width]`; products with inputs beyond the last are zero
+    The memory for them is allocated when it is first used: that of all layers at once is as large as the model.
+    """
+
+    shape: tuple[int, int, int]  # `[windows, width, width]`
     reads: int = 0  # number of positions
     read: set[fx.Node] = field(default_factory=set)  # the nodes whose values were added
 
@@ -40,11 +43,16 @@ class Moments:
     def of(cls, inputs: int, block_size: int) -> Moments:
         """Return zero sums; windows are whole blocks."""
         width = min(-(-inputs // block_size) * block_size, max(WINDOW, block_size))
-        return cls(torch.zeros(-(-inputs // width), width, width))
+        return cls((-(-inputs // width), width, width))
+
+    @cached_property
+    def windows(self) -> Tensor:
+        """The sums, of this shape; products with inputs beyond the last are zero."""
+        return torch.zeros(self.shape)
 
     def add(self, rows: Tensor) -> None:
         """Add positions `[positions, in]`."""
-        count, size, _ = self.windows.shape
+        count, size, _ = self.shape
         self.reads += len(rows)
         padded = torch.nn.functional.pad(rows, (0, count * size - rows.shape[1]))
         parts = padded.reshape(len(rows), count, size).transpose(0, 1)  # [windows, positions, size]
@@ -53,7 +61,7 @@ class Moments:
     @cached_property
     def products(self) -> InputProducts | None:
         """Their means, once all positions were added; None if all inputs were zero."""
-        means = self.windows / max(1, self.reads)
+        means = self.windows.div_(max(1, self.reads))  # in place: nothing is added any more
         return InputProducts(means) if float(means.diagonal(dim1=1, dim2=2).mean()) > _SILENT else None
 
 
@@ -166,7 +174,7 @@ def _layers(
             name, form = forms[site.path]
             inputs = tuple(call.input for call in calls)
             fresh = Moments.of(site.in_features, form.block_size)
-            layer = _Layer(site, name, form, shared.setdefault((inputs, fresh.windows.shape), fresh), calls, work)
+            layer = _Layer(site, name, form, shared.setdefault((inputs, fresh.shape), fresh), calls, work)
             for call in calls:
                 found.setdefault(call.node, []).append((layer, call))
     return found

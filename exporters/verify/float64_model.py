@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from transformers import Cache
 
 from gralora_fx.base.compat.torch_graphs import TorchDispatchMode, returns_alias, tree_map, tree_map_only
-from gralora_fx.core.graph.packed_weights import StreamedWeight, runnable
+from gralora_fx.core.graph.packed_weights import StreamedRows, StreamedWeight, runnable
 from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import tensors_of, with_tensors
@@ -77,8 +77,9 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _widened(graph_module: fx.GraphModule, round_off: _RoundingNoise) -> fx.GraphModule:
     wide_module = fx.GraphModule(graph_module, copy_graph(graph_module), "Float64Graph")
     for node in wide_module.graph.nodes:
-        if isinstance(node.target, StreamedWeight):
-            node.target = _WideWeight(node.target, round_off)
+        if isinstance(node.target, (StreamedWeight, StreamedRows)):
+            node.target = _WideWeight(StreamedWeight(node.target.parameter, node.target.name), round_off)
+            node.args = ()
     wide_module.recompile()
 
     def wide(parameter: nn.Parameter, _: str) -> nn.Parameter:

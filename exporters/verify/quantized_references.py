@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from gralora_fx.base.features import marks, parts
 from gralora_fx.base.sources.lazy_tensors import computed_like, values_of
+from gralora_fx.base.sources.reused_memory import READ
 from gralora_fx.core.graph.sites import LinearSite, other_readers
 from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.model.merging import replace_weights
@@ -36,7 +37,7 @@ from gralora_fx.format.quantized_weights import QuantizedWeights
 from gralora_fx.run.sessions.ort_values import as_tensor, run_values
 from gralora_fx.run.sessions.session import check_external_data, open_session
 
-_ROWS = 4096  # dequantized at once
+_ROWS = 1024  # dequantized at once
 
 
 def with_stored_weights(
@@ -101,19 +102,17 @@ def _rounded(site: LinearSite, stored: _StoredWeight, known: dict[int, bool]) ->
 
     `known` caches the comparisons, by first row.
     """
-    is_conv1d, (weight, start, stop) = site.kind == "conv1d", stored
-    held = stored_values(weight)
-    own = values_of(site.weight, site.path)
-    own = own.t() if is_conv1d else own  # [out, in]
-    parts = []
-    for first in range(0, len(own), _ROWS):
-        rows = own[first : first + _ROWS]
-        outputs = slice(start + first, min(start + first + _ROWS, stop))
-        if first not in known:
-            known[first] = held.is_rounded(rows.numpy(), outputs)
-        parts.append(torch.from_numpy(held.values(outputs)) if known[first] else rows)
-    values = torch.cat(parts)
-    return (values.t() if is_conv1d else values).contiguous()
+    weight, start, stop = stored
+    held, own = stored_values(weight), None
+    values = READ.empty((site.out_features, site.in_features))
+    for first in range(0, len(values), _ROWS):
+        rows, outputs = slice(first, first + _ROWS), slice(start + first, min(start + first + _ROWS, stop))
+        if not known.get(first):  # read, in float32, only until all of it is known to round
+            own = values_of(site.weight, site.path) if own is None else own
+            floats = own.t()[rows] if site.kind == "conv1d" else own[rows]  # [out, in]
+            known[first] = held.is_rounded(floats.numpy(), outputs)
+        values[rows] = torch.from_numpy(held.values(outputs)) if known[first] else floats
+    return values.t().contiguous() if site.kind == "conv1d" else values
 
 
 _IN_FLOAT32 = 1  # the accuracy level

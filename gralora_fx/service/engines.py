@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from gralora_fx.base.amounts import shown_size
 from gralora_fx.base.features import parts
+from gralora_fx.base.paged_memory import kept_reason
 from gralora_fx.core.config.option import declared_options
 from gralora_fx.core.config.service_settings import OF_DECODERS, ServiceSettings
 from gralora_fx.core.loading.text_tokenizer import TextTokenizer
@@ -26,7 +27,6 @@ from gralora_fx.run.generate.answer_row import new_proposer
 from gralora_fx.run.generate.constraints import Constraints, compiler_for
 from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 from gralora_fx.run.model import OrtModel
-from gralora_fx.run.sessions.ort_values import kept_reason
 from gralora_fx.run.sessions.run_options import runtime_of
 from gralora_fx.service.adapter_store.adapter_versions import AdapterLimits
 from gralora_fx.service.adapter_store.store import AdapterStore, example_prompt, try_decoder

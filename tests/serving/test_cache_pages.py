@@ -15,13 +15,13 @@ from served_exports import CACHED
 from wide_heads import TOKEN, export_wide_heads, read_prompt
 
 from gralora_fx import trace
+from gralora_fx.base import paged_memory
+from gralora_fx.base.paged_memory import PAGE, kept_reason
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.run.engine import sequential_decoder
 from gralora_fx.run.engine.cache_buffers import CacheBuffers
-from gralora_fx.run.sessions import ort_values
-from gralora_fx.run.sessions.ort_values import PAGE, kept_reason
 from gralora_fx.service.app import create_app
 from gralora_fx.serving import OrtModel, load
 from tests.architectures.tiny_decoders import tiny_decoder
@@ -127,7 +127,7 @@ def test_a_prompt_takes_no_more_ahead_than_the_bound_lets_it(model: OrtModel) ->
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A system other than Linux, as far as memory goes."""
-    monkeypatch.setattr(ort_values, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr(paged_memory, "sys", SimpleNamespace(platform="darwin"))
     kept_reason.cache_clear()
     yield
     kept_reason.cache_clear()
@@ -154,7 +154,7 @@ def test_a_system_that_takes_no_pages_back_runs_the_same_and_says_so(
 
 @on_linux
 def test_a_kernel_that_refuses_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort_values.mmap, "MADV_DONTNEED", 9999)
+    monkeypatch.setattr(paged_memory.mmap, "MADV_DONTNEED", 9999)
     kept_reason.cache_clear()
     reason = kept_reason()
     kept_reason.cache_clear()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,13 +26,17 @@ class ReusedMemory:
 
     def cast(self, values: Tensor) -> Tensor:
         """Return the values in float32: the tensor itself if it is, else in memory that is its own while it lives."""
-        if values.dtype == torch.float32 or values.numel() > _MOST:
-            return values.float()
+        if values.dtype == torch.float32:
+            return values
+        return self.empty(values.shape).copy_(values)
+
+    def empty(self, shape: Sequence[int]) -> Tensor:
+        """Return a float32 tensor that is not initialized, in memory that is its own while it lives."""
+        count = math.prod(shape)
+        if count > _MOST:
+            return torch.empty(shape)
         with self._lock:
-            flat = self._memory(values.numel())
-        result = flat.view(values.shape)
-        result.copy_(values)
-        return result
+            return self._memory(count).view(shape)
 
     def _memory(self, count: int) -> Tensor:
         """Return a tensor over an array that no other tensor uses; CPython counts those that do."""
@@ -40,3 +46,6 @@ class ReusedMemory:
         array = torch.empty(count).numpy()  # aligned as other tensors are, on which last digits of products depend
         self._arrays = sorted([*self._arrays, array], key=len)[-_COUNT:]
         return torch.from_numpy(array)
+
+
+READ = ReusedMemory()  # of weights while a graph reads them

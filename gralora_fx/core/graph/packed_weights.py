@@ -8,14 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
 from gralora_fx.base.sources.lazy_tensors import is_lazy, raw_values_of, source_of, values_of
-from gralora_fx.base.sources.reused_memory import ReusedMemory
+from gralora_fx.base.sources.reused_memory import READ
 from gralora_fx.core.graph.linear_calls import mark_unpacked
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.graph.surgery import copy_graph, copy_in_mode, parameter_tree
@@ -46,13 +46,31 @@ class StreamedWeight:
     parameter: nn.Parameter
     name: str  # for messages
     __name__ = "streamed_weight"
-    _memory: ClassVar = ReusedMemory()
 
     def __call__(self) -> Tensor:
         """Return the values in memory that is their own while they are used, or memory-mapped."""
         if self.parameter.dtype != torch.float32:
             return values_of(self.parameter, self.name)
-        return self._memory.cast(raw_values_of(self.parameter, self.name))
+        return READ.cast(raw_values_of(self.parameter, self.name))
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedRows:
+    """Computes the rows of a lazy table that are looked up; the pages of all others take no memory."""
+
+    parameter: nn.Parameter
+    name: str  # for messages
+    __name__ = "streamed_rows"
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return a table in which the rows of these ids are set."""
+        from gralora_fx.base.paged_memory import PagedBytes
+
+        values, rows, dtype = raw_values_of(self.parameter, self.name), torch.unique(ids), self.parameter.dtype
+        memory = PagedBytes(values.numel() * dtype.itemsize)
+        result = torch.from_numpy(memory.array).view(dtype).view(values.shape)
+        result[rows] = values[rows].to(dtype)
+        return result
 
 
 def packed_of(parameter: object) -> PackedWeight | None:
@@ -91,6 +109,7 @@ class ComputeWeights:
     Before: `w = self.fc.weight; ...; y = linear(x, w)`
     After:  `c = self.fc.packed_weight_codes; ...; w = dequantize(c, ...); y = linear(x, w)`
     or:     `...; w = streamed_weight(); y = linear(x, w)`, for each reader again, so that none waits in memory
+    or:     `...; w = streamed_rows(ids); y = embedding(w, ids)`
     """
 
     computed: Mapping[str, PackedWeight | StreamedWeight]  # the weights by their names in the graph
@@ -114,8 +133,10 @@ class ComputeWeights:
 
 def _stream(weight: StreamedWeight, node: fx.Node) -> None:
     for user in list(node.users):
+        is_lookup = user.target is torch.ops.aten.embedding.default and user.args[0] is node
+        rows = StreamedRows(weight.parameter, weight.name)
         with node.graph.inserting_before(user):
-            values = node.graph.call_function(weight)
+            values = node.graph.call_function(*((rows, (user.args[1],)) if is_lookup else (weight,)))
         _describe(values, node, user)
         user.replace_input_with(node, values)
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from gralora_fx.base.compat.onnx_messages import ModelProto
 from gralora_fx.base.features import parts
+from gralora_fx.base.paged_memory import PAGE, PagedBytes, whole_pages
 from gralora_fx.format.cache_slots import past_slots
-from gralora_fx.run.sessions.ort_values import PAGE, STORED_DTYPES, PagedBytes, array_of, as_value, whole_pages
+from gralora_fx.run.sessions.ort_values import STORED_DTYPES, array_of, as_value
 from gralora_fx.run.sessions.session import CPU, QUIET_RUN
 from gralora_fx.run.sessions.session_views import PAST, PRESENT
 

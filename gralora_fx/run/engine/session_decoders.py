@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gralora_fx.base.paged_memory import kept_reason
 from gralora_fx.errors import ServingError, option
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE, FIRST_ADAPTER
 from gralora_fx.format.cache_slots import past_slots
@@ -18,7 +19,7 @@ from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.sessions.ort_values import kept_reason, optional_arguments
+from gralora_fx.run.sessions.ort_values import optional_arguments
 from gralora_fx.run.sessions.session_views import adapter_dtype, gives_all, reads_tokens_apart
 
 if TYPE_CHECKING:  # loaded where rows have adapters
