@@ -149,7 +149,9 @@ def measure_export(root: Path, task: str, options: dict[str, Any], *, with_adapt
     arguments = [str(root / "base"), adapter, str(root / "onnx"), task, json.dumps(options)]
     begin = time.perf_counter()
     code = "from benchmarks.streaming import export; export()"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the export ended with {done.returncode}:\n{done.stderr[-4000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
     seconds = time.perf_counter() - begin
     sizes = {f"{name} GB": result[name] / 1e9 for name in ("peak", "own", "imports")}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from gralora_fx.base.sources.lazy_tensors import is_lazy, raw_values_of, source_of, values_of
+from gralora_fx.base.sources.lazy_tensors import is_lazy, looked_up, raw_values_of, source_of, values_of
 from gralora_fx.base.sources.reused_memory import READ
 from gralora_fx.core.graph.linear_calls import mark_unpacked
 from gralora_fx.core.graph.pipeline import PassResult
@@ -56,7 +56,7 @@ class StreamedWeight:
 
 @dataclass(frozen=True, eq=False)
 class StreamedRows:
-    """Computes the rows of a lazy table that are looked up; the pages of all others take no memory."""
+    """Computes the rows of a lazy table that are looked up."""
 
     parameter: nn.Parameter
     name: str  # for messages
@@ -64,13 +64,7 @@ class StreamedRows:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return a table in which the rows of these ids are set."""
-        from gralora_fx.base.paged_memory import PagedBytes
-
-        values, rows, dtype = raw_values_of(self.parameter, self.name), torch.unique(ids), self.parameter.dtype
-        memory = PagedBytes(values.numel() * dtype.itemsize)
-        result = torch.from_numpy(memory.array).view(dtype).view(values.shape)
-        result[rows] = values[rows].to(dtype)
-        return result
+        return looked_up(self.parameter, ids)
 
 
 def packed_of(parameter: object) -> PackedWeight | None:
@@ -134,9 +128,11 @@ class ComputeWeights:
 def _stream(weight: StreamedWeight, node: fx.Node) -> None:
     for user in list(node.users):
         is_lookup = user.target is torch.ops.aten.embedding.default and user.args[0] is node
-        rows = StreamedRows(weight.parameter, weight.name)
         with node.graph.inserting_before(user):
-            values = node.graph.call_function(*((rows, (user.args[1],)) if is_lookup else (weight,)))
+            if is_lookup:
+                values = node.graph.call_function(StreamedRows(weight.parameter, weight.name), (user.args[1],))
+            else:
+                values = node.graph.call_function(weight)
         _describe(values, node, user)
         user.replace_input_with(node, values)
 
