@@ -40,7 +40,7 @@ test-newest: $(NEWEST)/bin/uv
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy gralora_fx  # exporters too, through the link
+	$(BIN)/mypy gralora_fx benchmarks  # exporters too, through the link
 
 docs: $(VENV)/.docs  # the site in site/; a broken link or a public name without documentation is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -152,10 +152,10 @@ def _compare_speed(
                 decode[graph, way].append(statistics.median(times[1:]))
         del opened
     rows: list[Mapping[str, Any]] = []
-    for what, times in (("prefill", prefill), ("decode, a token", decode)):
+    for what, seconds in (("prefill", prefill), ("decode, a token", decode)):
         rows += [
             {"what": what, "graph": graph, "driven": way, "ms": 1e3 * statistics.median(t)}
-            for (graph, way), t in times.items()
+            for (graph, way), t in seconds.items()
         ]
     for way in (PIECES, AT_ONCE):
         alike = Ratio.between(prefill[OURS, way], prefill[GENAI, way]).of_medians

@@ -133,10 +133,12 @@ def _compare_speed(report: Report, title: str, graphs: Mapping[str, Path], itera
                 prompt[name].append(times[0])
                 token[name].append(statistics.median(times[1:]))
     rows: list[Mapping[str, Any]] = []
-    for what, times in ((f"prompt of {CONTEXT}", prompt), ("token", token)):
-        rows += [{"what": what, "graph": name, "ms": 1e3 * statistics.median(series)} for name, series in times.items()]
+    for what, times_of in ((f"prompt of {CONTEXT}", prompt), ("token", token)):
+        rows += [
+            {"what": what, "graph": name, "ms": 1e3 * statistics.median(series)} for name, series in times_of.items()
+        ]
         for name in (name for name in graphs if name != GENAI):
-            ratio = Ratio.between(times[name], times[GENAI])
+            ratio = Ratio.between(times_of[name], times_of[GENAI])
             text = f"{title}, {name}, {what} over genai's graph (pairwise {ratio.median_of_pairs:.2f})"
             report.claims.append(Claim(text, ratio.of_medians, at_most=1.0))
     report.tables.append(Table(f"{title}: {CONTEXT} tokens, then {STEPS} more, {THREADS} threads", rows))

@@ -111,9 +111,9 @@ def _kinds(text: str) -> list[str]:
     lines = text.splitlines()
     kinds = ["blank" if not line.strip() else "comment" if line.strip().startswith("#") else "code" for line in lines]
     for node in ast.walk(ast.parse(text)):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and ast.get_docstring(node) is not None:
-            _mark(kinds, node.body[0], "docstring")
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node) is not None:
+                _mark(kinds, node.body[0], "docstring")
         elif isinstance(node, ast.Import | ast.ImportFrom):
             _mark(kinds, node, "import")
     return kinds
