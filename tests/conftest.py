@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "parity"))  # xdist's controller collects nothing that would insert it
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # without it each process compiles the package, each worker all tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub fails at once
 os.environ["GRALORA_FX_PROGRESS"] = "0"  # which depends on how fast a machine is; tests of it set it otherwise
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start too: threads of torch spin where cores are busy
@@ -30,6 +31,7 @@ from scheduling import GroupScheduling, rank, sampled
 
 collect_ignore_glob = ["clients/*.py"]  # scripts that run in environments of their own
 
+sys.dont_write_bytecode = False
 # pytest listens to loggers that pass nothing on, and torch describes every step of a trace to whoever listens: a sixth
 # of the time of tests that trace
 logging.getLogger("torch.__trace").propagate = True
