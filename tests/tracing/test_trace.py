@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import os
-import subprocess
-import sys
 from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
+from fresh_process import fresh_process
 from tiny_models import TINY, text_batch, tiny_model
 from torch import Tensor, fx, nn
 from traces import TEXT_MODELS, inputs_of, main_output, real_positions, relative_error, run, source, traced
@@ -567,15 +565,7 @@ def test_inputs_made_from_a_configuration_have_the_models_data_type(name: str, d
 
 def test_tracing_imports_no_other_models() -> None:
     """The exporter underneath has patches for models that are known not to trace, and would import dozens of them."""
-    code = (
-        "import sys; from tiny_models import tiny_model; from gralora_fx import trace\n"
-        "model = tiny_model('llama', num_hidden_layers=1)\n"
-        "before = set(sys.modules); trace(model)\n"
-        "print([name for name in sys.modules if '.modeling_' in name and name not in before])"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert result.stdout == "[]\n"
+    assert fresh_process().imported_by_trace == []
 
 
 def test_the_patches_of_the_exporter_are_as_they_were() -> None:
