@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import pytest
 from pruned_tree import copy_without, run_on
 
 RECORD = """
@@ -105,7 +104,7 @@ from tiny_models import tiny_model
 from gralora_fx.errors import GraloraError
 from gralora_fx.loading import load_model
 
-base = Path("base")
+base = Path("refused")
 tiny_model("llama").save_pretrained(base)
 for name, rounding in ((base, "nf4"), (base, None)):
     try:
@@ -118,17 +117,23 @@ for name, rounding in ((base, "nf4"), (base, None)):
 """
 
 
-def test_a_folder_adds_a_form_in_which_bases_are_read_and_to_which_they_are_rounded(tmp_path: Path) -> None:
-    tree = copy_without(tmp_path, "group_quantized", "llm_int8", "nf4")
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What both programs print in one process, without the folders of forms and with one of another."""
+    tree = copy_without(tmp_path_factory.mktemp("forms"), "group_quantized", "llm_int8", "nf4")
     folder = tree / "gralora_fx" / "features" / "whole"
     folder.mkdir()
     (folder / "__init__.py").touch()
     (folder / "feature.toml").write_text(RECORD)
     (folder / "form.py").write_text(FORM)
-    assert run_on(tree, PROGRAM).splitlines() == ["{'form': 'whole'} {'form': 'whole'}", "True"]
+    return run_on(tree, PROGRAM + REFUSED).splitlines()
 
 
-def test_bases_in_few_bits_are_refused_without_their_folders(tmp_path: Path) -> None:
-    asked, stored = run_on(copy_without(tmp_path, "group_quantized", "llm_int8", "nf4"), REFUSED).splitlines()
-    assert asked == "base_quantization='nf4' is not available; leave it out"
-    assert stored.startswith("base is quantized by bitsandbytes, which is not read; give the float checkpoint")
+def test_a_folder_adds_a_form_in_which_bases_are_read_and_to_which_they_are_rounded(lines: list[str]) -> None:
+    assert lines[:2] == ["{'form': 'whole'} {'form': 'whole'}", "True"]
+
+
+def test_bases_in_few_bits_are_refused_without_their_folders(lines: list[str]) -> None:
+    asked, stored = lines[2:]
+    assert asked == "base_quantization='nf4' is not available; take whole"
+    assert stored.startswith("refused is quantized by bitsandbytes, which is not read (of quantized bases, whole num")

@@ -438,21 +438,9 @@ def test_an_export_with_adapters_as_data_refuses_it(folder: Path, tmp_path: Path
     )
     assert code != 0
     assert "is a DoRA adapter" in printed
-    serve = [
-        sys.executable,
-        "-m",
-        "gralora_fx.cli",
-        "serve",
-        "--onnx",
-        tmp_path / "data",
-        "--adapter",
-        f"dora={folder / 'dora'}",
-        "--port",
-        "0",
-    ]
-    result = subprocess.run(list(map(str, serve)), capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode != 0
-    assert "is a DoRA adapter" in result.stdout + result.stderr
+    code, printed = command("serve", "--onnx", tmp_path / "data", "--adapter", f"dora={folder / 'dora'}", "--port", 0)
+    assert code != 0
+    assert "is a DoRA adapter" in printed
 
 
 def test_saved_keys_are_pefts(folder: Path, tmp_path: Path) -> None:

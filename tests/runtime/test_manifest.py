@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import run
 from tiny_tokenizers import tiny_tokenizer
 from torch import nn
 from typer.main import get_command
@@ -159,11 +160,6 @@ def test_a_manifest_of_another_shape_is_refused(folder: Path, files: object) -> 
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
-def verify_files(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gralora_fx.cli", "verify", "--files", "--output", str(folder), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
 def test_verification_from_python_compares_the_files_first(folder: Path) -> None:
     """A comparison of outputs need not see a changed byte, and a truncated file fails in the runtime's words."""
     model = trace(nn.Sequential(nn.Linear(8, 200)).eval(), (torch.randn(1, 8),))
@@ -173,16 +169,14 @@ def test_verification_from_python_compares_the_files_first(folder: Path) -> None
 
 
 def test_verify_files_needs_no_model_and_names_the_file(folder: Path) -> None:
-    done = verify_files(folder)
-    assert (done.returncode, done.stdout) == (0, f"4 files of {folder} are unchanged since the export\n")
+    command = ("verify", "--files", "--output", folder)
+    done = run(*command)
+    assert (done.status, done.stdout) == (0, f"4 files of {folder} are unchanged since the export\n")
     flip(folder / "model.onnx_data")
-    done = verify_files(folder)
-    assert done.returncode == 1
-    assert "error: " in done.stderr
-    assert "model.onnx_data has another SHA-256" in done.stderr
-    assert "Traceback" not in done.stderr
-    done = verify_files(folder, "--model", "x")
-    assert (done.returncode, "--model would have no effect" in done.stderr) == (1, True)
+    done = run(*command)
+    assert (done.status, "model.onnx_data has another SHA-256" in done.error) == (1, True)
+    done = run(*command, "--model", "x")
+    assert (done.status, "--model would have no effect" in done.error) == (1, True)
 
 
 def test_files_are_verified_without_torch(exported: Path) -> None:

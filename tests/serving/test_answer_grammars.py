@@ -378,7 +378,7 @@ def test_rules_within_rules_are_compiled_in_a_stack_that_holds_them() -> None:
     """In a process of its own, which a stack that is too small ends."""
     code = """
 import llguidance
-from served_exports import chat_tokenizer
+from tiny_tokenizers import tiny_tokenizer
 from gralora_fx.features.structured_outputs import answer_form
 from gralora_fx.features.structured_outputs.grammars import Grammars
 from gralora_fx.run.generate.request_errors import WrongFieldError
@@ -387,7 +387,7 @@ rules = "start: a0\\n" + "".join(f'a{i}: a{i + 1} "a"\\n' for i in range(3500)) 
 terminals = rules.replace("a0", "A0").replace("a1", "A1")
 for grammar in (rules, "start: " + "(" * 20_000 + '"a"' + ")" * 20_000):
     try:
-        print(Grammars(chat_tokenizer()).of({"here": ("grammar", grammar)}).begin(frozenset(), 3).forced[0] > 0)
+        print(Grammars(tiny_tokenizer()).of({"here": ("grammar", grammar)}).begin(frozenset(), 3).forced[0] > 0)
     except WrongFieldError as error:
         print("deep" in str(error))
 """

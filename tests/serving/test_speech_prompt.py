@@ -229,7 +229,7 @@ def test_the_length_of_an_answer_is_that_of_whispers_generate(export: Path, leng
 
 def test_of_text_before_a_recording_the_end_is_tokenized(read: list[int]) -> None:
     tokenizer = processor().tokenizer
-    words = " ".join(f"word{number}" for number in range(50_000))
+    words = " ".join(f"word{number}" for number in range(20_000))
     expected = tokenizer.get_prompt_ids(words, return_tensors="np").tolist()
     read.clear()
     found = earlier_text(tokenizer, words, 448)

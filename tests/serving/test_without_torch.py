@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from client_environments import runtime
+from client_environments import ROOT, runtime
 from damaged_exports import forget_digests
 from sentence_encoders import save_encoder
 from served_exports import decoders
@@ -19,20 +19,15 @@ from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load
 
-_FORBID = "import json, sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n"
+_ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+_FORBID = "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n"
+# What a process prints for a decoder and an encoder: a line for each question, in Python
 _ASK = """
-from starlette.testclient import TestClient
-from gralora_fx.serving import ServiceSettings, create_app
-from pathlib import Path
-
-def asked(path, route, **body):
-    with TestClient(create_app(ServiceSettings(Path(path)))) as client:
-        return client.post(route, json=body).raise_for_status().json()
-"""
-_PROGRAMS = {
-    "rows": """
+import json, sys
 from gralora_fx.serving import load
-model = load(sys.argv[1])
+
+decoder, encoder = sys.argv[1:]
+model = load(decoder)
 chat = [{"role": "user", "content": "Hello"}]
 print(json.dumps([
     model.generate(["abc", chat], adapter=["wide", None], max_new_tokens=5),
@@ -41,40 +36,40 @@ print(json.dumps([
     list(model.generate("a", regex="[a-c]{2,4}", stream=True, max_new_tokens=5)),
     model(input_ids=[[5, 6, 7]], adapter="wide").logits[0, -1].round(3).tolist(),
 ]))
-""",
-    "one by one": """
-from gralora_fx.serving import load
-model = load(sys.argv[1], ["AzureExecutionProvider", "CPUExecutionProvider"])
-print(json.dumps([model.generate(["abc", "de"], adapter="wide", max_new_tokens=5)]))
-""",
-    "encoder": """
-from gralora_fx.serving import load
-model = load(sys.argv[1])
+model = load(decoder, ["AzureExecutionProvider", "CPUExecutionProvider"])
+print(json.dumps(model.generate(["abc", "de"], adapter="wide", max_new_tokens=5)))
+model = load(encoder)
 inputs = model.tokenizer(["abc", "d"], padding=True, return_tensors="np")
-print(json.dumps([{name: array.shape for name, array in model(**inputs).items()}]))
-""",
-    "served decoder": _ASK
-    + """
-chat = [{"role": "user", "content": "Hello"}]
-answer = asked(sys.argv[1], "/v1/chat/completions", model="wide", messages=chat, max_tokens=4, temperature=0)
-print(json.dumps([answer["choices"][0]["message"]["content"]]))
-""",
-    "served encoder": _ASK
-    + """
-answer = asked(sys.argv[1], "/v1/embeddings", model="onnx", input=["abc", "d"])
-print(json.dumps([len(answer["data"])]))
-""",
-    "command": """
+print(json.dumps({name: array.shape for name, array in model(**inputs).items()}))
+"""
+# and by services and the command line, which import neither torch nor transformers where they are there
+_SERVE = """
+import json, sys
+from pathlib import Path
+from starlette.testclient import TestClient
 from gralora_fx.cli import main
+from gralora_fx.serving import ServiceSettings, create_app
+
+decoder, encoder = sys.argv[1:]
+
+def asked(path, route, **body):
+    with TestClient(create_app(ServiceSettings(Path(path)))) as client:
+        return client.post(route, json=body).raise_for_status().json()
+
+chat = [{"role": "user", "content": "Hello"}]
+answer = asked(decoder, "/v1/chat/completions", model="wide", messages=chat, max_tokens=4, temperature=0)
+print(json.dumps(answer["choices"][0]["message"]["content"]))
+answer = asked(encoder, "/v1/embeddings", model="onnx", input=["abc", "d"])
+print(json.dumps(len(answer["data"])))
 options = ["--prompt", "abc", "--adapter", "wide", "--max-new-tokens", "5"]
-sys.argv = ["gralora-fx", "generate", "--onnx", sys.argv[1], *options]
+sys.argv = ["gralora-fx", "generate", "--onnx", decoder, *options]
 try:
     main()
 except SystemExit as end:
     assert not end.code
-""",
-}
-_END = "\nheavy = [name for name in ('torch', 'transformers') if sys.modules.get(name)]\nassert not heavy, heavy\n"
+heavy = [name for name in ('torch', 'transformers') if sys.modules.get(name)]
+assert not heavy, heavy
+"""
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +85,23 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "onnx"
 
 
-def printed(name: str, path: Path, *, forbids: bool) -> str:
-    """What a program prints, in a process that has no torch, or that has not imported it in the end."""
-    program = (_FORBID if forbids else "import json, sys\n") + _PROGRAMS[name] + _END
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+def printed(python: Path | str, code: str, paths: tuple[Path, Path], environment: dict[str, str]) -> list[str]:
+    """The lines that a process prints, which has not imported torch in the end."""
+    command = [str(python), "-c", code, *map(str, paths)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=paths[0])
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return result.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def without_torch(decoder: Path, encoder: Path) -> list[str]:
+    """What a process prints that cannot import torch."""
+    return printed(sys.executable, _FORBID + _ASK + _SERVE, (decoder, encoder), _ENVIRONMENT)
 
 
 @pytest.mark.quick
-def test_answers_are_those_beside_torch(decoder: Path) -> None:
-    found = json.loads(printed("rows", decoder, forbids=True))
+def test_answers_are_those_beside_torch(decoder: Path, without_torch: list[str]) -> None:
+    found = json.loads(without_torch[0])
     model = load(decoder)
     chat = [{"role": "user", "content": "Hello"}]
     assert found[0] == model.generate(["abc", chat], adapter=["wide", None], max_new_tokens=5)
@@ -111,31 +110,26 @@ def test_answers_are_those_beside_torch(decoder: Path) -> None:
     assert found[2] == model.generate([5, 6], **options)
     assert "".join(found[3]) == model.generate("a", regex="[a-c]{2,4}", max_new_tokens=5)
     assert found[4] == model(input_ids=[[5, 6, 7]], adapter="wide").logits[0, -1].round(3).tolist()
-    (texts,) = json.loads(printed("one by one", decoder, forbids=True))
-    assert texts == load(decoder).generate(["abc", "de"], adapter="wide", max_new_tokens=5)
+    expected = load(decoder).generate(["abc", "de"], adapter="wide", max_new_tokens=5)
+    assert json.loads(without_torch[1]) == expected
 
 
-@pytest.mark.parametrize("name", ["served decoder", "command"])
-def test_decoders_are_served_without_torch(name: str, decoder: Path) -> None:
-    found = printed(name, decoder, forbids=True)
-    assert found == printed(name, decoder, forbids=False)
-
-
-def test_encoders_are_run_and_served_without_torch(encoder: Path) -> None:
-    (shapes,) = json.loads(printed("encoder", encoder, forbids=True))
+def test_encoders_are_run_and_served_without_torch(without_torch: list[str]) -> None:
+    shapes = json.loads(without_torch[2])
     assert [shape[0] for shape in shapes.values()] == [2] * len(shapes)
-    assert json.loads(printed("served encoder", encoder, forbids=True)) == [2]
-    assert json.loads(printed("served encoder", encoder, forbids=False)) == [2]
+    assert json.loads(without_torch[4]) == 2
 
 
-def test_what_the_runtime_alone_needs_is_what_is_installed(decoder: Path, encoder: Path) -> None:
+def test_torch_is_not_imported_where_it_is_there(decoder: Path, encoder: Path, without_torch: list[str]) -> None:
+    assert printed(sys.executable, _SERVE, (decoder, encoder), _ENVIRONMENT) == without_torch[3:]
+
+
+def test_what_the_runtime_alone_needs_is_what_is_installed(
+    decoder: Path, encoder: Path, without_torch: list[str]
+) -> None:
     python = runtime()
     environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    for name, path in (("rows", decoder), ("command", decoder), ("served decoder", decoder), ("encoder", encoder)):
-        command = [str(python), "-c", f"import json, sys\n{_PROGRAMS[name]}{_END}", str(path)]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=path)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout == printed(name, path, forbids=True)
+    assert printed(python, _ASK + _SERVE, (decoder, encoder), environment) == without_torch
     size = sum(file.stat().st_size for file in python.parents[1].rglob("*") if file.is_file())
     assert size < 400e6
 
