@@ -141,7 +141,7 @@ def test_the_warning_is_of_the_users_line_and_not_of_the_import(tmp_path: Path) 
     information.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.16.0.dev2026+cpu\n")
     script = tmp_path / "script.py"
     script.write_text(
-        "import gralora_fx\nprint('imported', flush=True)\ngralora_fx.LinearSite\nimport gralora_fx.run.model\n"
+        "import gralora_fx\nprint('imported', flush=True)\ngralora_fx.trace\nimport gralora_fx.run.model\n"
     )
     ran = subprocess.run(
         [sys.executable, script],
