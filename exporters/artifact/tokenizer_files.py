@@ -13,17 +13,17 @@ from gralora_fx.errors import ExportError, first_line
 def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any, companions: Collection[str] = ()) -> None:
     """Write the tokenizer's files, adjusted for the modules that the model's task appends.
 
-    For companions, the processor that makes their inputs from prompts is written too.
+    The processor that makes the inputs of companions, or of an encoder, from prompts is written too.
 
     For a model that reads sound features, the feature extractor is written as `preprocessor_config.json`, which
     transformers.js reads: the processor's, or the one beside the tokenizer.
     """
     source = tokenizer if isinstance(tokenizer, (str, Path)) else None
     tokenizer = loaded_tokenizer(tokenizer)
-    if companions:
+    if signs := companions or list(traced.example_inputs)[:1]:
         from gralora_fx.base.features import parts
 
-        for reader_of in parts("companion files", companions):
+        for reader_of in parts("companion files", signs):
             tokenizer = reader_of(tokenizer, _places(traced, source, tokenizer)) or tokenizer
     if traced.appended is not None:
         tokenizer = traced.appended.told_to(tokenizer, traced.config)

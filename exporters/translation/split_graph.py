@@ -44,7 +44,9 @@ def split(graph_module: fx.GraphModule) -> SplitGraph:
     hidden, cache = outputs.get("encoder_last_hidden_state"), returned_cache(outputs)
     if not isinstance(hidden, fx.Node) or not isinstance(cache, EncoderDecoderCache):
         raise ExportError("the trace gives no encoder_last_hidden_state with a cache; trace it with a -with-past task")
-    self_layers, cross_layers = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
+    # a configuration may count the layers of another model, whose caches stay empty, as MBart's does in Donut
+    own, cross = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
+    self_layers, cross_layers = ([each for each in layers if each.keys is not None] for layers in (own, cross))
     if len(self_layers) != len(cross_layers):
         raise ExportError(
             f"the decoder has {len(self_layers)} layers with a cache of its own and {len(cross_layers)} of the encoder"

@@ -21,7 +21,7 @@ from gralora_fx.core.config.option import declared_options
 from gralora_fx.errors import ConfigError, ServingError, listed
 from gralora_fx.format.adapter_paths import adapter_path, check_name, check_takes_adapters, own_adapters
 from gralora_fx.format.manifest import Manifest, read_manifest
-from gralora_fx.format.tasks import generates, with_past
+from gralora_fx.format.tasks import generates, is_decoder, with_past
 
 _STDIN = "-"
 
@@ -82,7 +82,8 @@ class PromptOptions(Protocol):
     """
 
     TASK: ClassVar[str]  # the task whose exports take such a prompt
-    IS_BESIDE: ClassVar[bool]  # whether it accompanies a text, which then is a chat message
+    IS_BESIDE: ClassVar[bool]  # whether it accompanies a text, which then is a chat message of a decoder
+    ALONE: ClassVar[str]  # of one that does: the task in which it needs no text
 
     def content(self) -> Any:
         """Read the prompt's file, before anything slow is imported."""
@@ -121,13 +122,14 @@ def generate(
     _check_generates(path, manifest)
     other = _check_input(path, manifest, prompt, options, chat=chat)
     beside = _beside(path, manifest, options)
-    chat = chat or bool(beside)
+    needs_text = other is None and all(manifest.task != kind.ALONE for kind in beside)
+    chat = chat or (bool(beside) and is_decoder(manifest.task))
     name, source = _read_adapter(path, manifest, adapter)
     sampling = _sampling(temperature, top_p, seed)
     content = None if other is None else other.content()
     contents = [(each, each.content()) for each in beside]
     text = _read_stdin() if prompt == _STDIN else str(utf8(prompt or ""))
-    if other is None and not text:
+    if needs_text and not text:
         raise ConfigError("the prompt is empty; give --prompt TEXT, or --prompt - to read it from stdin")
     with ExitStack() as stack:
         with CommandProgress():
@@ -149,7 +151,7 @@ def generate(
                 if other is not None:
                     given = other.inputs(model, content)
                 else:
-                    given = {"prompts": [{"role": "user", "content": text}] if chat else text}
+                    given = {"prompts": [{"role": "user", "content": text}] if chat else text or None}
                     for each, read in contents:
                         given = {**given, **each.inputs(model, read)}
                 pieces = model.generate(**given, stream=True, adapter=name, max_new_tokens=max_new_tokens, **sampling)
@@ -189,7 +191,8 @@ def _check_input(
         raise ConfigError(
             f"{directory} was exported for the task {manifest.task}; give {wanted} and leave {wrong[0]} out"
         )
-    if (prompt if own is None else options[mains[own].name]) is None:
+    alone = (kind for kind in _BESIDE if manifest.task == kind.ALONE and options[declared_options(kind)[0].name])
+    if (prompt if own is None else options[mains[own].name]) is None and next(alone, None) is None:
         raise ConfigError(f"there is nothing to answer; give {wanted}")
     for kind, main in mains.items():
         idle = [each.flag for each in declared_options(kind)[1:] if options[each.name] is not None]
@@ -208,7 +211,7 @@ def _beside(directory: Path, manifest: Manifest, options: Mapping[str, Any]) -> 
         declared = declared_options(kind)
         if not options[declared[0].name]:
             continue
-        if not manifest.companions:
+        if not manifest.companions and manifest.task != kind.ALONE:
             raise ConfigError(
                 f"{declared[0].flag} is for an export with a part that reads it, and {directory} has none; export the "
                 f"model with --task {kind.TASK}, or leave {declared[0].flag} out"

@@ -196,6 +196,7 @@ class OrtModel(OpenExport):
         input_ids: Any = None,
         attention_mask: Any = None,
         input_features: Any = None,
+        pixel_values: Any = None,
         inputs_embeds: Any = None,
         images: Any = None,
         language: str | None = None,
@@ -224,6 +225,8 @@ class OrtModel(OpenExport):
             input_ids: Instead of prompts, a tokenizer's result: `generate(**tokenizer(texts, padding=True))`.
             attention_mask: 1 for ids that are not padding, 0 for padding on either side; None without padding.
             input_features: Instead of prompts, a feature extractor's result.
+            pixel_values: Instead of images, what an image processor made, `[batch, channels, height, width]`, for an
+                encoder-decoder that reads images.
             inputs_embeds: For an export that takes embeddings beside ids (`task="image-text-to-text-with-past"`):
                 embeddings of all tokens of a prompt, `[tokens, hidden]`, with text and images merged as by the model;
                 or a dict with them and the model's other inputs, such as `grid_position_ids [3, tokens]`. For a list of
@@ -231,7 +234,9 @@ class OrtModel(OpenExport):
             images: For an export that reads images: a prompt's images in order, each a path, bytes, an array
                 `[height, width, 3]` or a `PIL.Image.Image`. For a list of prompts, a list for each, None for text
                 alone. A text has the placeholders of the model's processor; a chat has parts `{"type": "image"}`, or
-                none. None if chats hold the images, as `{"type": "image", "url": ...}` or as in OpenAI's requests.
+                none. None if chats hold the images, as `{"type": "image", "url": ...}` or as in OpenAI's requests. For
+                an encoder-decoder that reads pixels, one image, or a list with one for each answer; a prompt then is
+                the beginning of the answer.
             language: The language of recordings, as `"en"` or `"English"`; None for the model's default, or to detect
                 it.
             task: `"transcribe"`, or `"translate"` into English; None for the model's default.
@@ -272,7 +277,9 @@ class OrtModel(OpenExport):
         options = AnswerOptions(chosen, stop_strings(stop, tokenizer), proposed=prompt_lookup_num_tokens)
         if not (language is None and task is None and forced_bos_token_id is None):
             options = replace(options, start=AnswerStart(language, task, forced_bos_token_id))
-        inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, inputs_embeds, media=images)
+        features = {"input_features": input_features, "pixel_values": pixel_values}
+        features = {name: value for name, value in features.items() if value is not None}
+        inputs = GenerateInputs(prompts, input_ids, attention_mask, features, inputs_embeds, media=images)
         parsed = generation.read(inputs, options, adapter, tokenizer)
         if not (json_schema is None and regex is None and choice is None and grammar is None):
             outputs = {"json": json_schema, "regex": regex, "choice": choice, "grammar": grammar}

@@ -319,7 +319,7 @@ def _reader_of(inputs: Mapping[str, Any]) -> type[EncoderInputs]:
         return TextSources
     from gralora_fx.base.features import parts
 
-    return next((kind for kind in parts("encoder inputs") if kind.reads(inputs)), EncoderInputs)
+    return next((kind for kind in parts("encoder inputs", inputs) if kind.reads(inputs)), EncoderInputs)
 
 
 def _limits(export: OpenExport) -> DecoderLimits:

@@ -18,7 +18,8 @@ class PromptImages:
     image: Annotated[
         tuple[str, ...],
         Option(
-            "Ask about this image, with a model that reads images: the prompt is a message of a chat; may be repeated.",
+            "Ask about this image, with a model that reads images: the prompt is a message of a chat, or for an "
+            "encoder-decoder what its answer begins with; may be repeated.",
             metavar="FILE",
             left_out="none",
         ),
@@ -26,6 +27,7 @@ class PromptImages:
 
     TASK: ClassVar = "image-text-to-text-with-past"
     IS_BESIDE: ClassVar = True
+    ALONE: ClassVar = "image-to-text-with-past"
 
     def content(self) -> list[bytes]:
         """Read the files, before anything slow is imported."""
@@ -39,4 +41,6 @@ class PromptImages:
 
     def inputs(self, model: Any, content: list[bytes]) -> dict[str, Any]:
         """Return the images as arguments of `generate`."""
-        return {"images": content}
+        if model.encoder_inputs is not None and len(content) > 1:
+            raise ConfigError(f"the model reads one image for an answer, and {len(content)} were given; give one")
+        return {"images": content if model.encoder_inputs is None else content[0]}

@@ -32,6 +32,7 @@ STEP_INPUTS = (
     StepInput(PREFIX, follows="attention_mask"),
 )
 CLASSIFICATION = "image-classification"
+TO_TEXT = "image-to-text"
 
 
 def reads_images(model: Any) -> bool:
@@ -51,6 +52,16 @@ TASKS = (
         adapters=("CAUSAL_LM",),
         takes_embeddings=True,
         is_of=reads_images,
+    ),
+    Task(
+        TO_TEXT,
+        "AutoModelForImageTextToText",
+        ("VisionEncoderDecoderModel",),
+        inputs=(IMAGES,),
+        cache="encoder-decoder",
+        adapters=("SEQ_2_SEQ_LM",),
+        example="images='line.png'",
+        example_options={"image": "FILE.png"},
     ),
     Task(
         CLASSIFICATION,

@@ -233,13 +233,13 @@ class SpeechInputs(EncoderInputs):
 
     def _recordings(self, inputs: GenerateInputs) -> tuple[bool, bool, list[EncoderInput]]:
         """Return whether it is a single recording, whether it was given as samples, and the encoder inputs of each."""
-        mask, features = inputs.attention_mask, inputs.input_features
+        mask, features = inputs.attention_mask, inputs.features
         if inputs.input_ids is not None:
             self.refuse()
-        if (features is None) == (inputs.prompts is None):
+        if bool(features) == (inputs.prompts is not None):
             raise ServingError(f"give either recordings, as arrays of samples, or {_FEATURES}")
-        if features is not None:
-            return False, False, self.of_features({_FEATURES: features} | ({} if mask is None else {_MASK: mask}))
+        if features:
+            return False, False, self.of_features({**features} | ({} if mask is None else {_MASK: mask}))
         if mask is not None:
             raise ServingError(f"{_MASK} is given without {_FEATURES}; leave it out")
         is_single = is_signal(inputs.prompts)

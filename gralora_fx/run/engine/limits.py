@@ -48,7 +48,7 @@ class DecoderLimits:
     @classmethod
     def of(cls, directory: Path, config: Mapping[str, Any], position_offset: int) -> DecoderLimits:
         """Return the limits of an export."""
-        text = config.get("text_config") or config
+        text = _text_part(config)
         is_pair = bool(config.get("is_encoder_decoder"))
         vocabulary = text.get("decoder_vocab_size") if is_pair else None
         vocabulary = text.get("vocab_size") if vocabulary is None else vocabulary
@@ -95,10 +95,15 @@ class DecoderSize:
                 raise ServingError(f"{name}={shown(value)} is not a count; give a whole number of at least 1")
 
 
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a configuration for the model that writes texts."""
+    parts = (config.get(name) for name in ("text_config", "decoder"))
+    return next((part for part in parts if isinstance(part, Mapping)), config)
+
+
 def context_length(config: Mapping[str, Any], name: str = "input_ids") -> int | None:
     """Return the number of positions in a configuration, or None if it names none."""
-    text = config.get("text_config")
-    fields = text if isinstance(text, Mapping) else config
+    fields = _text_part(config)
     names = _READ_BY.get(name, ()) if config.get("is_encoder_decoder") else CONTEXT_FIELDS
     sizes = [size for field in names if type(size := fields.get(field)) is int and size > 0]
     return min(sizes, default=None)
@@ -109,8 +114,7 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
     path = directory / GENERATION_CONFIG
     named = read_json_object(path, ServingError).get(_ENDS) if path.is_file() else None
     if named is None:
-        text = config.get("text_config")
-        named = config.get(_ENDS, text.get(_ENDS) if isinstance(text, Mapping) else None)
+        named = config.get(_ENDS, _text_part(config).get(_ENDS))
     ends = named if isinstance(named, list) else [] if named is None else [named]
     if wrong := [end for end in ends if type(end) is not int or end < 0]:
         raise ServingError(

@@ -43,6 +43,7 @@ class EncoderInputs:
     limit: int | None = None  # maximum tokens that it reads; None for no limit
 
     takes_text: ClassVar[bool] = False  # whether the encoder reads tokens
+    reads_media: ClassVar[bool] = False  # whether it reads what `generate` is given beside prompts
 
     @classmethod
     def of(
@@ -164,7 +165,7 @@ class TextSources(EncoderInputs):
     ) -> Prompts:
         """Read the arguments of `generate` (see `Generation.read`)."""
         start.check_unused("the model reads text", "language", "task")
-        inputs.check_unused("the model reads text", "input_features")
+        inputs.check_no_features("the model reads text")
         first = start.forced_bos_token_id
         if first is not None and (isinstance(first, bool) or not isinstance(first, (int, np.integer))):
             raise ServingError(f"forced_bos_token_id must be the id of a token, but got {shown(first)}")

@@ -80,7 +80,7 @@ class Generation:
         reader = self.encoder_inputs
         if reader is None:
             reason = "the model is a decoder, without an encoder"
-            inputs.check_unused(reason, "input_features")
+            inputs.check_no_features(reason)
             if options.start is not None:
                 options.start.check_unused(reason, "language", "task", "forced_bos_token_id")
             media = self.given_prompts
@@ -89,8 +89,8 @@ class Generation:
             texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
             return texts if inputs.inputs_embeds is None else _with_embeddings(texts, inputs)
         inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
-        if inputs.media is not None:
-            self._read_media(inputs, adapter)
+        if inputs.media is not None and not reader.reads_media:
+            return self._read_media(inputs, adapter)
         return reader.read(inputs, options.start or AnswerStart(), adapter, tokenizer, self.open_decoder)
 
     def _read_media(self, inputs: GenerateInputs, adapter: AdapterNames) -> Prompts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -60,13 +60,19 @@ class GenerateInputs:
     prompts: Any = None  # one prompt, or several of them
     input_ids: Any = None  # instead of prompts, a tokenizer's result
     attention_mask: Any = None  # the mask of `input_ids` or of features
-    input_features: Any = None  # instead of prompts, a feature extractor's result, `[batch, ...]`
+    # by name, what a feature extractor made for an encoder, each `[batch, ...]`
+    features: Mapping[str, Any] = field(default_factory=dict)
     inputs_embeds: Any = None  # embeddings that replace a decoder's tokens, of one prompt or of each
     media: Any = None  # inputs of a prompt, or each of them, beside its text, for the export's companions
 
     def check_unused(self, reason: str, name: str) -> None:
         """Raise a `ServingError` with the reason if an input without effect is given."""
         if getattr(self, name) is not None:
+            raise ServingError(f"{name} has no effect: {reason}; leave it out")
+
+    def check_no_features(self, reason: str) -> None:
+        """Raise a `ServingError` with the reason if features are given."""
+        for name in self.features:
             raise ServingError(f"{name} has no effect: {reason}; leave it out")
 
     def read(self, tokenizer: TextTokenizer | None, limit: PromptLimit | None = None) -> Prompts:

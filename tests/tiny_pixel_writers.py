@@ -1,0 +1,62 @@
+"""Tiny random encoder-decoders that write down what an image shows, and their processors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    DonutProcessor,
+    DonutSwinConfig,
+    GPT2Config,
+    MBartConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrOCRConfig,
+    TrOCRProcessor,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
+from transformers.models.donut.image_processing_pil_donut import DonutImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from tests.tiny_tokenizers import tiny_tokenizer
+
+START, PAD, _VOCABULARY = 1, 0, 100
+_WIDTHS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def tiny_pixel_writer(name: str) -> PreTrainedModel:
+    """Return a model by name: `trocr` (a projection between the two widths), `donut`, or `vit-gpt2`."""
+    encoder: PreTrainedConfig = ViTConfig(**_WIDTHS, image_size=32, patch_size=8)
+    decoder: PreTrainedConfig
+    sizes: dict[str, Any] = {"vocab_size": _VOCABULARY, "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": 2}
+    layers = {"d_model": 48, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    if name == "trocr":
+        decoder = TrOCRConfig(**sizes, **layers, max_position_embeddings=64)
+    elif name == "donut":
+        encoder = DonutSwinConfig(image_size=[64, 32], embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+        decoder = MBartConfig(**sizes, **{**layers, "d_model": 32}, max_position_embeddings=64)
+    else:
+        decoder = GPT2Config(**sizes, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = START, PAD
+    torch.manual_seed(0)
+    model = VisionEncoderDecoderModel(config).eval()
+    with torch.no_grad():  # so wide that answers depend on images
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    settings = model.generation_config
+    settings.decoder_start_token_id, settings.pad_token_id, settings.eos_token_id = START, PAD, 2
+    return model
+
+
+def tiny_writers_processor(name: str) -> Any:
+    """Return the processor of such a model; for `vit-gpt2`, which has none, its tokenizer and its image processor."""
+    if name == "donut":
+        images = DonutImageProcessorPil(size={"height": 64, "width": 32})
+        return DonutProcessor(images, tiny_tokenizer())
+    pair = ViTImageProcessorPil(size={"height": 32, "width": 32}), tiny_tokenizer()
+    return TrOCRProcessor(*pair) if name == "trocr" else pair
