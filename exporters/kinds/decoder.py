@@ -38,7 +38,7 @@ from gralora_fx.exporters.rules.onnx_pipeline import (
 )
 from gralora_fx.exporters.rules.products.float_matrices import fill_vectors, fold_transposes, merge_matmuls
 from gralora_fx.exporters.rules.rows.continuous_batching import LogitsOfRows, batch_continuously
-from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs, keep_last_position, optional_verifying_inputs
+from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs, keep_last_position, optional_inputs_of_rows
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.exporters.translation.export_graphs import CastGraph, step_to_translate
 from gralora_fx.exporters.translation.names import name_axes
@@ -126,7 +126,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names, by which it finds the cache
             *parts("optional inputs", conversion.traced.signature.inputs),  # after all folding
-            optional_verifying_inputs,
+            optional_inputs_of_rows,
             *insertion_passes(conversion),  # after packing
             *storing_passes(conversion),
         ),

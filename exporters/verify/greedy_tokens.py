@@ -138,6 +138,8 @@ class RowSteps(EngineSteps):
 
     def _read(self, tokens: Sequence[list[int]]) -> list[Any]:
         logits: dict[int, Any] = {}
+        for index, row in enumerate(self._rows):
+            self._decoder.expect(row, len(tokens[index // 2]))
         for part in range(2):
             chunks = {row: _chunk(tokens[index // 2], index, part) for index, row in enumerate(self._rows)}
             logits |= self._step({row: chunk for row, chunk in chunks.items() if chunk})

@@ -29,6 +29,9 @@ QUERY_SEQLENS, PAST_SEQLENS = "query_seqlens", "past_seqlens"  # inputs of a dec
 # inputs with which a step of rows verifies proposed tokens; left out, it gives the logits after each row's last token
 LOGITS_INDICES = "logits_indices"  # `[num_logits]` int64: the tokens that get logits, counted over those of all rows
 ATTENTION_SEQLENS = "attention_seqlens"  # `[batch]` int32: the least tokens of a row by which attention picks a kernel
+# `[batch]` int32: the length of each row's text as far as it is known, where rotary embeddings depend on it
+TEXT_SEQLENS = "text_seqlens"
+TEXT_SWITCH = "gralora_text_switch"  # metadata: the longest text of the first kind; whether longer ones begin anew
 CPU_FUNCTION = "gralora_cpu_function"  # metadata of a node: the function of the model that computes it on the CPU
 ROWS_FORM = "gralora_rows_form"  # metadata of a decoder's rows: the version of their graph; absent before 2
 

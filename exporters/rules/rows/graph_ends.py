@@ -15,7 +15,7 @@ from gralora_fx.exporters.rules.builder import Builder
 from gralora_fx.exporters.rules.onnx_pipeline import APART_ADDITIONS
 from gralora_fx.exporters.translation.matching import END
 from gralora_fx.format.adapter_inputs import is_adapter_tensor
-from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES
+from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, TEXT_SEQLENS
 
 
 def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:
@@ -41,11 +41,12 @@ def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:
     return PassResult(count)
 
 
-def optional_verifying_inputs(model: ir.Model) -> PassResult[ir.Model]:
-    """Give the inputs that verify proposed tokens a default that means none, so that callers may leave them out.
+def optional_inputs_of_rows(model: ir.Model) -> PassResult[ir.Model]:
+    """Give inputs that a program need not know a default that means none, so that callers may leave them out.
 
-    Before: `graph(input_ids, query_seqlens, past_seqlens, attention_seqlens, logits_indices, ...)`
-    After:  the same with `attention_seqlens = [0]` and `logits_indices = []` where they are not given
+    Before: `graph(input_ids, query_seqlens, past_seqlens, attention_seqlens, logits_indices, text_seqlens, ...)`
+    After:  the same with `attention_seqlens = [0]`, `logits_indices = []` and `text_seqlens = [0]` where they are not
+            given
 
     A program that knows only the first three inputs gets the logits after the last token of each row.
     """
@@ -53,6 +54,7 @@ def optional_verifying_inputs(model: ir.Model) -> PassResult[ir.Model]:
     defaults: dict[str, NDArray[Any]] = {
         ATTENTION_SEQLENS: np.zeros(1, np.int32),
         LOGITS_INDICES: np.zeros(0, np.int64),
+        TEXT_SEQLENS: np.zeros(1, np.int32),
     }
     given = {name: array for name, array in defaults.items() if name in inputs}
     for name, array in given.items():

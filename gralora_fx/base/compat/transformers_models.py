@@ -34,10 +34,12 @@ with fenced("transformers"):
         or_masks,
         sliding_window_causal_mask_function,
     )
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
 __all__ = [
+    "ROPE_INIT_FUNCTIONS",
     "AttentionMaskInterface",
     "Concatenate",
     "DummyLayer",

@@ -30,6 +30,7 @@ from gralora_fx.base.compat.transformers_models import (
     or_masks,
     sliding_window_causal_mask_function,
 )
+from gralora_fx.base.features import parts
 from gralora_fx.core.operators import NAMESPACE
 from gralora_fx.core.operators.attention import Attention, Mask, MaskOfBlocks
 from gralora_fx.core.operators.call import define_shape_only, is_shape_only
@@ -57,7 +58,7 @@ def decoder_operators(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iter
         without_stacks,
         shape_only_ops(),
         _attention_as_operators(model),
-        replaced(model, IN_DECODERS),
+        replaced(model, [*IN_DECODERS, *(code for table in parts("step code") for code in table)]),
         _chosen_keys(model),
     ):
         yield

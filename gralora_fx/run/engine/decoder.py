@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gralora_fx.errors import ServingError, first_line, option, shown
 from gralora_fx.run.engine.cache_memory import BoundedRows, CacheMemory, NoRoomError, Source
 from gralora_fx.run.engine.limits import LEAST_CHUNK, DecoderLimits, DecoderSize
-from gralora_fx.run.engine.row_starts import StartedRows
+from gralora_fx.run.engine.row_starts import GrowingRows, StartedRows
 
 if TYPE_CHECKING:  # loaded where rows share what they read
     from gralora_fx.run.engine.prefix_cache import PrefixCache
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # loaded where rows share what they read
 _ALONE = 256  # tokens: attention also computes masked scores, so that longer pieces take longer again
 
 
-class Decoder(StartedRows, BoundedRows):
+class Decoder(StartedRows, GrowingRows, BoundedRows):
     """A decoder with a fixed number of rows, the slots of its batch.
 
     A caller opens a row for each prompt, lets rows read tokens in steps that they share, and closes the row. In one
@@ -153,6 +153,8 @@ class Decoder(StartedRows, BoundedRows):
             version = self._begin(number, adapter, source)
             self._lengths[number] = 0
             self._take_room(number, max_length, source)
+            if self._texts is not None:
+                self._texts.begin(number)
             if self._shared is not None:
                 names = {} if source is None else self._names(number)
                 self._shared.begin(number, version, salt, names, self.start(number))
@@ -175,11 +177,14 @@ class Decoder(StartedRows, BoundedRows):
         with self._lock:
             self._check_open(row)
             tokens = tokens[: self.capacity - self._lengths[row]]
+            self._expect_text(row, len(tokens))
             if not self.reserve(row, len(tokens)):
                 return 0
             self._expect(row, self._lengths[row] + len(tokens))
             count = 0 if self._shared is None else self._shared.fill(row, self._lengths[row], tokens)
             self._lengths[row] += count
+            if self._texts is not None:
+                self._texts.read(row, tokens[:count])
             return count
 
     def close(self, row: int) -> None:
@@ -253,8 +258,11 @@ class Decoder(StartedRows, BoundedRows):
             logits: dict[int, NDArray[Any]] = {}
             while read:
                 first = self._cut(read)
+                self._grow(first)
                 wanted = {row: min(count, len(first[row])) for row, count in last.items() if row in first}
                 for number, given in self._read(first, wanted).items():
+                    if self._texts is not None:
+                        self._texts.read(number, first[number].tolist())
                     is_rest = (self.gives_all or number in last) and number in logits
                     logits[number] = np.concatenate([logits[number], given]) if is_rest else given
                 read = {n: array[len(first.get(n, ())) :] for n, array in read.items()}
@@ -264,6 +272,7 @@ class Decoder(StartedRows, BoundedRows):
     def _cut(self, read: Mapping[int, NDArray[np.int64]]) -> Mapping[int, NDArray[np.int64]]:
         """Return the tokens to read first: all, or some rows' up to where other rows or an adapter may continue."""
         read = self._up_to_starts(read, self._lengths)
+        read = read if self._texts is None else self._texts.cut(read, self._lengths)
         if self._shared is None or not self._shared.cache.keeps_states:
             return read
         counts = {row: self._shared.cut(row, self._lengths[row], len(array)) for row, array in read.items()}
@@ -319,28 +328,7 @@ class Decoder(StartedRows, BoundedRows):
 
     def _tokens(self, number: int, given: Sequence[int], most: int) -> NDArray[np.int64]:
         self._check_open(number)
-        length = self._lengths[number]
-        try:
-            array = np.asarray(given)
-        except ValueError:
-            array = np.empty((0, 0))
-        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-            raise ServingError(f"the tokens of row {number} are {shown(given)}; give a list of token ids")
-        if not 0 < len(array) <= most:
-            raise ServingError(
-                f"row {number} is given {len(array)} tokens, and reads 1 to {most} in a step; split them, or "
-                "leave an idle row out"
-            )
-        if length + len(array) > self.capacity:
-            raise ServingError(
-                f"row {number} has read {length} tokens and is given {len(array)}, more than its capacity of "
-                f"{self.capacity}; close it, or make room with capacity="
-            )
-        if (wrong := self.limits.outside(array.tolist())) is not None:
-            raise ServingError(
-                f"row {number} is given token {wrong}, outside the vocabulary of {self.limits.vocabulary} tokens"
-            )
-        return array.astype(np.int64)
+        return self.limits.checked(number, given, self._lengths[number], most)
 
     def _check_open(self, number: object) -> None:
         if not isinstance(number, int) or number not in self._lengths:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gralora_fx.base.sources.model_files import GENERATION_CONFIG, read_json_object
 from gralora_fx.errors import ServingError, option, shown
 
@@ -72,6 +75,34 @@ class DecoderLimits:
         """Return the first token that is not in the vocabulary, or None."""
         most = self.vocabulary
         return next((token for token in tokens if token < 0 or (most is not None and token >= most)), None)
+
+    def checked(self, number: int, given: Sequence[int], length: int, most: int) -> NDArray[np.int64]:
+        """Return the tokens that a row, which has read `length`, is given for a step of at most `most`.
+
+        Raises:
+            ServingError: They are none, too many, or not ids of the vocabulary.
+        """
+        try:
+            array = np.asarray(given)
+        except ValueError:
+            array = np.empty((0, 0))
+        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+            raise ServingError(f"the tokens of row {number} are {shown(given)}; give a list of token ids")
+        if not 0 < len(array) <= most:
+            raise ServingError(
+                f"row {number} is given {len(array)} tokens, and reads 1 to {most} in a step; split them, or "
+                "leave an idle row out"
+            )
+        if length + len(array) > self.context:
+            raise ServingError(
+                f"row {number} has read {length} tokens and is given {len(array)}, more than its capacity of "
+                f"{self.context}; close it, or make room with capacity="
+            )
+        if (wrong := self.outside(array.tolist())) is not None:
+            raise ServingError(
+                f"row {number} is given token {wrong}, outside the vocabulary of {self.vocabulary} tokens"
+            )
+        return array.astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,27 @@
-"""Rows whose adapters become active at a token; the base reads all tokens before it, as in any other row."""
+"""Rows that compute their tokens in another way from one of them on.
+
+An adapter may become active at a token; the base reads all tokens before it, as in any other row. And a text may grow
+longer than the rotary embedding of short texts is for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.run.engine.limits import part_length
 
 if TYPE_CHECKING:
+    from threading import Lock
+
     from gralora_fx.run.engine.adapters import Adapters
+    from gralora_fx.run.engine.shared_rows import SharedRows
+    from gralora_fx.run.engine.text_lengths import TextLengths
 
 
 class StartedRows:
@@ -66,3 +75,62 @@ class StartedRows:
         crossing = {row: start - lengths[row] for row, start in self._starts.items() if row in read}
         cut = {row: count for row, count in crossing.items() if 0 < count < len(read[row])}
         return {row: array[: cut.get(row, len(array))] for row, array in read.items()} if cut else read
+
+
+class GrowingRows:
+    """Rows of a model whose rotary embedding may depend on the length of the whole text."""
+
+    chunk: int
+    _texts: TextLengths | None = None  # None if it does not
+    _lengths: dict[int, int]
+    _shared: SharedRows | None
+    _lock: Lock
+
+    def expect(self, row: int, count: int) -> None:
+        """Record how many tokens a row will read next, such as those of its prompt.
+
+        `fill` does so too. It matters to models that compute tokens of a long text differently from the first on.
+
+        Args:
+            row: Its number, as returned by `open`.
+            count: How many tokens.
+
+        Raises:
+            ServingError: The row is not open.
+        """
+        with self._lock:
+            self._check_open(row)
+            self._expect_text(row, count)
+
+    def _expect_text(self, row: int, count: int) -> None:
+        """Record how many tokens a row will read next; a long text shares what it reads with long ones."""
+        is_long = self._texts is not None and self._texts.expect(row, self._lengths[row], count)
+        if is_long and self._shared is not None:
+            self._shared.part(row, "long")
+
+    def _grow(self, read: Mapping[int, NDArray[np.int64]]) -> None:
+        """Let rows read their texts again that become long ones, if their model's generation does so."""
+        for row, array in read.items() if self._texts is not None else ():
+            assert self._texts is not None
+            length = self._lengths[row]
+            if not self._texts.grows(row, length, len(array)):
+                continue
+            if self._shared is not None:
+                self._shared.lose([row])
+            text = self._texts.grow(row)
+            try:
+                self._lengths[row] = 0 if text else length
+                while text:
+                    count = part_length(len(text), self.chunk)
+                    self._read({row: np.array(text[:count])}, {})
+                    text = text[count:]
+            except ServingError:
+                self._lengths[row] = length
+                self._texts.shrink(row)
+                raise
+
+    def _check_open(self, number: object) -> None:
+        raise NotImplementedError
+
+    def _read(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        raise NotImplementedError

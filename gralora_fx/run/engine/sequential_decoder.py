@@ -11,12 +11,13 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError
+from gralora_fx.format.export_directory import TEXT_SEQLENS
 from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers, RowLayout
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.engine.session_decoders import given_rows
+from gralora_fx.run.engine.session_decoders import given_rows, texts_of
 from gralora_fx.run.sessions.ort_values import array_of, empty_values
 from gralora_fx.run.sessions.session import QUIET_RUN
 from gralora_fx.run.sessions.session_views import as_past, gives_all, reads_tokens_apart
@@ -48,7 +49,7 @@ class SequentialDecoder(Decoder):
         if not takes_buffers:
             self.alone = self.chunk  # the last bits of its attention may depend on the pieces
         self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers
-        self._given, self._layout = given_rows(session), RowLayout(session.get_inputs())
+        self._given, self._layout, self._texts = given_rows(session), RowLayout(session.get_inputs()), texts_of(session)
         self._inputs = {value.name for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
         self._open: dict[int, _Row] = {}
@@ -102,8 +103,10 @@ class SequentialDecoder(Decoder):
             "attention_mask": np.ones((1, total), dtype=np.int64),
             "position_ids": np.arange(past, total, dtype=np.int64)[None],
         }
-        feed = {name: array for name, array in inputs.items() if name in self._inputs}
+        feed: dict[str, NDArray[Any]] = {name: array for name, array in inputs.items() if name in self._inputs}
         feed |= self._given.arrays({number: tokens}, {number: past}, range(number, number + 1), ids)
+        if self._texts is not None:
+            feed[TEXT_SEQLENS] = self._texts.totals(range(number, number + 1), {number: tokens}, {number: past})
         cache: Mapping[str, Any] = {}
         if row.steps is not None:
             logits = row.steps(feed, adapter)

@@ -13,17 +13,24 @@ from gralora_fx.base.paged_memory import kept_reason
 from gralora_fx.errors import ServingError, option
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE, FIRST_ADAPTER
 from gralora_fx.format.cache_slots import past_slots
-from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
+from gralora_fx.format.export_directory import (
+    ATTENTION_SEQLENS,
+    LOGITS_INDICES,
+    PAST_SEQLENS,
+    QUERY_SEQLENS,
+    TEXT_SEQLENS,
+)
 from gralora_fx.run.engine.adapters import Adapters, LoadedAdapter, Stack
 from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.run.sessions.ort_values import optional_arguments
-from gralora_fx.run.sessions.session_views import adapter_dtype, gives_all, reads_tokens_apart
+from gralora_fx.run.sessions.session_views import adapter_dtype, gives_all, reads_tokens_apart, text_switch
 
 if TYPE_CHECKING:  # loaded where rows have adapters
     from gralora_fx.run.engine.adapter_slots import RowStacks
+    from gralora_fx.run.engine.text_lengths import TextLengths
 
 _MOST_PADDED = 64  # positions of padding that are summed up rather than run the model once more
 _STATES = "layers of the model keep states"
@@ -93,6 +100,15 @@ def given_rows(session: Any) -> GivenRows:
     return rows
 
 
+def texts_of(session: Any) -> TextLengths | None:
+    """Return the texts of a session's rows, if its rotary embedding depends on their lengths."""
+    if (described := text_switch(session)) is None:
+        return None
+    from gralora_fx.run.engine.text_lengths import TextLengths
+
+    return TextLengths.of(described)
+
+
 class RowsDecoder(Decoder):
     """The rows' graph with caches in shared buffers; a step runs all rows from the first to the last that read."""
 
@@ -121,7 +137,7 @@ class RowsDecoder(Decoder):
             problem = f"{_STATES}, which cannot be set back"
         apart = reads_tokens_apart(session)
         super().__init__(limits, size, gives_all=gives_all(session), verify_problem=problem, is_apart=apart)
-        self._adapters, self._given = adapters, given_rows(session)
+        self._adapters, self._given, self._texts = adapters, given_rows(session), texts_of(session)
         self._row_stacks: RowStacks | None = None
         if ADAPTER_IDS in inputs:
             from gralora_fx.run.engine.adapter_slots import RowStacks
@@ -284,6 +300,8 @@ class RowsDecoder(Decoder):
         if self._pads_attention:
             feed[ATTENTION_SEQLENS] = attended
         counts = {row: last.get(row, len(array) if self.gives_all else 1) for row, array in read.items()}
+        if self._texts is not None:
+            feed[TEXT_SEQLENS] = self._texts.totals(rows, read, lengths)
         if self._chooses_logits:
             ends = dict(zip(read, np.cumsum([*map(len, read.values())]), strict=True))
             feed[LOGITS_INDICES] = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in read])

@@ -21,7 +21,7 @@ _APART = 32  # the fewest tokens from a snapshot to the next tentative one
 class _SharedRow:
     """A row that is open."""
 
-    root: tuple[Any, str | None]  # the version of its adapter, and its salt
+    root: tuple[Any, Any]  # the version of its adapter, and its salt, or its kind and its salt
     text: list[int] = field(default_factory=list)  # the tokens that it has read, or that were filled in
     kept: int = 0  # how many of them were stored in the cache
     exact: int = 2**62  # up to which all were read in steps of several
@@ -95,6 +95,12 @@ class SharedRows:
             self._rows[row] = _SharedRow((None, salt), names=names or {}, start=start, adapter=version.number)
         if names is None:
             self.lose([row])
+
+    def part(self, row: int, kind: str) -> None:
+        """Let a row that has read nothing share only with rows of the same kind."""
+        version, salt = self._rows[row].root
+        if not self._rows[row].text and not isinstance(salt, tuple):
+            self._rows[row].root = version, (kind, salt)
 
     def end(self, row: int, length: int) -> None:
         """Close a row that has read so many tokens."""

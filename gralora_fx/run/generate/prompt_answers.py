@@ -209,6 +209,8 @@ class _Rows:
             self._decoder.open(request.adapter, request.arrays, start=start)
             for request, start in zip(requests, starts, strict=True)
         ]
+        for row, request in zip(self._rows, requests, strict=True):
+            self._decoder.expect(row, len(request.prompt))
         verifies = self._decoder.verify_problem is None
         self._proposer: Proposer = generation.proposer if verifies else NoProposals()
         self._answers = [

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.format.adapter_inputs import AdapterInputs, is_adapter_tensor
 from gralora_fx.format.cache_slots import past_slots
-from gralora_fx.format.export_directory import ROWS_FORM, TOKENS_APART, TRANSPOSED_STATES
+from gralora_fx.format.export_directory import ROWS_FORM, TEXT_SWITCH, TOKENS_APART, TRANSPOSED_STATES
 from gralora_fx.format.input_names import PAST_PREFIX, PRESENT_PREFIX
 
 Values = Mapping[str, Any]  # tensors of an adapter as `OrtValue`s, by name
@@ -40,6 +40,11 @@ def transposed_states(session: Any) -> frozenset[str]:
 def reads_tokens_apart(session: Any) -> bool:
     """Return whether a model computes a single token after others differently from the same token among several."""
     return TOKENS_APART in _metadata(session)
+
+
+def text_switch(session: Any) -> str | None:
+    """Return how a model depends on the lengths of its texts (see `text_lengths`); None if it does not."""
+    return _metadata(session).get(TEXT_SWITCH)
 
 
 def is_current_form(session: Any) -> bool:

@@ -165,6 +165,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
                     max_length=job.request.max_length,
                     start=start,
                 )
+                self._decoder.expect(row, len(job.request.prompt))
                 if not job.request.options.scores_prompt:  # every position's logits are wanted then
                     job.skip(self._decoder.fill(row, job.request.prompt))  # so that others share the prompt's beginning
             except Exception as error:  # noqa: BLE001  # it is told and logged

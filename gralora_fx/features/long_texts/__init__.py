@@ -1,0 +1,1 @@
+"""Rotary embeddings whose frequencies depend on the length of the whole text (LongRoPE, dynamic NTK)."""
