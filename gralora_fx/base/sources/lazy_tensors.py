@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gralora_fx.base.compat.torch_graphs import tree_map
-from gralora_fx.base.sources.reused_memory import READ
 from gralora_fx.errors import ExportError
 
 if TYPE_CHECKING:
@@ -117,6 +116,8 @@ def _read(value: Any) -> Any:
     source = source_of(value) if isinstance(value, nn.Parameter) else None
     if source is None:
         return value
+    from gralora_fx.base.sources.reused_memory import READ
+
     values = source().detach()
     return READ.cast(values) if value.dtype == torch.float32 else values.to(value.dtype)
 
