@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.running import run
 from peft_oracle import saved_by_peft
+from running import run
 from terminals import in_terminal, plain_lines
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
