@@ -37,7 +37,6 @@ from gralora_fx.exporters import export_onnx
 
 ORIGIN = "https://chat.example.org"
 ROWS, WAITING, CONTEXT = 2, 12, 512
-LONG, SHORT = 40, 8  # tokens: what is killed or waited for is long, what only has to be right is short
 GONE = "the replica that ran the request has ended; try again"
 
 
@@ -102,7 +101,7 @@ class Replicated:
         """How many tokens a replica has answered with."""
         return self.counted(replica, "gralora_fx_tokens_total", "generated")
 
-    def ask(self, model: str, *, stream: bool = False, tokens: int = LONG) -> tuple[str, str]:
+    def ask(self, model: str, *, stream: bool = False, tokens: int = 40) -> tuple[str, str]:
         """The text of an answer, or an error's status and message."""
         options: dict[str, Any] = {"model": model, "prompt": "Hello", "temperature": 0, "max_tokens": tokens}
 
@@ -113,10 +112,6 @@ class Replicated:
             return self.client.completions.create(**options).choices[0].text
 
         return self.outcome(answer)
-
-    def ask_shortly(self, model: str) -> tuple[str, str]:
-        """The same in few tokens."""
-        return self.ask(model, tokens=SHORT)
 
     def classify(self) -> tuple[str, str]:
         """The label of a text, or an error's status and message."""
@@ -176,27 +171,16 @@ def service(exported: tuple[Path, dict[str | None, Any]]) -> Iterator[Replicated
         yield running
 
 
-def answers_of(exported: tuple[Path, dict[str | None, Any]], tokens: int) -> dict[str, str]:
-    """What each model answers in some tokens."""
+@pytest.fixture(scope="module")
+def texts(exported: tuple[Path, dict[str | None, Any]]) -> dict[str, str]:
+    """What each model answers."""
     tokenizer, oracles = chat_tokenizer(), exported[1]
     prompt = tokenizer("Hello")["input_ids"]
     found = {
-        name or "data": str(tokenizer.decode(greedy(oracle, prompt, tokens), skip_special_tokens=True))
+        name or "data": str(tokenizer.decode(greedy(oracle, prompt, 40), skip_special_tokens=True))
         for name, oracle in oracles.items()
     }
     return {"data": found["data"], "peft": found["wide"], "small": found["small"], "wide": found["wide"]}
-
-
-@pytest.fixture(scope="module")
-def texts(exported: tuple[Path, dict[str | None, Any]]) -> dict[str, str]:
-    """What each model answers to `ask`."""
-    return answers_of(exported, LONG)
-
-
-@pytest.fixture(scope="module")
-def short(exported: tuple[Path, dict[str | None, Any]]) -> dict[str, str]:
-    """What each model answers to `ask_shortly`."""
-    return answers_of(exported, SHORT)
 
 
 def test_each_request_has_its_adapter(service: Replicated, texts: dict[str, str]) -> None:
@@ -242,12 +226,12 @@ def test_health_needs_no_key(service: Replicated) -> None:
     assert client.get("/v2/health/ready", cast_to=object) == {"ready": True}
 
 
-def test_a_hot_adapter_spreads(service: Replicated, short: dict[str, str]) -> None:
+def test_a_hot_adapter_spreads(service: Replicated, texts: dict[str, str]) -> None:
     replicas = service.replicas()
     assert len(replicas) == 2
     before = [service.tokens(replica) for replica in replicas]
     with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(service.ask_shortly, ["wide"] * 16)) == {("text", short["wide"])}
+        assert set(pool.map(service.ask, ["wide"] * 16)) == {("text", texts["wide"])}
     grown = [service.tokens(replica) - count for replica, count in zip(replicas, before, strict=True)]
     assert all(count > 0 for count in grown)
     measured = service.root.get("/metrics", cast_to=str)
@@ -256,30 +240,30 @@ def test_a_hot_adapter_spreads(service: Replicated, short: dict[str, str]) -> No
     assert generated == [sum(before) + sum(grown)]
 
 
-def test_what_a_request_loads_is_in_every_replica(service: Replicated, short: dict[str, str]) -> None:
+def test_what_a_request_loads_is_in_every_replica(service: Replicated, texts: dict[str, str]) -> None:
     def change(verb: str, **fields: Any) -> tuple[str, str]:
         return service.outcome(lambda: service.client.post(f"/{verb}_lora_adapter", body=fields, cast_to=str))
 
     def answers() -> set[tuple[str, str]]:
         with ThreadPoolExecutor(8) as pool:
-            return set(pool.map(service.ask_shortly, ["live"] * 16))
+            return set(pool.map(service.ask, ["live"] * 16))
 
     assert change("load", lora_name="live", lora_path="small")[0] == "text"
-    assert answers() == {("text", short["small"])}
+    assert answers() == {("text", texts["small"])}
     assert change("load", lora_name="live", lora_path="wide")[0] == "400"
     assert change("load", lora_name="live", lora_path="missing", load_inplace=True)[0] == "404"
-    assert answers() == {("text", short["small"])}
+    assert answers() == {("text", texts["small"])}
     assert change("unload", lora_name="live")[0] == "text"
     assert {status for status, _ in answers()} == {"404"}
     assert change("load", lora_name="live", lora_path="wide")[0] == "text"
-    assert answers() == {("text", short["wide"])}
+    assert answers() == {("text", texts["wide"])}
 
 
-def test_what_is_not_pinned_is_loaded_where_a_request_names_it(service: Replicated, short: dict[str, str]) -> None:
+def test_what_is_not_pinned_is_loaded_where_a_request_names_it(service: Replicated, texts: dict[str, str]) -> None:
     load: Any = {"lora_name": "loose", "lora_path": "wide", "pin": False}
     assert service.client.post("/load_lora_adapter", body=load, cast_to=str).startswith("Success")
     with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(service.ask_shortly, ["loose"] * 16)) == {("text", short["wide"])}
+        assert set(pool.map(service.ask, ["loose"] * 16)) == {("text", texts["wide"])}
     service.client.post("/unload_lora_adapter", body={"lora_name": "loose"}, cast_to=str)
     assert service.ask("loose")[0] == "404"
 
