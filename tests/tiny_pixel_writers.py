@@ -8,22 +8,28 @@ import torch
 from transformers import (
     DonutProcessor,
     DonutSwinConfig,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    Florence2Processor,
     GPT2Config,
     MBartConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     TrOCRConfig,
     TrOCRProcessor,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.donut.image_processing_pil_donut import DonutImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from tests.tiny_tokenizers import tiny_tokenizer
 
-START, PAD, _VOCABULARY = 1, 0, 100
+START, PAD, IMAGE, _VOCABULARY = 1, 0, 90, 100
+_BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
 _WIDTHS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 
 
@@ -51,6 +57,38 @@ def tiny_pixel_writer(name: str) -> PreTrainedModel:
     settings = model.generation_config
     settings.decoder_start_token_id, settings.pad_token_id, settings.eos_token_id = START, PAD, 2
     return model
+
+
+def tiny_florence() -> PreTrainedModel:
+    """Return a tiny Florence-2, whose images are of 768 x 768 and 10 tokens; its two tables of embeddings differ."""
+    vision = {"depths": [1, 1], "patch_size": [16, 16], "patch_stride": [16, 16], "patch_padding": [0, 0]}
+    vision |= {"patch_prenorm": [False, True], "embed_dim": [8, 16], "num_heads": [2, 2], "num_groups": [2, 2]}
+    vision |= {"window_size": 4, "projection_dim": 32}
+    heads = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in _BART.items()}
+    special = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": 2, "decoder_start_token_id": 2}
+    text = {"vocab_size": _VOCABULARY, "d_model": 32, "max_position_embeddings": 128, **heads, **special}
+    text |= {"model_type": "bart", "forced_eos_token_id": None}
+    config = Florence2Config(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    model = Florence2ForConditionalGeneration(config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():  # so wide that answers depend on images
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    settings = model.generation_config
+    settings.decoder_start_token_id, settings.pad_token_id, settings.eos_token_id = 2, PAD, 2
+    return model
+
+
+def tiny_florence_processor() -> Florence2Processor:
+    """Return its processor."""
+    images = CLIPImageProcessorPil(size={"height": 768, "width": 768}, do_center_crop=False, image_seq_length=10)
+    known = tiny_tokenizer({IMAGE: "<image>"})
+    special = {name: getattr(known, name) for name in ("pad_token", "bos_token", "eos_token")}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=known.backend_tokenizer, **special, extra_special_tokens={"image_token": "<image>"}
+    )
+    return Florence2Processor(images, tokenizer)
 
 
 def tiny_writers_processor(name: str) -> Any:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import returned_cache, tensors_of, with_tensors
@@ -43,7 +44,7 @@ from gralora_fx.exporters.verify.outputs import run_model
 from gralora_fx.exporters.verify_report import TensorCheck
 from gralora_fx.format.cache_slots import KINDS
 from gralora_fx.format.export_directory import DECODER, ENCODER, ENCODER_DECODER_KIND, FLAG
-from gralora_fx.format.input_names import PAST
+from gralora_fx.format.input_names import PAST, beside_ids
 from gralora_fx.format.manifest import RowsEntry
 from gralora_fx.run.engine.encoder_decoder import EncoderDecoder, Encodings
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
@@ -69,12 +70,19 @@ def encoder_decoder_inputs(
     for batch, source, side, past, length in _QUICK_ENCODED_STEPS if quick else _ENCODED_STEPS:
         if past + length > limit or source > limit:
             continue
-        example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
+        beside = beside_ids(model.example_inputs)
+        example = {
+            name: value
+            for name, value in model.example_inputs.items()
+            if isinstance(value, Tensor) and name not in beside
+        }
         case: dict[str, Any] = {
             name: text_like(name, value, model, batch, length if name.startswith("decoder_") else source, generator)
             for name, value in example.items()
         }
         pad(case, side or "right")
+        for examples in parts("step examples", beside):
+            case |= examples.drawn_beside(model, case, generator)
         held = tensors_of(model.example_inputs[PAST])
         shapes = {slot: slot.kind.shape(tensor.shape, batch, past) for slot, tensor in held.items()}
         drawn = {slot: torch.randn(shape, generator=generator) for slot, shape in shapes.items()}
@@ -140,15 +148,15 @@ def encoder_decoder_models(conversion: Conversion) -> Models:
     decoder.
     """
     precision, log = conversion.options.precision, conversion.log
-    parts = split(graph_to_translate(conversion.traced))
-    encoder = _translated(conversion, "encoder", parts.encoder, CastGraph(precision))
-    kinds = (KINDS["key"],) * (len(parts.outputs) - 1)
-    decoder = _translated(conversion, "decoder", parts.decoder, CastGraph(precision, kinds))
+    halves = split(graph_to_translate(conversion.traced))
+    encoder = _translated(conversion, "encoder", halves.encoder, CastGraph(precision))
+    kinds = (KINDS["key"],) * (len(halves.outputs) - 1)
+    decoder = _translated(conversion, "decoder", halves.decoder, CastGraph(precision, kinds))
     encoder.graph.outputs[0].name = "last_hidden_state"
     pasts = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values")]
     for index, value in enumerate(pasts):
         value.name = f"past_key_values.{index // 2}.decoder.{'value' if index % 2 else 'key'}"
-    for value, name in zip(decoder.graph.outputs, parts.outputs, strict=True):
+    for value, name in zip(decoder.graph.outputs, halves.outputs, strict=True):
         value.name = name
     tables = _tables(conversion, encoder, decoder)
     for name, model in (("encoder", encoder), ("decoder", decoder)):
@@ -172,13 +180,13 @@ def translated_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
     return OnnxPipeline(name, (*translated_passes(conversion, unless_weight), drop_stack_traces))
 
 
-def _tables(conversion: Conversion, *parts: ir.Model) -> frozenset[str]:
+def _tables(conversion: Conversion, *models: ir.Model) -> frozenset[str]:
     """Return the names of embeddings that are a head's weight in some part, if weights are quantized."""
     if conversion.plan is None:
         return frozenset()
     from gralora_fx.exporters.rules.products.block_products import tables_of_heads
 
-    return frozenset().union(*map(tables_of_heads, parts))
+    return frozenset().union(*map(tables_of_heads, models))
 
 
 def named_pipeline(conversion: Conversion, name: str, tables: frozenset[str]) -> OnnxPipeline:
@@ -190,6 +198,7 @@ def named_pipeline(conversion: Conversion, name: str, tables: frozenset[str]) ->
             *insertion_passes(conversion),  # after all fusions; before the keys' projections move into a branch
             *([cache_cross_attention] if name == "decoder" else []),  # finds the cache by the names
             float32_inputs,  # casts the inputs other than the cache, found by name
+            *(parts("optional inputs", conversion.traced.signature.inputs) if name == "encoder" else []),
             *storing_passes(conversion, tables),  # last: all other passes expect float matrices
         ),
     )
@@ -284,4 +293,5 @@ ENCODER_DECODER = Flavour(
     convert=encoder_decoder_models,
     verification=Verification(encoder_decoder_inputs, compare_tokens=compare_encoder_decoder),
     takes_texts=False,
+    has_companions=True,
 )

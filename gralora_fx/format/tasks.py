@@ -28,7 +28,7 @@ class Task:
     cache: Literal["decoder", "encoder-decoder"] | None = None
     adapters: tuple[str, ...] = ()  # PEFT's types of tasks whose adapters may be used for it
     is_classification: bool = False  # whether its head serves only this task
-    takes_embeddings: bool = False  # whether its decoders take embeddings beside ids
+    takes_embeddings: bool = False  # whether its decoders, or encoders, take embeddings beside ids
     # returns whether a model of a text2text-generation class is for this task
     is_of: Callable[[Any], bool] | None = None
     # whether it reads only an encoder's hidden states: an encoder-decoder's encoder is loaded, and a checkpoint may
@@ -159,7 +159,7 @@ def is_decoder(task: str | None) -> bool:
 
 def tasks_beside_ids() -> list[str]:
     """Return the tasks of decoders with a cache that take embeddings beside ids."""
-    return [with_past(task.name) for task in all_tasks() if task.takes_embeddings]
+    return [with_past(task.name) for task in all_tasks() if task.takes_embeddings and task.cache == "decoder"]
 
 
 def requested_task(task_type: object, task: str | None, *, with_cache: bool) -> str | None:

@@ -308,7 +308,7 @@ def _encoder_decoder_generation(export: OpenExport) -> Generation:
     taken = {value.name: value for value in session.encoder.get_inputs() if not is_adapter_input(value.name)}
     inputs = _reader_of(taken).of(export.directory, export.manifest, export.config, taken, limits)
     make = partial(EncoderDecoder, session, export.adapters, limits, encodings=Encodings())
-    return Generation(limits, make, inputs)
+    return Generation(limits, make, inputs, _given_prompts(export))
 
 
 def _reader_of(inputs: Mapping[str, Any]) -> type[EncoderInputs]:

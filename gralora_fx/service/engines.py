@@ -224,7 +224,9 @@ def _text_engine(
 
 def _attachment_reader(settings: ServiceSettings, model: OrtModel) -> AttachmentReader | None:
     """Return the reader of attachments; None if the export reads none or no installed feature can."""
-    readers = parts("attachments", model.manifest.companions) if model.generation.given_prompts is not None else []
+    generation = model.generation
+    has_reader = generation.given_prompts is not None and generation.encoder_inputs is None
+    readers = parts("attachments", model.manifest.companions) if has_reader else []
     return next((reader.of(model, settings) for reader in readers), None)
 
 

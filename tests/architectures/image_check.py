@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from gralora_fx import trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.features.images.image_prompts import encoder_source
 from gralora_fx.serving import OrtModel, load
 from tests.architectures.decoder_check import ANSWER
 from tests.architectures.image_pixels import features_of, pixels_of, pixels_of_both
@@ -56,6 +57,8 @@ def check_images(model: PreTrainedModel, directory: Path) -> CheckedImages:
     Raises:
         GraloraError: It cannot be exported at all.
     """
+    if model.config.is_encoder_decoder:
+        return _check_pair(model, directory)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "images of .* were not tried", UserWarning)  # they are here
         traced = trace(model, task=_TASK)
@@ -72,6 +75,39 @@ def check_images(model: PreTrainedModel, directory: Path) -> CheckedImages:
         return CheckedImages("it has no part that is known to read pixels", one_length=rows)
     takes = tuple(value.name for value in served.companion_session("vision_encoder").get_inputs())
     return CheckedImages("", "; ".join(_differences(served, model)), takes, rows)
+
+
+def _check_pair(model: PreTrainedModel, directory: Path) -> CheckedImages:
+    """Check an encoder-decoder in the same way: its encoder reads pixels, or a prompt with images."""
+    export_onnx(trace(model, task="image-to-text-with-past"), directory, verify="quick")
+    served, differences = load(directory, threads=1), []
+    taken = tuple(value.name for value in served.first_session.encoder.get_inputs())
+    if "pixel_values" in taken:
+        shape = [3 if isinstance(size, str) else size for size in served.first_session.encoder.get_inputs()[0].shape]
+        prompts = [{"pixel_values": torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(1))}]
+    else:
+        first, second = (pixels_of(model, seed) for seed in (0, 1))
+        prompts = [_prompt(model, images) for images in ([first], [first, second], [])]
+        if served.generation.given_prompts is None:
+            return CheckedImages("it has no part that is known to read pixels", one_length="rows run in turn")
+        taken = tuple(value.name for value in served.companion_session("vision_encoder").get_inputs())
+    decoder, reader = served.decoder(rows=1), served.generation.encoder_inputs
+    assert reader is not None
+    for number, prompt in enumerate(prompts):
+        source: Any = {name: value.numpy() for name, value in prompt.items()}
+        if "input_ids" in prompt and "pixel_values" in prompt:
+            ids = prompt["input_ids"][0].numpy()
+            given = served.generation.given_prompts.given(ids, source, None)
+            source = encoder_source(reader, ids.tolist(), given).arrays
+        row, tokens = decoder.open(None, source), [reader.rules.start]
+        while len(tokens) <= ANSWER:
+            tokens.append(int(np.argmax(decoder.step({row: tokens[-1:]})[row])))
+        decoder.close(row)
+        model.generation_config.decoder_start_token_id = reader.rules.start
+        wanted = _answer_of_transformers(model, prompt)
+        if tokens[1:] != wanted:
+            differences.append(f"prompt {number}: {tokens[1:]} instead of {wanted}")
+    return CheckedImages("", "; ".join(differences), taken, "rows run in turn")
 
 
 def _differences(served: OrtModel, model: PreTrainedModel) -> Iterator[str]:
@@ -110,7 +146,8 @@ def _answer_of_transformers(model: PreTrainedModel, prompt: Mapping[str, Tensor]
     settings.eos_token_id, settings.pad_token_id = None, 0
     with torch.no_grad():
         tokens = model.generate(**prompt, max_new_tokens=ANSWER, do_sample=False)
-    return [int(token) for token in tokens[0, prompt["input_ids"].shape[1] :]]
+    before = 1 if model.config.is_encoder_decoder else prompt["input_ids"].shape[1]
+    return [int(token) for token in tokens[0, before:]]
 
 
 def _answers(served: OrtModel, prompts: list[dict[str, Tensor]]) -> list[list[int]]:

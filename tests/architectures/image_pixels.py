@@ -44,7 +44,8 @@ def pixels_of(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
         mask = torch.zeros(1, 32, 32, dtype=torch.long)
         mask[:, :height, :width] = 1
         return {"pixel_values": torch.randn(1, 3, 32, 32, generator=generator) * mask, "pixel_attention_mask": mask}
-    size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+    size = getattr(vision, "image_size", 768)  # Florence-2's, which its configuration does not say
+    size = size if isinstance(size, int) else size[0]
     return {"pixel_values": torch.randn(1 + seed, 3, size, size, generator=generator)}
 
 

@@ -42,7 +42,7 @@ def _texts_alone(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterator[None]:
-    """Let a decoder take embeddings in place of some of its tokens, beside the ids, within the block.
+    """Let a model take embeddings in place of some of its tokens, beside the ids, within the block.
 
     Where an id is negative, the embedding is the one that is given.
 
@@ -64,7 +64,8 @@ def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterat
             counted = positions(inputs["attention_mask"], ids.shape[1]) if places is None else places
             inputs["position_ids"] = torch.where(grid < 0, counted, grid)
         with ExitStack() as changed:
-            changed.enter_context(patch.object(embedding, "forward", _where_given(embedding.forward, given, embeds)))
+            embed = _where_given(embedding.forward, given, embeds, inputs.get("decoder_input_ids"))
+            changed.enter_context(patch.object(embedding, "forward", embed))
             if prefix is not None:
                 _join(changed, model, prefix)
             if features is not None:
@@ -97,10 +98,16 @@ def _stands_in(model: PreTrainedModel) -> int:
     return int(text.pad_token_id or 0) if text.model_type.startswith("gemma4") else 0
 
 
-def _where_given(embed: Callable[..., Tensor], given: Tensor, embeds: Tensor) -> Callable[..., Tensor]:
+def _where_given(
+    embed: Callable[..., Tensor], given: Tensor, embeds: Tensor, of_decoder: Tensor | None
+) -> Callable[..., Tensor]:
     def embedded(ids: Tensor, *args: Any, **options: Any) -> Tensor:
         own = embed(ids, *args, **options)
-        return own if ids.ndim < given.ndim else torch.where(given.unsqueeze(-1), embeds.to(own.dtype), own)
+        return (
+            own
+            if ids is of_decoder or ids.ndim < given.ndim
+            else torch.where(given.unsqueeze(-1), embeds.to(own.dtype), own)
+        )
 
     return embedded
 

@@ -75,7 +75,10 @@ class ImageChecks:
             expected = [{name: value.detach().float().numpy() for name, value in dict(each).items()} for each in read]
             fed = [{name: as_array(name, value, taken[name]) for name, value in inputs.items()} for inputs in own]
             actual = [run_arrays(session, arrays, description) for arrays in fed]
-            _compare_prompt(run, description, own, expected, actual)
+            if "decoder_input_ids" in base_trace(run.model).input_names:
+                _compare_source(run, description, expected, actual)
+            else:
+                _compare_prompt(run, description, own, expected, actual)
 
 
 def _drawn(part: TracedModel, generator: torch.Generator) -> list[dict[str, Tensor]]:
@@ -127,6 +130,33 @@ def _compare_prompt(
         wanted = _logits(partial(run_model, run.model, description), inputs)
         run.tally.add_step(index, description, wanted, read(ids), partial(_logits, inputs=inputs))
         ids = [*ids, int(wanted.argmax(-1))]
+
+
+def _compare_source(run: TogetherRun, description: str, expected: Sequence[Outputs], actual: Sequence[Outputs]) -> None:
+    """Compare the answers of an encoder-decoder to a prompt of some text, images with text between them, and text."""
+    model = base_trace(run.model)
+    ids, places = _prompt([len(each[IMAGE_FEATURES]) for each in expected], model, run.generator)
+    tensor = torch.tensor([ids])
+    known = {IDS: tensor.masked_fill(torch.from_numpy(places)[None], GIVEN), "attention_mask": torch.ones_like(tensor)}
+    reference, found = (
+        {**known, EMBEDS: torch.from_numpy(given_of(places, outputs, None, 1)[EMBEDS])}
+        for outputs in (expected, actual)
+    )
+    run.tally.cases.append(description)
+    read = tensor[:, :1]  # of the answer
+    for index in range(_QUICK_STEPS if run.quick else _STEPS):
+        inputs = {**model.constants, **reference, PAST: empty_cache(model.example_inputs[PAST], 1)}
+        of_model = partial(_last_logits, inputs={**inputs, "decoder_input_ids": read})
+        logits = run_values(run.session, {**found, "decoder_input_ids": read}, description)["logits"]
+        wanted = of_model(partial(run_model, run.model, description))
+        run.tally.add_step(index, description, wanted, as_tensor(logits)[:, -1].float(), of_model)
+        read = torch.cat([read, wanted.argmax(-1, keepdim=True)], dim=1)
+
+
+def _last_logits(call: Callable[..., Any], inputs: Mapping[str, Any]) -> Tensor:
+    """Return the model's logits after the last token `[1, vocabulary]`."""
+    last: Tensor = call(**inputs)["logits"][:, -1].float()
+    return last
 
 
 def _prompt(

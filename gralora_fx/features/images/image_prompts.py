@@ -18,16 +18,24 @@ from gralora_fx.errors import ServingError, first_line, option, shown
 from gralora_fx.features.images.feature_cache import FeatureCache
 from gralora_fx.features.images.image_pieces import pieces_of
 from gralora_fx.features.images.image_rows import Given, Outputs, given_of
-from gralora_fx.features.images.tasks_and_inputs import GRID, GRID_THW, IMAGE_FEATURES, NEWLINE, VISION_ENCODER
+from gralora_fx.features.images.tasks_and_inputs import (
+    GIVEN_PLACES,
+    GRID,
+    GRID_THW,
+    IMAGE_FEATURES,
+    NEWLINE,
+    VISION_ENCODER,
+)
 from gralora_fx.features.images.tile_packing import TilePacking
-from gralora_fx.format.input_names import EMBEDS
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
 from gralora_fx.run.engine.adapters import AdapterNames, LoadedAdapter, names_of_rows
 from gralora_fx.run.engine.limits import PromptLimit
-from gralora_fx.run.generate.prompts import GenerateInputs, Prompts
+from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts
 from gralora_fx.run.sessions.ort_values import as_array, run_arrays
 from gralora_fx.run.sessions.session_views import optional_or_required, with_adapter
 
 if TYPE_CHECKING:
+    from gralora_fx.run.generate.encoder_inputs import EncoderInputs
     from gralora_fx.run.open_export import OpenExport
 
 _MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "pooling_kernel_size")  # names of configurations
@@ -118,6 +126,8 @@ class ImagePrompts:
         from gralora_fx.features.images.image_files import images_of
         from gralora_fx.features.images.image_limits import ImageLimits
 
+        if prompts is None:  # a processor may write one
+            prompts = [""] * len(images) if isinstance(images, (list, tuple)) else ""
         is_single = isinstance(prompts, str) or is_chat(prompts)
         given = [prompts] if is_single else list(prompts)
         of_each = [None] * len(given) if images is None else [images] if is_single else _listed(images)
@@ -133,7 +143,11 @@ class ImagePrompts:
         read = [self.read_one(*each) for each in zip(texts, opened, names, strict=True)]
         for ids, _ in read:
             limit.check_tokens(ids)
-        return Prompts([ids for ids, _ in read], is_single, gives_text=True, given=[given for _, given in read])
+        reader = self._export.generation.encoder_inputs
+        if reader is None:
+            return Prompts([ids for ids, _ in read], is_single, gives_text=True, given=[given for _, given in read])
+        sources = [reader.example(ids) if given is None else encoder_source(reader, ids, given) for ids, given in read]
+        return Prompts([[reader.rules.start] for _ in sources], is_single, gives_text=True, sources=sources)
 
     def read_one(
         self, prompt: Any, images: Sequence[Any], adapter: str | None, described: Sequence[Any] = ()
@@ -234,6 +248,13 @@ class ImagePrompts:
         """Return an adapter that changes the vision encoder; None for the base, and for one that leaves it as it is."""
         loaded = None if name is None else self._export.adapters[name]
         return loaded if loaded is not None and not self._taken.isdisjoint(loaded.values) else None
+
+
+def encoder_source(reader: EncoderInputs, ids: list[int], given: Given) -> EncoderInput:
+    """Return what an encoder reads of a prompt with images."""
+    array = np.array([ids])
+    arrays = {IDS: np.where(given[GIVEN_PLACES], GIVEN, array), "attention_mask": np.ones_like(array)}
+    return EncoderInput({**reader.checked(arrays), EMBEDS: given[EMBEDS]}, reader.rules, tuple(ids))
 
 
 def _listed(images: Any) -> list[Any]:

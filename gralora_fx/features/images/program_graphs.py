@@ -30,6 +30,8 @@ def program_graphs(config: Any, models: Mapping[str, ir.Model]) -> dict[str, ir.
     Such models have more of images in their texts than embeddings, adapters that must be given, or pixels or features
     in a form that the programs do not make.
     """
+    if MODEL not in models:  # of an encoder-decoder
+        return {}
     model, token = models[MODEL], image_token(config)
     names = [str(value.name) for value in model.graph.inputs]
     takes_adapters = any(is_adapter_tensor(name) and name not in model.graph.initializers for name in names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gralora_fx.format.input_names import EMBEDS, StepInput
+from gralora_fx.format.input_names import EMBEDS, IDS, StepInput
 from gralora_fx.format.tasks import Task
 
 IMAGES = "pixel_values"
@@ -36,10 +36,10 @@ TO_TEXT = "image-to-text"
 
 
 def reads_images(model: Any) -> bool:
-    """Return whether a model has a part that reads images beside a decoder of texts."""
+    """Return whether a model has a part that reads images beside one of texts."""
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return False
     return getattr(model.config, "vision_config", None) is not None and model.config.get_text_config() != model.config
 
@@ -51,15 +51,17 @@ TASKS = (
         cache="decoder",
         adapters=("CAUSAL_LM",),
         takes_embeddings=True,
-        is_of=reads_images,
+        is_of=lambda model: reads_images(model) and not model.config.is_encoder_decoder,
     ),
     Task(
         TO_TEXT,
         "AutoModelForImageTextToText",
         ("VisionEncoderDecoderModel",),
-        inputs=(IMAGES,),
+        inputs=(IMAGES, IDS),
         cache="encoder-decoder",
         adapters=("SEQ_2_SEQ_LM",),
+        takes_embeddings=True,
+        is_of=lambda model: reads_images(model) and model.config.is_encoder_decoder,
         example="images='line.png'",
         example_options={"image": "FILE.png"},
     ),

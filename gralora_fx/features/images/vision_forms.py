@@ -33,6 +33,7 @@ from gralora_fx.features.images.vision_functions import grids_by_arithmetic
 from gralora_fx.format.input_names import IDS
 
 Features = Callable[..., dict[str, Tensor]]
+_SIDES = {"florence_vision": 768}  # of images, by types of towers whose configuration leaves that to the processor
 _GRIDS = ((2, 3), (4, 5), (9, 6), (1, 1))  # sizes of images in tokens: an example's, and others to compare
 
 
@@ -275,7 +276,7 @@ class _TileForm(VisionForm):
 
     def examples(self, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
         vision = self.model.config.vision_config
-        size = getattr(vision, "image_size", None)
+        size = getattr(vision, "image_size", _SIDES.get(vision.model_type))
         if size is None:
             raise TraceError(f"the size of the images of {type(self.model).__name__} is not known")
         height, width = size if isinstance(size, (list, tuple)) else (size, size)

@@ -22,7 +22,7 @@ from gralora_fx.run.engine.cache_buffers import RowLayout
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.sessions.ort_values import array_of, as_array, empty_values, run_values
+from gralora_fx.run.sessions.ort_values import array_of, as_array, empty_values, optional_arguments, run_values
 from gralora_fx.run.sessions.session_pair import EncoderDecoderSession
 from gralora_fx.run.sessions.session_views import as_past, with_adapter
 
@@ -133,15 +133,16 @@ def _checked(source: Source, session: EncoderDecoderSession) -> Source:
     inputs = {value.name: value for value in session.encoder.get_inputs() if not is_adapter_input(value.name)}
     if missing := [name for name in inputs if name not in source]:
         raise ServingError(f"the source lacks {', '.join(missing)}, which the encoder reads")
-    arrays = {name: as_array(name, value, inputs[name]) if name in inputs else value for name, value in source.items()}
-    if wrong := [name for name in inputs if arrays[name].shape[0] != 1]:
+    taken = {**inputs, **{value.name: value for value in optional_arguments(session.encoder)}}
+    arrays = {name: as_array(name, value, taken[name]) if name in taken else value for name, value in source.items()}
+    if wrong := [name for name in taken if name in arrays and arrays[name].shape[0] != 1]:
         raise ServingError(f"the source's {wrong[0]} has {arrays[wrong[0]].shape[0]} rows; give one for each row")
     return arrays
 
 
 def _encoded(encoder: Any, source: Source) -> Any:
-    names = [value.name for value in encoder.get_inputs() if value.name in source]  # the source may have others
-    feed = {name: source[name] for name in names}
+    taken = (*encoder.get_inputs(), *optional_arguments(encoder))
+    feed = {value.name: source[value.name] for value in taken if value.name in source}  # the source may have others
     return run_values(encoder, feed, "the encoder", ["last_hidden_state"], ServingError)["last_hidden_state"]
 
 

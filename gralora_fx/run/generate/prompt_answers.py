@@ -32,7 +32,7 @@ _FORCED = 32  # maximum tokens forced by a constraint that a step reads
 
 
 class GivenPrompts(Protocol):
-    """Reads prompts with more than text, which a decoder's companion models turn into inputs of its rows."""
+    """Reads prompts with more than text, which companions turn into inputs of a decoder's rows or of an encoder."""
 
     @staticmethod
     def refuse() -> NoReturn:
@@ -95,7 +95,9 @@ class Generation:
 
     def _read_media(self, inputs: GenerateInputs, adapter: AdapterNames) -> Prompts:
         if self.given_prompts is not None:
-            return self.given_prompts.read(inputs, adapter, PromptLimit.of_context(self.limits))
+            reader = self.encoder_inputs
+            limit = PromptLimit.of_context(self.limits) if reader is None else PromptLimit.of_source(reader.limit)
+            return self.given_prompts.read(inputs, adapter, limit)
         from gralora_fx.base.features import parts
 
         for kind in parts("given prompts"):

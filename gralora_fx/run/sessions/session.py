@@ -83,9 +83,9 @@ def open_session(
     weights: Container[str] | None = None,
     error: type[GraloraError] = ExportError,
 ) -> Any:
-    """Open the model of a directory as an `onnxruntime.InferenceSession`, or two as an `EncoderDecoderSession`."""
+    """Open a model of a directory as an `onnxruntime.InferenceSession`, or two as an `EncoderDecoderSession`."""
     folder, runtime = usable_path(directory, error), runtime or Runtime()
-    if (folder / f"{ENCODER}.onnx").is_file():
+    if name == MODEL_NAME and (folder / f"{ENCODER}.onnx").is_file():
         parts = [_open(folder / f"{name}.onnx", runtime, error, as_stored, weights) for name in (ENCODER, DECODER)]
         from gralora_fx.run.sessions.session_pair import EncoderDecoderSession
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
 from gralora_fx.format.export_directory import FLAG
+from gralora_fx.run.sessions.ort_values import optional_arguments
 from gralora_fx.run.sessions.session_views import PAST, as_past, empty_past
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -51,6 +52,11 @@ class EncoderDecoderSession:
         pasts = [value for value in self._past_inputs if ".decoder." in value.name]
         return [*self.encoder.get_inputs(), Argument("decoder_input_ids", shape, ids.type), *pasts]
 
+    def get_overridable_initializers(self) -> list[Any]:
+        """Return the encoder's optional inputs."""
+        optional: list[Any] = self.encoder.get_overridable_initializers()
+        return optional
+
     def get_outputs(self) -> list[Any]:
         """Return `logits`, the keys and values, and `encoder_last_hidden_state`."""
         (hidden,) = self.encoder.get_outputs()
@@ -81,6 +87,7 @@ class EncoderDecoderSession:
     def encode(self, feed: Arrays, options: Any = None) -> NDArray[Any]:
         """Return the encoder's output `[batch, length, size]` for its inputs, by name."""
         names = [value.name for value in self.encoder.get_inputs()]
+        names += [value.name for value in optional_arguments(self.encoder) if value.name in feed]
         hidden: NDArray[Any] = self.encoder.run(None, {name: feed[name] for name in names}, options)[0]
         return hidden
 

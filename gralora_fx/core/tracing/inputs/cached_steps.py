@@ -32,7 +32,7 @@ from gralora_fx.core.tracing.inputs.cache import (
 )
 from gralora_fx.core.tracing.inputs.input_trees import by_own_names
 from gralora_fx.errors import TraceError, first_line, option
-from gralora_fx.format.input_names import DECODER_INPUTS, EMBEDS, PAST, beside_ids
+from gralora_fx.format.input_names import DECODER_INPUTS, EMBEDS, IDS, PAST, beside_ids
 from gralora_fx.format.tasks import tasks_beside_ids
 
 if TYPE_CHECKING:  # imports much that serving does not need
@@ -158,13 +158,18 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
 
 
 def decoder_step(
-    model: PreTrainedModel, source: Mapping[str, Tensor], *, past: int = _PAST, length: int = _LENGTH
+    model: PreTrainedModel,
+    source: Mapping[str, Tensor],
+    *,
+    past: int = _PAST,
+    length: int = _LENGTH,
+    beside: bool = False,
 ) -> dict[str, Any]:
     """Return the inputs of one call: the source, `decoder_input_ids [batch, length]`, and an `EncoderDecoderCache`.
 
     The cache holds the decoder's own keys and values, `[batch, heads, past, size]`. Those of the encoder's output are
     computed in every call of a trace, which holds encoder and decoder in one graph; an export splits the two and caches
-    them.
+    them. With `beside`, the source has the inputs that features add to its ids, too.
     """
     generator = torch.Generator().manual_seed(0)
     size = getattr(model.config.get_text_config(decoder=True), "vocab_size", 100)
@@ -174,7 +179,19 @@ def decoder_step(
     if not isinstance(cache, EncoderDecoderCache):
         raise TraceError(f"{type(model).__name__} keeps a {type(cache).__name__}; an EncoderDecoderCache is needed")
     cut = {slot: tensor[:, :, :past].contiguous() for slot, tensor in tensors_of(cache).items()}
+    if beside:
+        for examples in parts("step examples", (EMBEDS,)):
+            source = {**source, **examples.examples_beside(model, source[IDS], source["attention_mask"])}
     return {**source, "decoder_input_ids": ids[:, cached:], PAST: with_tensors(cache, cut)}
+
+
+def _source_of(sample: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Return an encoder's inputs without those that features add to its ids, and whether there are such."""
+    left_out = {*DECODER_INPUTS, PAST, *beside_ids(sample)}
+    source = {name: value for name, value in sample.items() if name not in left_out}
+    if EMBEDS in left_out:
+        source[IDS] = source[IDS].clamp(min=0)
+    return source, EMBEDS in left_out
 
 
 def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,8 +201,8 @@ def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str,
     step.
     """
     if model.config.is_encoder_decoder:
-        source = {name: value for name, value in sample.items() if name not in (*DECODER_INPUTS, PAST)}
-        return decoder_step(model, widen(model, source))
+        source, beside = _source_of(sample)
+        return decoder_step(model, widen(model, source), beside=beside)
     step = cached_inputs(model, beside=EMBEDS in sample)
     if others := [name for name in sample if name not in {*step, "attention_mask", "position_ids"}]:
         ways = [f" (what the model makes of them is {EMBEDS} of {option(task=task)})" for task in tasks_beside_ids()]
@@ -203,14 +220,14 @@ def other_steps(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[t
         yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1, beside=beside)
         yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5, beside=beside)
         return
-    source = {name: value for name, value in sample.items() if name not in ("decoder_input_ids", PAST)}
+    source, beside = _source_of(sample)
     first = {name: value[:1] for name, value in source.items()}
-    yield "one row and one position", decoder_step(model, first, past=9, length=1)
+    yield "one row and one position", decoder_step(model, first, past=9, length=1, beside=beside)
     longer = {
         name: torch.cat([value, value[:, :2]], dim=1) if value.ndim == 2 else value for name, value in source.items()
     }
     more = {name: torch.cat([value, value[:1]]) for name, value in longer.items()}
-    yield "an empty cache", decoder_step(model, more, past=0, length=5)
+    yield "an empty cache", decoder_step(model, more, past=0, length=5, beside=beside)
 
 
 def varying_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
