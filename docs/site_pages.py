@@ -30,7 +30,7 @@ GUIDES = {
     "Start": ("getting-started", "troubleshooting", "supported"),
     "Train": ("training", "qlora", "training-internals"),
     "Adapters": ("adapters", "adapter-files", "adapter-methods", "merging", "runtime-adapters", "multi-lora"),
-    "Export": ("export", "quantization", "encoders", "images", "decoders", "onnx-graphs"),
+    "Export": ("export", "quantization", "encoders", "images", "decoders", "long-contexts", "onnx-graphs"),
     "Run": ("inference", "execution-providers"),
     "Serve": (
         "serving",

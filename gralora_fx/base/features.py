@@ -21,7 +21,7 @@ POINTS: dict[str, str] = {
     "stacks": "A regular expression for the names of parameters that stack matrices of layers; a plan then says why "
     "one has no adapter.",
     "known code": "A tuple of Recognised: code of layers, and what a trace calls in its place.",
-    "step code": "The same for code that is replaced in a decoder's step with a cache alone.",
+    "step code": "The same for a decoder's step with a cache alone; signs are its kinds of rotary embedding.",
     "weight forms": "A subclass of BaseQuantization (base.sources): a format of quantized bases. The last parts of "
     "its tensors' names are signs of the feature.",
     "stored weights": "Returns a checkpoint's tensors by key, those of the form as a PackedTensor each, given their "

@@ -37,7 +37,7 @@ from gralora_fx.core.operators.call import define_shape_only, is_shape_only
 from gralora_fx.core.operators.layers import RmsNorm, Rotate
 from gralora_fx.core.tracing.inputs.cache import tensors_of
 from gralora_fx.core.tracing.inputs.input_trees import by_own_names
-from gralora_fx.core.tracing.known_code import ATTENTIONS, IN_DECODERS, INDEXER, replaced
+from gralora_fx.core.tracing.known_code import ATTENTIONS, IN_DECODERS, INDEXER, Recognised, replaced
 from gralora_fx.format.cache_slots import StateKind
 
 _Axis = tuple[int, int]  # index of a step's tensor, and one of its axes
@@ -58,10 +58,16 @@ def decoder_operators(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iter
         without_stacks,
         shape_only_ops(),
         _attention_as_operators(model),
-        replaced(model, [*IN_DECODERS, *(code for table in parts("step code") for code in table)]),
+        replaced(model, (*IN_DECODERS, *_code_of_rotary_kinds(model))),
         _chosen_keys(model),
     ):
         yield
+
+
+def _code_of_rotary_kinds(model: nn.Module) -> list[Recognised]:
+    """Return the known code for the kinds of rotary embedding that a model has, such as `"longrope"`."""
+    kinds = {kind for part in model.modules() if isinstance(kind := getattr(part, "rope_type", None), str)}
+    return [code for table in parts("step code", kinds) for code in table]
 
 
 def _chosen_keys(model: nn.Module) -> AbstractContextManager[None]:
