@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import warnings
 import wave
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from made_once import made_once
 from numpy.typing import NDArray
 from tiny_models import WIDE, tiny_model
 from transformers import GenerationConfig, PreTrainedModel, WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
+
+from gralora_fx import TracedModel, trace
+from gralora_fx.exporters import export_onnx
 
 RATE, SECONDS = 16_000, 1  # of the recordings that it reads
 LETTERS = [chr(code) for code in range(33, 127)] + ["\u0120"]  # as byte-level BPE writes them
@@ -58,6 +65,23 @@ def tiny_whisper(**rules: Any) -> PreTrainedModel:
     model = tiny_model("whisper", vocab_size=VOCABULARY, **{**special, **WIDE["whisper"]})
     model.generation_config = GenerationConfig(**{**RULES, **rules})
     return model
+
+
+@functools.cache
+def traced_whisper() -> TracedModel:
+    """A trace of it with a cache, made once a process, to be exported as it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "layerdrop is not part of a trace")  # of training alone
+        return trace(tiny_whisper(), task="automatic-speech-recognition-with-past")
+
+
+def whisper_export() -> Path:
+    """Its export with the processor, made once a run, to be read only."""
+
+    def make(folder: Path) -> None:
+        export_onnx(traced_whisper(), folder / "whisper", tokenizer=processor(), verify=False)
+
+    return made_once("speech", make) / "whisper"
 
 
 def processor() -> WhisperProcessor:

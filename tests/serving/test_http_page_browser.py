@@ -30,7 +30,7 @@ from sentence_encoders import save_encoder
 from served_exports import chat_tokenizer, decoders
 from tiny_image_processors import drawn_image, tiny_processor
 from tiny_models import tiny_model
-from tiny_speech import processor, sound, tiny_whisper, wav
+from tiny_speech import sound, wav, whisper_export
 
 from gralora_fx import trace
 from gralora_fx.core.config.service_settings import ServiceSettings
@@ -630,8 +630,7 @@ def test_bars_of_relevance(page: Page, folder: Path, services: Any) -> None:
 def test_speech_is_written_down(page: Page, folder: Path, services: Any) -> None:
     from gralora_fx.features.speech.recordings import read_audio
 
-    traced = trace(tiny_whisper(), task="automatic-speech-recognition-with-past")
-    export_onnx(traced, folder / "whisper", tokenizer=processor(), verify=False)
+    shutil.copytree(whisper_export(), folder / "whisper")
     (folder / "a.wav").write_bytes(wav(sound()))
     (folder / "long.wav").write_bytes(wav(sound(seconds=1.5)))
     url, _ = services(ServiceSettings(folder / "whisper"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 from sentence_encoders import save_encoder
 from served_exports import adapted, chat_tokenizer, decoders
-from tiny_speech import processor, tiny_whisper
+from tiny_speech import whisper_export
 
-from gralora_fx import trace
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
@@ -45,9 +45,7 @@ def sentences(folder: Path) -> Path:
 
 
 def speech(folder: Path) -> Path:
-    traced = trace(tiny_whisper(), task="automatic-speech-recognition-with-past")
-    export_onnx(traced, folder / "speech", tokenizer=processor(), verify=False)
-    return folder / "speech"
+    return Path(shutil.copytree(whisper_export(), folder / "speech"))
 
 
 @pytest.fixture(scope="module", params=[text, classifier, sentences, speech], ids=lambda make: make.__name__)

@@ -12,7 +12,7 @@ import openai
 import pytest
 from running_service import running
 from starlette.testclient import TestClient
-from tiny_speech import END, features, processor, sound, tiny_whisper, wav
+from tiny_speech import END, features, processor, sound, tiny_whisper, traced_whisper, wav
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, rewrite, trace
@@ -164,10 +164,10 @@ def test_the_service_describes_itself(http: TestClient) -> None:
 
 
 def test_without_a_processor_nothing_is_served(tmp_path: Path) -> None:
-    export_onnx(trace(tiny_whisper(), task=TASK), tmp_path / "bare", verify=False)
+    export_onnx(traced_whisper(), tmp_path / "bare", verify=False)
     with pytest.raises(ServingError, match="holds no tokenizer"):
         create_app(ServiceSettings(tmp_path / "bare"))
-    export_onnx(trace(tiny_whisper(), task=TASK), tmp_path / "half", tokenizer=processor().tokenizer, verify=False)
+    export_onnx(traced_whisper(), tmp_path / "half", tokenizer=processor().tokenizer, verify=False)
     with pytest.raises(ServingError, match=r"holds no preprocessor_config\.json"):
         create_app(ServiceSettings(tmp_path / "half"))
     with pytest.raises(ServingError, match="chunk has no effect"):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_speech import END, RATE, VOCABULARY, features, processor, sound, tiny_whisper
+from tiny_speech import END, RATE, VOCABULARY, features, processor, sound, tiny_whisper, traced_whisper, whisper_export
 from tiny_tokenizers import tiny_tokenizer
 from transformers import (
     MoonshineConfig,
@@ -31,11 +31,8 @@ SPEECH = "automatic-speech-recognition-with-past"
 
 
 @pytest.fixture(scope="module")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> tuple[OrtModel, PreTrainedModel]:
-    path = tmp_path_factory.mktemp("whisper") / "onnx"
-    model = tiny_whisper()
-    export_onnx(trace(model, task=SPEECH), path, tokenizer=processor(), verify=False)
-    return load(path), model
+def whisper() -> tuple[OrtModel, PreTrainedModel]:
+    return load(whisper_export()), tiny_whisper()
 
 
 def test_recordings_are_written_down_as_transformers_does(whisper: tuple[OrtModel, PreTrainedModel]) -> None:
@@ -104,7 +101,7 @@ def test_what_a_model_of_speech_does_not_take_is_said(
 
 
 def test_a_model_of_speech_without_its_processor_takes_features_alone(tmp_path: Path) -> None:
-    export_onnx(trace(tiny_whisper(), task=SPEECH), tmp_path / "onnx", verify=False)
+    export_onnx(traced_whisper(), tmp_path / "onnx", verify=False)
     model = load(tmp_path / "onnx")
     (found,) = model.generate(input_features=features(sound()), max_new_tokens=4)
     assert len(found) == 4

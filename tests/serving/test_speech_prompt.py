@@ -11,10 +11,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_speech import END, LETTERS, RATE, RULES, SPECIAL, START, features, processor, sound, tiny_whisper
+from tiny_speech import (
+    END,
+    LETTERS,
+    RATE,
+    RULES,
+    SPECIAL,
+    START,
+    features,
+    processor,
+    sound,
+    tiny_whisper,
+    traced_whisper,
+    whisper_export,
+)
 from traces import fresh
 
-from gralora_fx import trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.features.speech.recordings import Audio, SpeechReader, recording
@@ -26,14 +38,11 @@ from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.serving import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
-TASK = "automatic-speech-recognition-with-past"
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("whisper") / "onnx"
-    export_onnx(trace(tiny_whisper(), task=TASK), path, tokenizer=processor(), verify=False)
-    return path
+def export() -> Path:
+    return whisper_export()
 
 
 def rules_of(**fields: Any) -> GenerationRules:
@@ -193,7 +202,7 @@ def test_the_feature_extractor_beside_a_tokenizer_is_exported_too(tmp_path: Path
     given: Any = tmp_path / "model"
     if form == "tokenizer":
         given = transformers.AutoTokenizer.from_pretrained(given)
-    export_onnx(trace(tiny_whisper(), task=TASK), tmp_path / "onnx", tokenizer=given, verify=False)
+    export_onnx(traced_whisper(), tmp_path / "onnx", tokenizer=given, verify=False)
     session: Any = load(tmp_path / "onnx").session
     reader = SpeechReader(tmp_path / "onnx", {value.name: value for value in session.encoder.get_inputs()})
     assert reader.features(Audio(sound(), RATE))["input_features"].shape == (1, 8, 40)
@@ -203,7 +212,7 @@ def test_a_damaged_feature_extractor_is_not_exported(tmp_path: Path) -> None:
     processor().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "preprocessor_config.json").write_text("{")
     with pytest.raises(ExportError, match=r"preprocessor_config\.json cannot be read as JSON"):
-        export_onnx(trace(tiny_whisper(), task=TASK), tmp_path / "onnx", tokenizer=tmp_path / "model", verify=False)
+        export_onnx(traced_whisper(), tmp_path / "onnx", tokenizer=tmp_path / "model", verify=False)
     assert not (tmp_path / "onnx").exists()
 
 
