@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from running import run
 from transformers import AutoImageProcessor, AutoProcessor
 
 from gralora_fx import GraloraModel, trace
@@ -18,7 +19,6 @@ from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.service.app import create_app
 from gralora_fx.serving import load
-from tests.cli.running import run
 from tests.made_once import made_once
 from tests.tiny_image_processors import drawn_image
 from tests.tiny_pixel_writers import START, tiny_pixel_writer, tiny_writers_processor

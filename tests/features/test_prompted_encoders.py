@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from running import run
 from transformers import AutoProcessor
 
 from gralora_fx import GraloraModel, trace
@@ -17,7 +18,6 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.features.images.image_limits import ServedImages
 from gralora_fx.service.app import create_app
 from gralora_fx.serving import load
-from tests.cli.running import run
 from tests.made_once import made_once
 from tests.tiny_image_processors import drawn_image
 from tests.tiny_pixel_writers import tiny_florence, tiny_florence_processor
