@@ -33,6 +33,7 @@ from gralora_fx.exporters.translation.export_graphs import check_exportable
 from gralora_fx.format.export_usage import usage_of
 from gralora_fx.format.input_names import beside_ids
 from gralora_fx.format.manifest import Manifest, describe_files, file_names
+from gralora_fx.format.tasks import TEXT_TO_TEXT, is_encoder_decoder
 
 
 @with_progress
@@ -280,7 +281,7 @@ def _companions(
             if not traced.companions:
                 return {}
         except TraceError as error:
-            _leave_out(error, conversion.options)
+            _leave_out(error, conversion)
             return {}
         from gralora_fx.exporters.kinds.companion_models import companion_conversions
 
@@ -298,20 +299,21 @@ def _with_companions(
     try:
         beside = companion_models(companions)
     except ExportError as error:
-        _leave_out(error, conversion.options)
+        _leave_out(error, conversion)
         return models, {}, ()
     whole = {**models, **beside}
     programs = program_models(conversion, whole, companions)
     return {**whole, **programs}, companions, tuple(programs)
 
 
-def _leave_out(error: TraceError | ExportError, options: ExportOptions) -> None:
+def _leave_out(error: TraceError | ExportError, conversion: Conversion) -> None:
     """Refuse to verify a decoder whose companions cannot be exported, or warn if nothing is verified."""
-    if options.level is None:
+    if conversion.options.level is None:
         warn_caller(f"{marked(error)}; the decoder is exported without it")
         return
     alone = f"export with {option(verify=False)}, the decoder alone and unverified"
-    texts = f"the decoder of its texts with {option(task='text-generation-with-past')}"
+    task = TEXT_TO_TEXT if is_encoder_decoder(conversion.traced.task) else "text-generation-with-past"
+    texts = f"the decoder of its texts with {option(task=task)}"
     raise ExportError(f"{marked(error)}; nothing of it would be compared: {alone}, or {texts}") from error
 
 

@@ -143,7 +143,7 @@ def _prompt(model: PreTrainedModel, images: list[dict[str, Tensor]]) -> dict[str
 
 def _answer_of_transformers(model: PreTrainedModel, prompt: Mapping[str, Tensor]) -> list[int]:
     settings = model.generation_config
-    settings.eos_token_id, settings.pad_token_id = None, 0
+    settings.eos_token_id, settings.pad_token_id, settings.forced_eos_token_id = None, 0, None
     with torch.no_grad():
         tokens = model.generate(**prompt, max_new_tokens=ANSWER, do_sample=False)
     before = 1 if model.config.is_encoder_decoder else prompt["input_ids"].shape[1]

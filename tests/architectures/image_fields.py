@@ -51,6 +51,21 @@ IMAGE_FIELDS = {
     "Cosmos3EdgeForConditionalGeneration": Fields(_MROPE, {"num_patches": 16}, {"projector_hidden_size": 32}),
     "Cosmos3OmniForConditionalGeneration": Fields(_MROPE, _DEEP),
     "Exaone4_5_ForConditionalGeneration": Fields({}, _WINDOWS),
+    "Florence2ForConditionalGeneration": Fields(
+        {},
+        {
+            "depths": [1, 1],
+            "patch_size": [16, 16],
+            "patch_stride": [16, 16],
+            "patch_padding": [0, 0],
+            "patch_prenorm": [False, True],
+            "embed_dim": [8, 16],
+            "num_heads": [2, 2],
+            "num_groups": [2, 2],
+            "window_size": 4,
+            "projection_dim": 32,
+        },
+    ),
     "Gemma3ForConditionalGeneration": Fields({}, _SMALL, {"mm_tokens_per_image": 4}),
     "Gemma4ForConditionalGeneration": _GEMMA4,
     "Gemma4UnifiedForConditionalGeneration": _GEMMA4,
@@ -101,4 +116,21 @@ IMAGE_FIELDS = {
     "SmolVLMForConditionalGeneration": Fields({}, _SMALL),
     "Step3p7ForConditionalGeneration": Fields({"sliding_window": 4}),
     "VipLlavaForConditionalGeneration": Fields({}, _SMALL, {"vision_feature_layers": [-1, -2]}),
+    "VisionEncoderDecoderModel": Fields(
+        {},
+        {},
+        {
+            "encoder": {
+                "model_type": "vit",
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                **_SMALL,
+            },
+            "decoder": {"model_type": "trocr", "vocab_size": 99, "d_model": 32, "decoder_layers": 2}
+            | {"decoder_attention_heads": 4, "decoder_ffn_dim": 64, "max_position_embeddings": 64}
+            | {"is_decoder": True, "add_cross_attention": True},
+            "decoder_start_token_id": 1,
+        },
+    ),
 }

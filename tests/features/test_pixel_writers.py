@@ -113,7 +113,9 @@ def test_the_command_line_finds_the_task_and_the_image_processor_beside_the_toke
     given = ("generate", "--onnx", tmp_path / "onnx", "--max-new-tokens", _NEW)
     answer = run(*given, "--image", image)
     assert (answer.status, answer.stdout) == (0, f"{text}\n"), answer.stderr
-    assert run(*given, "--prompt", "A").error.startswith(f"{tmp_path / 'onnx'} reads images, not text; give images")
+    assert run(*given, "--prompt", "A").error.startswith(
+        f"{tmp_path / 'onnx'} reads images, not text; give --image FILE"
+    )
     twice = run(*given, "--image", image, "--image", image).error
     assert twice == "the model reads one image for an answer, and 2 were given; give one"
 
@@ -141,5 +143,5 @@ def test_what_such_a_model_does_not_take_is_refused(trocr: Path, given: dict[str
 
 
 def test_a_service_refuses_such_an_export(trocr: Path) -> None:
-    with pytest.raises(ServingError, match=r"reads images, not text; .* is not served over HTTP"):
+    with pytest.raises(ServingError, match=r"reads images, not text; .*over HTTP it is not served"):
         create_app(ServiceSettings(trocr / "data"))

@@ -109,7 +109,9 @@ def test_images_that_it_does_not_take_are_refused(florence: Path) -> None:
 def test_a_model_whose_tower_cannot_be_traced_is_refused_and_its_texts_are_exported(tmp_path: Path) -> None:
     source = tiny_florence()
     source.config.vision_config.model_type = "of a size that is not known"
-    with pytest.raises(ExportError, match=r"cannot be traced: the size of the images of Florence2.* is not known"):
+    with pytest.raises(
+        ExportError, match=r"the size of the images of Florence2.* is not known.*text2text-generation-with"
+    ):
         export_onnx(trace(source, task=_TASK), tmp_path / "whole")
     with pytest.raises(TraceError, match="takes pixel_values or input_ids, but"):
         trace(_pix2struct(), task=_TASK)

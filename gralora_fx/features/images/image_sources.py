@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn
 
 from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.core.loading.tokenizers import is_ids
-from gralora_fx.errors import ServingError, first_line, option, shown
+from gralora_fx.errors import ServingError, first_line, option, remedy, shown
 from gralora_fx.features.images.processors import load_image_processor
 from gralora_fx.features.images.tasks_and_inputs import IMAGES
 from gralora_fx.format.manifest import Manifest
@@ -57,8 +57,8 @@ class ImageSources(EncoderInputs):
     def refuse(self) -> NoReturn:
         """Raise a `ServingError`, since texts are not read."""
         raise ServingError(
-            f"{self.directory} reads images, not text; give images, or {IMAGES}, to generate of Python or --image to "
-            "gralora-fx generate (it is not served over HTTP)"
+            f"{self.directory} reads images, not text; give {remedy(f'images, or {IMAGES}', '--image FILE')} "
+            "(over HTTP it is not served)"
         )
 
     def read(

@@ -81,7 +81,9 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     main = main_input(model)
     has_cache = task.endswith("-with-past")
     if has_cache and (is_decoder(task) or not model.config.is_encoder_decoder):
-        raise TraceError(f"task {task!r} is not one of {type(model).__name__}; give its task")
+        kind = "an encoder-decoder" if model.config.is_encoder_decoder else "no encoder-decoder"
+        what = f"{type(model).__name__}, which takes {main} and is {kind} by its configuration"
+        raise TraceError(f"task {task!r} is not one of {what}; give its task")
     _check_main_input(model, task)
     generator = torch.Generator().manual_seed(0)
     example = _main_input(model, main, generator)
