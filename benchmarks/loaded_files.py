@@ -62,9 +62,9 @@ class Job:
 _MERGED_LLAMA = _BEGIN + _LLAMA + _MERGE.format(targets="'all-linear'")
 JOBS = (
     Job("trace, rewrite, merge: two layers", _BEGIN + _TWO_LAYERS + _MERGE.format(targets="['0']"), 72, 11_350),
-    Job("trace, rewrite, merge: Llama", _MERGED_LLAMA, 90, 13_800),
-    Job("export: Llama, merged, verified", _MERGED_LLAMA + _EXPORT, 168, 25_900),
-    Job("load and generate", _GENERATE, 54, 7_300),  # the export that the job before it wrote
+    Job("trace, rewrite, merge: Llama", _MERGED_LLAMA, 90, 13_850),
+    Job("export: Llama, merged, verified", _MERGED_LLAMA + _EXPORT, 168, 26_000),
+    Job("load and generate", _GENERATE, 54, 7_450),  # the export that the job before it wrote
 )
 NAMED = {
     "activated": r"(?<![rq])alora|activated (adapter|lora)",

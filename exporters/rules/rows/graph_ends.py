@@ -45,8 +45,7 @@ def optional_inputs_of_rows(model: ir.Model) -> PassResult[ir.Model]:
     """Give inputs that a program need not know a default that means none, so that callers may leave them out.
 
     Before: `graph(input_ids, query_seqlens, past_seqlens, attention_seqlens, logits_indices, text_seqlens, ...)`
-    After:  the same with `attention_seqlens = [0]`, `logits_indices = []` and `text_seqlens = [0]` where they are not
-            given
+    After:  the same with `attention_seqlens = [0]`, `logits_indices = []` and `text_seqlens = [0]` as defaults
 
     A program that knows only the first three inputs gets the logits after the last token of each row.
     """

@@ -105,8 +105,10 @@ class _Reading(TorchFunctionMode):
         """Call a function with values."""
         if func is Tensor.device.__get__ and is_lazy(args[0]):
             return torch.device("cpu")
-        if func is nn.functional.embedding and is_lazy(args[1]):
-            args = args[0], looked_up(args[1], args[0]), *args[2:]
+        if func is nn.functional.embedding and (table := source_of(args[1])) is not None:
+            from gralora_fx.base.sources.table_rows import looked_up
+
+            args = args[0], looked_up(table(), args[0], args[1].dtype), *args[2:]
         if func not in _FACTS:
             args, kwargs = tree_map(_read, (tuple(args), dict(kwargs or {})))
         return func(*args, **(kwargs or {}))
@@ -137,18 +139,6 @@ def sampled_values(tensor: Tensor, name: str, count: int) -> Tensor:
         entry.reshape(-1)[-index * size % step :: step].clone() for index, entry in enumerate(raw_entries(tensor, name))
     ]
     return torch.cat(parts)[:count]
-
-
-def looked_up(tensor: Tensor, ids: Tensor) -> Tensor:
-    """Return a lazy table's values with the rows of some ids set; the pages of all others take no memory."""
-    from gralora_fx.base.paged_memory import PagedBytes
-
-    source: Callable[[], Tensor] = getattr(tensor, _SOURCE)
-    values, rows = source().detach(), torch.unique(ids)
-    memory = PagedBytes(values.numel() * tensor.dtype.itemsize)
-    result = torch.from_numpy(memory.array).view(tensor.dtype).view(values.shape)
-    result[rows] = values[rows].to(tensor.dtype)
-    return result
 
 
 def values_of(tensor: Tensor, name: str) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from gralora_fx.base.sources.lazy_tensors import is_lazy, looked_up, raw_values_of, source_of, values_of
+from gralora_fx.base.sources.lazy_tensors import is_lazy, raw_values_of, source_of, values_of
 from gralora_fx.base.sources.reused_memory import READ
 from gralora_fx.core.graph.linear_calls import mark_unpacked
 from gralora_fx.core.graph.pipeline import PassResult
@@ -64,7 +64,9 @@ class StreamedRows:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return a table in which the rows of these ids are set."""
-        return looked_up(self.parameter, ids)
+        from gralora_fx.base.sources.table_rows import looked_up
+
+        return looked_up(raw_values_of(self.parameter, self.name), ids, self.parameter.dtype)
 
 
 def packed_of(parameter: object) -> PackedWeight | None:

@@ -1,12 +1,9 @@
-"""Rows that compute their tokens in another way from one of them on.
-
-An adapter may become active at a token; the base reads all tokens before it, as in any other row. And a text may grow
-longer than the rotary embedding of short texts is for.
-"""
+"""Rows whose adapter becomes active at a token, or whose text grows longer than a rotary embedding is for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +14,6 @@ from gralora_fx.errors import ServingError, shown
 from gralora_fx.run.engine.limits import part_length
 
 if TYPE_CHECKING:
-    from threading import Lock
-
     from gralora_fx.run.engine.adapters import Adapters
     from gralora_fx.run.engine.shared_rows import SharedRows
     from gralora_fx.run.engine.text_lengths import TextLengths
@@ -84,7 +79,9 @@ class GrowingRows:
     _texts: TextLengths | None = None  # None if it does not
     _lengths: dict[int, int]
     _shared: SharedRows | None
-    _lock: Lock
+    _lock: AbstractContextManager[Any]
+    _check_open: Callable[[int], None]
+    _read: Callable[[Mapping[int, NDArray[np.int64]], Mapping[int, int]], dict[int, NDArray[Any]]]
 
     def expect(self, row: int, count: int) -> None:
         """Record how many tokens a row will read next, such as those of its prompt.
@@ -110,10 +107,9 @@ class GrowingRows:
 
     def _grow(self, read: Mapping[int, NDArray[np.int64]]) -> None:
         """Let rows read their texts again that become long ones, if their model's generation does so."""
-        for row, array in read.items() if self._texts is not None else ():
-            assert self._texts is not None
+        for row, array in read.items():
             length = self._lengths[row]
-            if not self._texts.grows(row, length, len(array)):
+            if self._texts is None or not self._texts.grows(row, length, len(array)):
                 continue
             if self._shared is not None:
                 self._shared.lose([row])
@@ -128,9 +124,3 @@ class GrowingRows:
                 self._lengths[row] = length
                 self._texts.shrink(row)
                 raise
-
-    def _check_open(self, number: object) -> None:
-        raise NotImplementedError
-
-    def _read(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
-        raise NotImplementedError

@@ -74,10 +74,11 @@ def _check_main_input(model: PreTrainedModel, task: str) -> None:
 def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     """Return random inputs of the shapes that a task needs, read from the model's configuration."""
     check_task(task)
+    takes_embeddings = getattr(find_task(task), "takes_embeddings", False)
     if is_decoder(task) and main_input(model) == IDS:
         from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
 
-        return cached_inputs(model, beside=_takes_embeddings(task))
+        return cached_inputs(model, beside=takes_embeddings)
     main = main_input(model)
     has_cache = task.endswith("-with-past")
     if has_cache and (is_decoder(task) or not model.config.is_encoder_decoder):
@@ -96,17 +97,11 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     if has_cache:
         from gralora_fx.core.tracing.inputs.cached_steps import decoder_step
 
-        return decoder_step(model, padded(inputs), beside=main == IDS and _takes_embeddings(task))
+        return decoder_step(model, padded(inputs), beside=main == IDS and takes_embeddings)
     feeds_decoder = is_encoder_decoder(with_past(task)) or task == "feature-extraction"
     if feeds_decoder and "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _token_ids(model, _DECODER_LENGTH, generator)
     return inputs
-
-
-def _takes_embeddings(task: str) -> bool:
-    """Return whether models of a task take embeddings beside ids."""
-    known = find_task(task)
-    return known is not None and known.takes_embeddings
 
 
 def _has_token_types(model: PreTrainedModel, task: str) -> bool:
