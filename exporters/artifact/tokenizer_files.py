@@ -8,6 +8,7 @@ from typing import Any
 
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
+from gralora_fx.format.tasks import is_encoder_decoder
 
 
 def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any, companions: Collection[str] = ()) -> None:
@@ -20,10 +21,10 @@ def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any, companions
     """
     source = tokenizer if isinstance(tokenizer, (str, Path)) else None
     tokenizer = loaded_tokenizer(tokenizer)
-    if signs := companions or list(traced.example_inputs)[:1]:
+    if companions or is_encoder_decoder(traced.task):
         from gralora_fx.base.features import parts
 
-        for reader_of in parts("companion files", signs):
+        for reader_of in parts("companion files", companions or [str(traced.task)]):
             tokenizer = reader_of(tokenizer, _places(traced, source, tokenizer)) or tokenizer
     if traced.appended is not None:
         tokenizer = traced.appended.told_to(tokenizer, traced.config)

@@ -85,8 +85,9 @@ POINTS: dict[str, str] = {
     "more of them, over the same weights, which other programs run in place of `model.onnx`.",
     "program files": "A function of an export's directory, the model's configuration, the ONNX models by file name "
     "and the contents of genai_config.json, which it changes; it writes further files that other programs read.",
-    "companion files": "Returns the processor that makes a companion's inputs from prompts, to be saved in place of "
-    "the tokenizer, given the tokenizer and its source; None if there is none.",
+    "companion files": "Returns the processor that makes inputs of a companion or an encoder from prompts, to be saved "
+    "in place of the tokenizer, given the tokenizer and its source; None if there is none. Names of companions, or the "
+    "task of an encoder-decoder, are signs.",
     "given prompts": "A class like run.generate.prompt_answers.GivenPrompts, whose `of` takes an open export (the "
     "names of its companions are signs) and returns None if they read no prompts.",
     "export options": "A dataclass like cli.export.TraceOptions: options of the command for some kind of model.",
