@@ -35,7 +35,7 @@ from gralora_fx.run.engine.limits import DecoderLimits
 from gralora_fx.run.engine.session_decoders import RowsDecoder
 from gralora_fx.run.generate.prompt_answers import Generation, GivenPrompts
 from gralora_fx.run.sessions.session import CPU, Runtime, open_session
-from gralora_fx.run.sessions.session_views import is_current_form
+from gralora_fx.run.sessions.session_views import is_current_form, text_switch
 
 if TYPE_CHECKING:
     from gralora_fx.core.loading.text_tokenizer import TextTokenizer
@@ -272,6 +272,11 @@ def _no_generation(export: OpenExport) -> Generation:
 def _decoder_generation(export: OpenExport) -> Generation:
     """Return the generation of a decoder: rows together in `model_rows.onnx`, or one by one in `model.onnx`."""
     limits, given = _limits(export), _given_prompts(export)
+    if "'longrope'" in str(export.config) and text_switch(export.first_session) is None:
+        raise ServingError(
+            f"{export.directory} takes no lengths of texts, on which its rotary embedding depends (longrope): a prompt "
+            f"read in chunks would be wrong; export the model again with this version, with {option(overwrite=True)}"
+        )
     if export.first_is_rows:
         manifest = export.manifest
         if not is_current_form(export.first_session):

@@ -14,6 +14,7 @@ from tiny_models import tiny_model
 from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run import open_export
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderSize, part_length
 from gralora_fx.run.engine.sequential_decoder import SequentialDecoder
@@ -158,3 +159,11 @@ def test_a_text_that_cannot_be_read_again_stays_as_it_was(monkeypatch: pytest.Mo
 def test_a_text_beyond_what_dynamic_scaling_leaves_as_it_is_is_refused() -> None:
     with pytest.raises(ServingError, match=f"more than the context of {CONTEXT}"):
         exported("llama", "dynamic").generate([list(range(3, 90)) * 2], max_new_tokens=ANSWER)
+
+
+def test_an_export_that_takes_no_lengths_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier version wrote such, whose long prompts were rotated as short texts up to their first chunk's end."""
+    monkeypatch.setattr(open_export, "text_switch", lambda session: None)
+    with pytest.raises(ServingError, match=r"depends \(longrope\): a prompt read in chunks would be wrong; export"):
+        exported("llama", "longrope").generate([[3, 4, 5]], max_new_tokens=1)
+    assert exported("llama", "yarn").generate([[3, 4, 5]], max_new_tokens=1)
