@@ -17,8 +17,9 @@ from gralora_fx.base.progress.stages import counted
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.artifact.staging import file_sizes
 from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
-from gralora_fx.exporters.kinds.conversion import base_trace
+from gralora_fx.exporters.kinds.conversion import base_trace, is_streamed
 from gralora_fx.exporters.quantize.sensitivity import draw
 from gralora_fx.exporters.verify.cases import Case, Verification, random_answers
 from gralora_fx.exporters.verify.companion_quality import companion_quality
@@ -34,9 +35,10 @@ from gralora_fx.exporters.verify.quality_figures import (
 )
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.format.quantized_weights import Quality, TokenQuality
-from gralora_fx.run.sessions.session import Runtime, open_session, yielding_options
+from gralora_fx.run.sessions.session import Runtime, mapped_options, open_session, yielding_options
 
 _BATCH = 16  # texts at a time
+_COPIED = 2**30  # bytes of an export whose weights the session may copy for faster products, if its model is streamed
 
 
 def measure_quality(
@@ -49,7 +51,9 @@ def measure_quality(
 ) -> Quality:
     """Run a quantized export and the float32 model on the same inputs; a decoder's tokens with each active adapter."""
     traced, manifest = base_trace(model), read_manifest(directory)
-    session = open_session(directory, Runtime(session_options=yielding_options()))
+    is_mapped = is_streamed(model) and sum(file_sizes(directory).values()) > _COPIED
+    options = mapped_options() if is_mapped else yielding_options()
+    session = open_session(directory, Runtime(session_options=options))
     states = variants(session, model, manifest, directory)
     if traced.cache_layout is CacheLayout.DECODER:
         chosen = drawn_texts(traced) if texts is None else user_texts(texts, loaded_tokenizer(tokenizer), traced)

@@ -27,7 +27,7 @@ from gralora_fx.core.loading.models import load_model, load_streamed
 from gralora_fx.core.tracing import check
 from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verify import tolerances
+from gralora_fx.exporters.verify import comparable, quality, tolerances
 
 CACHED = "text-generation-with-past"
 FILES = ("model.onnx", "model.onnx_data", "gralora_export.json", "genai_config.json", "config.json")
@@ -111,6 +111,26 @@ def test_a_difference_is_compared_with_float64_one_weight_at_a_time(tmp_path: Pa
     assert report.passed
     assert report.rounding
     assert all(check.rounding > 0 for check in report.rounding)
+
+
+def test_a_large_export_is_compared_and_measured_with_its_weights_in_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No session copies them, and what is measured is the same."""
+    base, _ = saved("llama", tmp_path, dtype=torch.bfloat16)
+    usual = export_onnx(load_traced(base, None, CACHED, stream=True), tmp_path / "usual", quantize="int4")
+    monkeypatch.setattr(comparable, "_COPIED", 0)
+    monkeypatch.setattr(quality, "_COPIED", 0)
+    opened = mock.Mock(wraps=quality.open_session)
+    monkeypatch.setattr(quality, "open_session", opened)
+    mapped = export_onnx(load_traced(base, None, CACHED, stream=True), tmp_path / "mapped", quantize="int4")
+    options = opened.call_args.args[1].session_options
+    assert options.get_session_config_entry("session.disable_prepacking") == "1"
+    assert usual.quality is not None
+    assert mapped.quality is not None
+    ((one,), (other,)) = usual.quality.tokens, mapped.quality.tokens
+    assert one.positions == other.positions
+    assert other.kl_divergence == pytest.approx(one.kl_divergence, rel=0.05)  # 4e-5 nats, of float32 logits
 
 
 @pytest.mark.parametrize(("name", "options"), [("distilbert", {}), ("vit", {}), ("llama", {"quantize": "int4"})])
