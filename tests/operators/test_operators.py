@@ -23,6 +23,7 @@ from gralora_fx.core.operators.layers import DropPath, Reshape, RmsNorm, Rotary,
 from gralora_fx.exporters.translation.operators import TRANSLATIONS, translation_of
 from gralora_fx.features.experts.operators import Experts
 from gralora_fx.features.llm_int8.packed import UnpackEightBits
+from gralora_fx.features.long_texts.operators import TextLength
 from gralora_fx.features.nf4.packed import UnpackFourBits
 from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm, LinearAttention, PromptClamp
 
@@ -228,6 +229,11 @@ CASES = {
         PromptClamp,
         lambda b, n: {"x": random(b, n, 8), "state": random(b, 4, 6)},
         {"least": -0.5, "largest": 0.5},
+    ),
+    "text_length": Case(
+        TextLength,
+        lambda b, n: {"positions": torch.arange(b * n).reshape(b, n)},
+        {"switch": 4, "rereads": True},
     ),
     "drop_path": Case(DropPath, lambda b, n: {"x": random(b, n, 8)}, {"p": 0.5, "train": True}),
     "reshape": Case(Reshape, lambda b, n: {"x": random(b, n, 8)}, {"shape": [0, -1, 4]}),
