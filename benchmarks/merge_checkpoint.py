@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress, remove
-from benchmarks.streaming import GIB, LLAMA, peak_memory, write_adapter, write_model
+from benchmarks.streaming import LLAMA, described, peak_memory, write_adapter, write_model
 from gralora_fx.exporters import merge_checkpoint
 
 _ITERATIONS = 7
@@ -41,8 +41,7 @@ def run() -> Report:
         timings = measure(cases, iterations=_ITERATIONS, warmup=1)
         progress("merge-checkpoint, memory")
         extra = _memory(root)
-    title = f"{count / 1e9:.2f} B parameters, {count * 2 / GIB:.2f} GiB of bfloat16 files"
-    report.tables.append(Table(title, [timings.row(name, "copy") for name in names]))
+    report.tables.append(Table(described(count), [timings.row(name, "copy") for name in names]))
     largest = _LARGEST / MB
     report.tables.append(Table("memory", [{"peak beyond imports, MB": extra / MB, "largest tensor, MB": largest}]))
     report.claims.append(Claim("time / time to copy the files", timings.ratio(*names[::-1]).of_medians, at_most=1.5))

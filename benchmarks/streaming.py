@@ -99,8 +99,7 @@ def run() -> Report:
     report = Report("streaming", "streaming: exports of models of 1.1 B parameters with a GraLoRA adapter, r=32 k=2")
     for kind in (LLAMA, ENCODER):
         rows, count = _rows(kind)
-        title = f"{kind.name}: {count / 1e9:.2f} B parameters, {count * 2 / GIB:.2f} GiB of bfloat16 files"
-        report.tables.append(Table(title, rows))
+        report.tables.append(Table(f"{kind.name}: {described(count)}", rows))
         peak = rows[0]["peak GB"]
         report.claims.append(Claim(f"peak memory of the streamed {kind.name} to fp32, in GB", peak, at_most=2.0))
     whole, builder = _beside_genai()
@@ -113,6 +112,11 @@ def run() -> Report:
     report.notes.append("peak: largest resident set of the whole process, mapped files included; own: without them")
     report.notes.append("the largest tensor in float32: 0.26 GB of the Llama, 0.51 GB of the RoBERTa, its embeddings")
     return report
+
+
+def described(count: int) -> str:
+    """Describe a model of so many parameters, written by `write_model`."""
+    return f"{count / 1e9:.2f} B parameters, {count * 2 / GIB:.2f} GiB of bfloat16 files"
 
 
 def _rows(kind: Kind) -> tuple[list[dict[str, Any]], int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Claim, Report, Table, progress
-from benchmarks.streaming import GIB, Kind, measure_export, write_model
+from benchmarks.streaming import Kind, described, measure_export, write_model
 
 LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256,
@@ -48,8 +48,7 @@ def run() -> Report:
         count = write_model(root / "base", LLAMA)
         progress("streaming, the export")
         row = measure_export(root, LLAMA.task, {"quantize": "int4"}, with_adapter=False)
-    title = f"{count / 1e9:.2f} B parameters, {count * 2 / GIB:.2f} GiB of bfloat16 files"
-    report.tables.append(Table(title, [{"export": "int4, compared, its quality told", **row}]))
+    report.tables.append(Table(described(count), [{"export": "int4, compared, its quality told", **row}]))
     report.claims.append(Claim("its own memory in GB", row["own GB"], at_most=8.0))
     report.claims.append(Claim("minutes", row["s"] / 60, at_most=90.0))
     report.notes.append("peak: largest resident set, with pages of files once a mapping; own: without them")

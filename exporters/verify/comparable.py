@@ -20,7 +20,6 @@ from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.artifact.staging import file_sizes
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters, is_streamed
 from gralora_fx.exporters.translation.export_graphs import DTYPES, cast_graph, precision_of
 from gralora_fx.exporters.verify.greedy_tokens import RowSteps
@@ -55,8 +54,10 @@ def open_comparable(
 
     Those of a large streamed model read weights from their files, without copies for faster products.
     """
-    if streamed and runtime is None and sum(file_sizes(directory).values()) > _COPIED:
-        runtime = Runtime(session_options=mapped_options())
+    if streamed and runtime is None:
+        from gralora_fx.exporters.verify.mapped_sessions import mapped_runtime
+
+        runtime = mapped_runtime(directory, _COPIED)
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
         return _opened(directory, manifest, runtime, precision)

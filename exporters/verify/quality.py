@@ -17,7 +17,6 @@ from gralora_fx.base.progress.stages import counted
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.artifact.staging import file_sizes
 from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import base_trace, is_streamed
 from gralora_fx.exporters.quantize.sensitivity import draw
@@ -26,6 +25,7 @@ from gralora_fx.exporters.verify.companion_quality import companion_quality
 from gralora_fx.exporters.verify.comparable import variants
 from gralora_fx.exporters.verify.given_texts import MeasuredTexts, drawn_texts, text_cases, user_texts
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps, Step, read_together
+from gralora_fx.exporters.verify.mapped_sessions import mapped_runtime
 from gralora_fx.exporters.verify.outputs import OutputComparison
 from gralora_fx.exporters.verify.quality_figures import (
     QualityTally,
@@ -35,7 +35,7 @@ from gralora_fx.exporters.verify.quality_figures import (
 )
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.format.quantized_weights import Quality, TokenQuality
-from gralora_fx.run.sessions.session import Runtime, mapped_options, open_session, yielding_options
+from gralora_fx.run.sessions.session import Runtime, open_session, yielding_options
 
 _BATCH = 16  # texts at a time
 _COPIED = 2**30  # bytes of an export whose weights the session may copy for faster products, if its model is streamed
@@ -51,9 +51,8 @@ def measure_quality(
 ) -> Quality:
     """Run a quantized export and the float32 model on the same inputs; a decoder's tokens with each active adapter."""
     traced, manifest = base_trace(model), read_manifest(directory)
-    is_mapped = is_streamed(model) and sum(file_sizes(directory).values()) > _COPIED
-    options = mapped_options() if is_mapped else yielding_options()
-    session = open_session(directory, Runtime(session_options=options))
+    mapped = mapped_runtime(directory, _COPIED) if is_streamed(model) else None
+    session = open_session(directory, mapped or Runtime(session_options=yielding_options()))
     states = variants(session, model, manifest, directory)
     if traced.cache_layout is CacheLayout.DECODER:
         chosen = drawn_texts(traced) if texts is None else user_texts(texts, loaded_tokenizer(tokenizer), traced)

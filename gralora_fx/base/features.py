@@ -98,8 +98,7 @@ POINTS: dict[str, str] = {
     "names are signs, and compares the outputs of companions and decoder together.",
     "example inputs": "A function of a model, the name of its main input and a generator, that returns an example of "
     "the input, or None if it knows none (core.tracing.inputs.samples); the name is a sign.",
-    "encoder inputs": "A subclass of run.generate.encoder_inputs.EncoderInputs: reads prompts that are not texts; "
-    "names of the encoder's inputs are signs.",
+    "encoder inputs": "A subclass of run.generate.encoder_inputs.EncoderInputs; the encoder's inputs are signs.",
     "generate options": "A dataclass like cli.generate.PromptOptions: options of the command for such prompts.",
     "constraints": "A class of run.generate.constraints.Constraints, made from a tokenizer, or None, and a decoder's "
     "limits.",

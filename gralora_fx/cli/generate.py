@@ -191,8 +191,8 @@ def _check_input(
         raise ConfigError(
             f"{directory} was exported for the task {manifest.task}; give {wanted} and leave {wrong[0]} out"
         )
-    alone = (kind for kind in _BESIDE if manifest.task == kind.ALONE and options[declared_options(kind)[0].name])
-    if (prompt if own is None else options[mains[own].name]) is None and next(alone, None) is None:
+    is_alone = any(manifest.task == kind.ALONE and options[declared_options(kind)[0].name] for kind in _BESIDE)
+    if (prompt if own is None else options[mains[own].name]) is None and not is_alone:
         raise ConfigError(f"there is nothing to answer; give {wanted}")
     for kind, main in mains.items():
         idle = [each.flag for each in declared_options(kind)[1:] if options[each.name] is not None]

@@ -120,8 +120,7 @@ def _read(value: Any) -> Any:
         return value
     from gralora_fx.base.sources.reused_memory import READ
 
-    values = source().detach()
-    return READ.cast(values) if value.dtype == torch.float32 else values.to(value.dtype)
+    return READ.cast(source().detach(), value.dtype)
 
 
 def value_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:

@@ -17,17 +17,17 @@ _FREE = 3  # references to an array that no tensor uses: the list's, the loop's 
 
 
 class ReusedMemory:
-    """Casts tensors to float32 in memory that no tensor uses any more."""
+    """Casts tensors in memory that no tensor uses any more."""
 
     def __init__(self) -> None:
         """Begin without any."""
         self._arrays: list[NDArray[Any]] = []
         self._lock = threading.Lock()
 
-    def cast(self, values: Tensor) -> Tensor:
-        """Return the values in float32: the tensor itself if it is, else in memory that is its own while it lives."""
-        if values.dtype == torch.float32:
-            return values
+    def cast(self, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values in a dtype: the tensor itself if it has it; float32 in memory of its own while it lives."""
+        if dtype != torch.float32 or values.dtype == dtype:
+            return values.to(dtype)
         return self.empty(values.shape).copy_(values)
 
     def empty(self, shape: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from gralora_fx.base.sources.lazy_tensors import is_lazy, raw_values_of, source_of, values_of
+from gralora_fx.base.sources.lazy_tensors import is_lazy, raw_values_of, source_of
 from gralora_fx.base.sources.reused_memory import READ
 from gralora_fx.core.graph.linear_calls import mark_unpacked
 from gralora_fx.core.graph.pipeline import PassResult
@@ -49,9 +49,7 @@ class StreamedWeight:
 
     def __call__(self) -> Tensor:
         """Return the values in memory that is their own while they are used, or memory-mapped."""
-        if self.parameter.dtype != torch.float32:
-            return values_of(self.parameter, self.name)
-        return READ.cast(raw_values_of(self.parameter, self.name))
+        return READ.cast(raw_values_of(self.parameter, self.name), self.parameter.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +127,11 @@ class ComputeWeights:
 
 def _stream(weight: StreamedWeight, node: fx.Node) -> None:
     for user in list(node.users):
-        is_lookup = user.target is torch.ops.aten.embedding.default and user.args[0] is node
+        read: tuple[Any, ...] = (weight,)
+        if user.target is torch.ops.aten.embedding.default and user.args[0] is node:
+            read = StreamedRows(weight.parameter, weight.name), (user.args[1],)
         with node.graph.inserting_before(user):
-            if is_lookup:
-                values = node.graph.call_function(StreamedRows(weight.parameter, weight.name), (user.args[1],))
-            else:
-                values = node.graph.call_function(weight)
+            values = node.graph.call_function(*read)
         _describe(values, node, user)
         user.replace_input_with(node, values)
 

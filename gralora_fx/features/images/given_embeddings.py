@@ -103,11 +103,9 @@ def _where_given(
 ) -> Callable[..., Tensor]:
     def embedded(ids: Tensor, *args: Any, **options: Any) -> Tensor:
         own = embed(ids, *args, **options)
-        return (
-            own
-            if ids is of_decoder or ids.ndim < given.ndim
-            else torch.where(given.unsqueeze(-1), embeds.to(own.dtype), own)
-        )
+        if ids is of_decoder or ids.ndim < given.ndim:
+            return own
+        return torch.where(given.unsqueeze(-1), embeds.to(own.dtype), own)
 
     return embedded
 

@@ -30,12 +30,11 @@ _COMPARED = frozenset(
     re.findall(
         r"\w+",
         """
-    aya_vision cohere2_vision cohere_compass cosmos3_omni deepseek_vl exaone4_5 florence2 gemma3 gemma4
-    gemma4_unified glm46v
-    glm4v glm4v_moe glm5_next glm_ocr got_ocr2 hyperclovax_vision_v2 idefics2 idefics3 internvl janus kimi_k25 lfm3_vl
-    lighton_ocr llava llava_next llava_next_video llava_onevision minimax_m3_vl mistral3 mistral_large4 muse_glimmer
-    muse_spark paddleocr_vl paligemma qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe
-    qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe smolvlm video_llava vipllava
+    aya_vision cohere2_vision cohere_compass cosmos3_omni deepseek_vl exaone4_5 florence2 gemma3 gemma4 gemma4_unified
+    glm46v glm4v glm4v_moe glm5_next glm_ocr got_ocr2 hyperclovax_vision_v2 idefics2 idefics3 internvl janus kimi_k25
+    lfm3_vl lighton_ocr llava llava_next llava_next_video llava_onevision minimax_m3_vl mistral3 mistral_large4
+    muse_glimmer muse_spark paddleocr_vl paligemma qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5
+    qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe smolvlm video_llava vipllava
         """,
     )
 )

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.core.loading.tokenizers import is_ids
-from gralora_fx.errors import ServingError, first_line, option, remedy, shown
+from gralora_fx.errors import ServingError, first_line, remedy, shown
 from gralora_fx.features.images.processors import load_image_processor
 from gralora_fx.features.images.tasks_and_inputs import IMAGES
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.engine.adapters import AdapterNames
 from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.engine.limits import DecoderSize
 from gralora_fx.run.generate.answer_options import AnswerStart
 from gralora_fx.run.generate.encoder_inputs import EncoderInputs
-from gralora_fx.run.generate.generation_rules import GenerationRules
 from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts
 
 
@@ -32,18 +30,9 @@ class ImageSources(EncoderInputs):
     reads_media: ClassVar[bool] = True
 
     @classmethod
-    def of(
-        cls,
-        directory: Path,
-        manifest: Manifest,
-        config: Mapping[str, Any],
-        inputs: Mapping[str, Any],
-        limits: DecoderLimits,
-    ) -> ImageSources:
-        """Create it, reading the export's rules (see `EncoderInputs.of`)."""
-        rules = GenerationRules.of(directory, config, limits.ends)
-        replaces = "donut" in str((config.get("encoder") or {}).get("model_type"))
-        return cls(directory, manifest.task, inputs, limits, rules, replaces_start=replaces)
+    def fields_of(cls, manifest: Manifest, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return whether a prompt replaces the start token."""
+        return {"replaces_start": "donut" in str((config.get("encoder") or {}).get("model_type"))}
 
     @classmethod
     def reads(cls, inputs: Mapping[str, Any]) -> bool:
@@ -85,11 +74,8 @@ class ImageSources(EncoderInputs):
             raise ServingError(f"{len(given)} prompts and {len(sources)} images were given; give one for each answer")
         rows = [self._beginning(each, tokenizer) for each in given]
         is_text = not inputs.features and not any(is_ids(each) for each in given)
-        if is_text and tokenizer is None:
-            raise ServingError(
-                f"the export holds no tokenizer to write text with; give {IMAGES}, or export with "
-                f"{option(tokenizer=...)}"
-            )
+        if is_text:
+            self.check_writes(tokenizer, IMAGES)
         is_single = is_one and (beginnings is not None or not (inputs.features or _is_list(inputs.media)))
         return Prompts(rows, is_single, is_text, sources)
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,12 +16,11 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from gralora_fx.base.sources.model_files import GENERATION_CONFIG
 from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.core.loading.token_bounds import TokenBound
-from gralora_fx.errors import ServingError, first_line, listed, option, shown
+from gralora_fx.errors import ServingError, first_line, listed, shown
 from gralora_fx.features.speech.recordings import Audio, SpeechReader, recording
-from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
 from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.engine.limits import DecoderSize
 from gralora_fx.run.generate.answer_options import AnswerStart
 from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 from gralora_fx.run.generate.generation_rules import GenerationRules
@@ -168,20 +166,14 @@ class SpeechInputs(EncoderInputs):
     """Reads recordings for an encoder that takes samples or spectrogram features."""
 
     @classmethod
-    def of(
-        cls,
-        directory: Path,
-        manifest: Manifest,
-        config: Mapping[str, Any],
-        inputs: Mapping[str, Any],
-        limits: DecoderLimits,
-    ) -> SpeechInputs:
-        """Read an export's rules, and check those of languages and tasks (see `EncoderInputs.of`)."""
+    def rules_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return further arguments of `GenerationRules.of`."""
         positions = config.get("max_target_positions") if config.get("model_type") == "whisper" else None
-        uncounted = positions // 2 - 1 if isinstance(positions, int) else 0
-        rules = GenerationRules.of(directory, config, limits.ends, uncounted=uncounted, more_search=_SEARCH)
-        SpeechPrompt(rules)  # raises now for invalid languages and tasks
-        return cls(directory, manifest.task, inputs, limits, rules)
+        return {"uncounted": positions // 2 - 1 if isinstance(positions, int) else 0, "more_search": _SEARCH}
+
+    def check(self) -> None:
+        """Check the rules of languages and tasks now, not at the first recording."""
+        SpeechPrompt(self.rules)
 
     @classmethod
     def reads(cls, inputs: Mapping[str, Any]) -> bool:
@@ -221,11 +213,8 @@ class SpeechInputs(EncoderInputs):
         start.check_unused("an answer to a recording begins with its language and task", "forced_bos_token_id")
         prompt = SpeechPrompt(self.rules, start.language, start.task)
         is_single, gives_text, sources = self._recordings(inputs)
-        if gives_text and tokenizer is None:
-            raise ServingError(
-                "the export holds no tokenizer to write text with; give input_features, or export with "
-                f"{option(tokenizer=...)}"
-            )
+        if gives_text:
+            self.check_writes(tokenizer, _FEATURES)
         languages: Sequence[int | None] = [None] * len(sources)
         if prompt.languages:
             languages = _detected(prompt, sources, adapter, open_decoder)

@@ -258,7 +258,8 @@ class Decoder(StartedRows, GrowingRows, BoundedRows):
             logits: dict[int, NDArray[Any]] = {}
             while read:
                 first = self._cut(read)
-                self._grow(first)
+                if self._texts is not None:
+                    self._grow(self._texts, first)
                 wanted = {row: min(count, len(first[row])) for row, count in last.items() if row in first}
                 for number, given in self._read(first, wanted).items():
                     if self._texts is not None:

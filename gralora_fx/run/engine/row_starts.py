@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +78,7 @@ class GrowingRows:
     _texts: TextLengths | None = None  # None if it does not
     _lengths: dict[int, int]
     _shared: SharedRows | None
-    _lock: AbstractContextManager[Any]
+    _lock: Any
     _check_open: Callable[[int], None]
     _read: Callable[[Mapping[int, NDArray[np.int64]], Mapping[int, int]], dict[int, NDArray[Any]]]
 
@@ -105,15 +104,15 @@ class GrowingRows:
         if is_long and self._shared is not None:
             self._shared.part(row, "long")
 
-    def _grow(self, read: Mapping[int, NDArray[np.int64]]) -> None:
+    def _grow(self, texts: TextLengths, read: Mapping[int, NDArray[np.int64]]) -> None:
         """Let rows read their texts again that become long ones, if their model's generation does so."""
         for row, array in read.items():
             length = self._lengths[row]
-            if self._texts is None or not self._texts.grows(row, length, len(array)):
+            if not texts.grows(row, length, len(array)):
                 continue
             if self._shared is not None:
                 self._shared.lose([row])
-            text = self._texts.grow(row)
+            text = texts.grow(row)
             try:
                 self._lengths[row] = 0 if text else length
                 while text:
@@ -122,5 +121,5 @@ class GrowingRows:
                     text = text[count:]
             except ServingError:
                 self._lengths[row] = length
-                self._texts.shrink(row)
+                texts.shrink(row)
                 raise

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 class _Text:
     """The text of a row that is open."""
 
-    known: int = 0  # how many tokens it is known to have, such as those of its prompt
     is_long: bool = False  # whether its tokens are rotated as those of a long text
     tokens: list[int] = field(default_factory=list)  # those that it has read, while they may be read again
 
@@ -51,14 +50,13 @@ class TextLengths:
     def expect(self, row: int, length: int, count: int) -> bool:
         """Record that a row reads so many tokens next; return whether it is then a long text from its first one on."""
         text = self._texts[row]
-        text.known = max(text.known, length + count)
-        text.is_long = text.is_long or (length == 0 and text.known > self.switch)
+        text.is_long = text.is_long or (length == 0 and count > self.switch)
         return text.is_long
 
     def cut(self, read: Mapping[int, NDArray[np.int64]], lengths: Mapping[int, int]) -> Mapping[int, NDArray[np.int64]]:
         """Return the tokens to read first: of a row that grows longer than the switch, those up to there."""
         for row, array in read.items():
-            self.expect(row, lengths[row], len(array) if lengths[row] == 0 else 0)
+            self.expect(row, lengths[row], len(array))
         left = {row: self.switch - lengths[row] for row in read if not self._texts[row].is_long}
         return {row: array[: left[row]] if left.get(row, 0) > 0 else array for row, array in read.items()}
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ServingError, shown
+from gralora_fx.errors import ServingError, option, shown
 from gralora_fx.format.input_names import IDS
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.engine.adapters import AdapterNames
@@ -32,7 +32,7 @@ class EncoderInputs:
     """Reads an export's encoder inputs; the base class reads arrays only.
 
     A feature's subclass reads other prompts: its `reads` says for which encoders, and it overrides `read` and
-    `example`.
+    `example`, and where its rules or fields are other ones, `rules_of` and `fields_of`.
     """
 
     directory: Path  # the export directory
@@ -53,9 +53,25 @@ class EncoderInputs:
         config: Mapping[str, Any],
         inputs: Mapping[str, Any],
         limits: DecoderLimits,
-    ) -> EncoderInputs:
+    ) -> Self:
         """Create it, reading the export's rules."""
-        return cls(directory, manifest.task, inputs, limits, GenerationRules.of(directory, config, limits.ends))
+        rules = GenerationRules.of(directory, config, limits.ends, **cls.rules_of(config))
+        read = cls(directory, manifest.task, inputs, limits, rules, **cls.fields_of(manifest, config))
+        read.check()
+        return read
+
+    @classmethod
+    def rules_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return further arguments of `GenerationRules.of`, by the model's configuration."""
+        return {}
+
+    @classmethod
+    def fields_of(cls, manifest: Manifest, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of further fields."""
+        return {}
+
+    def check(self) -> None:  # most have nothing more to check
+        """Raise a `ServingError` if the rules are invalid for such an encoder."""
 
     @classmethod
     def reads(cls, inputs: Mapping[str, Any]) -> bool:
@@ -83,6 +99,14 @@ class EncoderInputs:
             f"{self.directory} was exported for the task {self.task}, and no feature that is installed reads prompts "
             f"for it (its encoder takes {', '.join(self.inputs)}); install gralora-fx with all of its features"
         )
+
+    def check_writes(self, tokenizer: TextTokenizer | None, instead: str) -> None:
+        """Raise if there is no tokenizer to write answers with, which is not needed for inputs given `instead`."""
+        if tokenizer is None:
+            raise ServingError(
+                f"the export holds no tokenizer to write text with; give {instead}, or export with "
+                f"{option(tokenizer=...)}"
+            )
 
     def of_features(self, values: Mapping[str, Any]) -> list[EncoderInput]:
         """Split features, arrays or tensors with the batch as first axis, into an input per row."""
@@ -112,19 +136,16 @@ class TextSources(EncoderInputs):
     takes_text: ClassVar[bool] = True
 
     @classmethod
-    def of(
-        cls,
-        directory: Path,
-        manifest: Manifest,
-        config: Mapping[str, Any],
-        inputs: Mapping[str, Any],
-        limits: DecoderLimits,
-    ) -> TextSources:
-        """Create it, reading the export's rules (see `EncoderInputs.of`)."""
-        rules = GenerationRules.of(directory, config, limits.ends, reads_ids=True)
+    def rules_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return further arguments of `GenerationRules.of`."""
+        return {"reads_ids": True}
+
+    @classmethod
+    def fields_of(cls, manifest: Manifest, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the limit on tokens, and their number."""
         limit, size = context_length(config, IDS), config.get("vocab_size")
         limit = None if limit is None else limit - manifest.position_offset
-        return cls(directory, manifest.task, inputs, limits, rules, limit, size if isinstance(size, int) else None)
+        return {"limit": limit, "vocabulary": size if isinstance(size, int) else None}
 
     @property
     def sources(self) -> PromptLimit:
@@ -165,7 +186,7 @@ class TextSources(EncoderInputs):
     ) -> Prompts:
         """Read the arguments of `generate` (see `Generation.read`)."""
         start.check_unused("the model reads text", "language", "task")
-        inputs.check_no_features("the model reads text")
+        inputs.check_unused("the model reads text", "features")
         first = start.forced_bos_token_id
         if first is not None and (isinstance(first, bool) or not isinstance(first, (int, np.integer))):
             raise ServingError(f"forced_bos_token_id must be the id of a token, but got {shown(first)}")

@@ -80,7 +80,7 @@ class Generation:
         reader = self.encoder_inputs
         if reader is None:
             reason = "the model is a decoder, without an encoder"
-            inputs.check_no_features(reason)
+            inputs.check_unused(reason, "features")
             if options.start is not None:
                 options.start.check_unused(reason, "language", "task", "forced_bos_token_id")
             media = self.given_prompts

@@ -66,14 +66,10 @@ class GenerateInputs:
     media: Any = None  # inputs of a prompt, or each of them, beside its text, for the export's companions
 
     def check_unused(self, reason: str, name: str) -> None:
-        """Raise a `ServingError` with the reason if an input without effect is given."""
-        if getattr(self, name) is not None:
-            raise ServingError(f"{name} has no effect: {reason}; leave it out")
-
-    def check_no_features(self, reason: str) -> None:
-        """Raise a `ServingError` with the reason if features are given."""
-        for name in self.features:
-            raise ServingError(f"{name} has no effect: {reason}; leave it out")
+        """Raise a `ServingError` with the reason if an input without effect is given; features by their names."""
+        value = getattr(self, name)
+        for given in value if name == "features" else [] if value is None else [name]:
+            raise ServingError(f"{given} has no effect: {reason}; leave it out")
 
     def read(self, tokenizer: TextTokenizer | None, limit: PromptLimit | None = None) -> Prompts:
         """Convert prompts, or a tokenizer's result, to token ids."""
