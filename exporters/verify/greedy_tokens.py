@@ -181,20 +181,15 @@ class Together(NamedTuple):
     mask: Tensor
 
 
-def read_together(
-    steps: Sequence[Step], ids: Tensor, mask: Tensor, count: int, choose: Callable[[Tensor, int], Tensor] | None = None
-) -> Iterator[Together]:
-    """Run the model, whose steps are the first, and graphs on the same tokens (see `Step`), step by step.
-
-    `choose` returns each row's next token from the model's logits and the step's index; None for the likeliest.
-    """
-    for index in range(count):
+def read_together(steps: Sequence[Step], ids: Tensor, mask: Tensor, count: int) -> Iterator[Together]:
+    """Run the model, whose steps are the first, and graphs on the same tokens (see `Step`), then on its likeliest."""
+    for _ in range(count):
         expected, *actual = (
             (logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask))[:, -1]
             for logits in (read(ids, mask).float() for read in steps)
         )
         yield Together(expected, tuple(actual), ids, mask)
-        ids = (expected.argmax(-1) if choose is None else choose(expected, index)).unsqueeze(1)
+        ids = expected.argmax(-1, keepdim=True)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
 
 

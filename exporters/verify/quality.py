@@ -5,8 +5,8 @@ For a decoder, both read a user's texts, or texts begun by sampling the model, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from gralora_fx.exporters.verify.cases import Case, Verification, random_answers
 from gralora_fx.exporters.verify.companion_quality import companion_quality
 from gralora_fx.exporters.verify.comparable import variants
 from gralora_fx.exporters.verify.given_texts import MeasuredTexts, drawn_texts, text_cases, user_texts
-from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps, Step, read_together
+from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps, Step
 from gralora_fx.exporters.verify.mapped_sessions import mapped_runtime
 from gralora_fx.exporters.verify.outputs import OutputComparison
 from gralora_fx.exporters.verify.quality_figures import (
@@ -36,8 +36,9 @@ from gralora_fx.exporters.verify.quality_figures import (
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.format.quantized_weights import Quality, TokenQuality
 from gralora_fx.run.sessions.session import Runtime, open_session, yielding_options
+from gralora_fx.run.sessions.session_views import reads_tokens_apart, text_switch
 
-_BATCH = 16  # texts at a time
+_BATCH, _POSITIONS = 16, 256  # texts at a time, and positions of all that the model reads at once
 _COPIED = 2**30  # bytes of an export whose weights the session may copy for faster products, if its model is streamed
 
 
@@ -81,23 +82,25 @@ def token_quality(
 ) -> TokenQuality:
     """Compare next-token probabilities at every position; both sides read the same tokens.
 
-    Every text is followed by the float32 model's greedy tokens. While the export's are the same, they are what it would
-    generate. Tokens are read one by one, so that every logit is one that the export serves.
+    Every text is followed by greedy tokens. While both sides' are the same, they are what each would generate; from the
+    first that differs on they are not counted, so the export's are read. It reads tokens one by one, so that every
+    logit is one that it serves; the model reads those that are known at once, since a pass over weights that are
+    streamed costs as much for many tokens as for one.
     """
     tally, equal_tokens = QualityTally(), []
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(texts.rows), _BATCH):
         rows = texts.rows[start : start + _BATCH]
         where = f"texts {start + 1} to {start + len(rows)}"
-        steps: list[Step] = [ModelSteps(model, len(rows), where), DecoderSteps(session, len(rows), where)]
+        steps = ModelSteps(model, len(rows), where), DecoderSteps(session, len(rows), where)
+        at_once = 1 if _differ_alone(session) else max(1, _POSITIONS // len(rows))
         lengths = torch.tensor([len(row) + texts.drawn for row in rows])
         equal = torch.full((len(rows),), texts.continued)
         positions = range(int(lengths.max()) + texts.continued - 1)
-        first = torch.tensor([[row[0]] for row in rows])
-        choose = partial(_following, rows=rows, texts=texts, generator=generator)
-        together = read_together(steps, first, torch.ones_like(first), len(positions), choose)
-        for position, step in zip(counted(positions, "comparing with float32", "tokens"), together, strict=True):
-            expected, (actual,) = step.expected, step.actual
+        logits = _both(*steps, replace(texts, rows=rows), at_once, len(positions), generator)
+        for position, (expected, actual) in zip(
+            counted(positions, "comparing with float32", "tokens"), logits, strict=True
+        ):
             check_finite("logits", where, expected, actual)
             after = position + 1 - lengths  # tokens of the continuation read so far: negative before the first
             tally.add_logits(expected[after <= 0], actual[after <= 0], is_text=True)
@@ -107,15 +110,39 @@ def token_quality(
     return tally.of_tokens(adapter, equal_tokens, texts.continued)
 
 
-def _following(
-    logits: Tensor, last: int, rows: Sequence[Sequence[int]], texts: MeasuredTexts, generator: torch.Generator
-) -> Tensor:
-    """Return each row's token after a position: its text's, a sampled one, or the model's likeliest."""
-    position, chosen, longest = last + 1, logits.argmax(-1), max(map(len, rows)) + texts.drawn
-    drawn = draw(logits, generator, texts.end) if position < longest else chosen
-    for index, row in enumerate(rows):
+def _differ_alone(session: Any) -> bool:
+    """Return whether the model's logits may depend on how many tokens are read at once."""
+    return reads_tokens_apart(session) or text_switch(session) is not None
+
+
+def _both(
+    model: Step, export: Step, texts: MeasuredTexts, at_once: int, count: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits of the model and of the export after each of `count` positions, `[rows, vocabulary]` each.
+
+    While the model draws tokens it reads them one by one, then `at_once`.
+    """
+    ids = torch.tensor([[row[0]] for row in texts.rows])
+    while ids.shape[1] <= count:
+        done = ids.shape[1] - 1
+        stop = done + 1 if done < texts.drawn else min(done + at_once, count)
+        actual: list[Tensor] = []
+        for position in range(done, stop):
+            ids = torch.cat([ids, _following(actual[-1], texts, position)], dim=1) if actual else ids
+            actual.append(export(ids[:, -1:], torch.ones_like(ids))[:, -1].float())
+        expected = model(ids[:, done:], torch.ones_like(ids)).float()
+        yield from zip(expected.unbind(1), actual, strict=True)
+        is_drawn = stop <= texts.drawn
+        chosen = (
+            draw(expected[:, -1], generator, texts.end)[:, None] if is_drawn else _following(actual[-1], texts, stop)
+        )
+        ids = torch.cat([ids, chosen], dim=1)
+
+
+def _following(logits: Tensor, texts: MeasuredTexts, position: int) -> Tensor:
+    """Return each row's token at a position, `[rows, 1]`: its text's, or the likeliest."""
+    chosen = logits.argmax(-1)
+    for index, row in enumerate(texts.rows):
         if position < len(row):
             chosen[index] = row[position]
-        elif position < len(row) + texts.drawn:
-            chosen[index] = drawn[index]
-    return chosen
+    return chosen[:, None]
