@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gralora_fx.base.sources.model_files import read_json_object, usable_path
-from gralora_fx.core.loading.tokenizers import load_tokenizer, read_tokenizer
+from gralora_fx.core.loading.tokenizers import load_tokenizer, read_ahead, read_tokenizer
 from gralora_fx.errors import ServingError, listed, option, warn_caller
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.format.adapter_paths import own_adapters
@@ -109,6 +109,9 @@ class OpenExport:
                 f"{listed(READINGS)}; update gralora-fx, or add the kind to gralora_fx.run.open_export"
             )
         self.reading = READINGS[self.manifest.flavour]
+        self._read_tokenizer: Callable[[], TextTokenizer | None] = partial(read_tokenizer, self.directory, ServingError)
+        if self.manifest.flavour != PLAIN_KIND:  # the first prompt needs it
+            self._read_tokenizer = read_ahead(self.directory, ServingError)
         is_on_cpu = {name for name, _ in self._runtime.providers} == {CPU} and not self._runtime.devices
         self.first_is_rows = self.manifest.has_rows and self.reading.opens_rows(is_on_cpu, by_row)
         self.first_session = self._open(ROWS_NAME if self.first_is_rows else MODEL_NAME)  # errors are raised now
@@ -194,7 +197,7 @@ class OpenExport:
     def text_tokenizer(self) -> TextTokenizer | None:
         """The tokenizer of prompts and answers, or None."""
         self._check_unchanged()
-        return read_tokenizer(self.directory, ServingError)
+        return self._read_tokenizer()
 
     @cached_property
     def required_tokenizer(self) -> TextTokenizer:

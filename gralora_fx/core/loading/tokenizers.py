@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,18 +60,42 @@ def read_tokenizer(directory: Path, error: type[GraloraError]) -> TextTokenizer 
 
     transformers loads those that `TextTokenizer` does not read, and its tokenizers have all that is used of one.
     """
-    if not (directory / TOKENIZER_FILE).is_file():
-        return cast("TextTokenizer | None", _load_tokenizer(_auto_tokenizer, directory, error))
+    read = _read_here(directory)
+    if read is not None or not (directory / TOKENIZER_FILE).is_file():
+        return read or cast("TextTokenizer | None", _load_tokenizer(_auto_tokenizer, directory, error))
     from gralora_fx.core.loading.text_tokenizer import TextTokenizer, is_read_here
-
-    with suppress(Exception):  # of damaged files, which are named below
-        if is_read_here(directory):
-            return TextTokenizer(directory)
 
     def load(name: str | Path, **options: Any) -> Any:
         return TextTokenizer(directory) if is_read_here(directory) else _auto_tokenizer(name, **options)
 
     return cast("TextTokenizer | None", _load_tokenizer(load, directory, error))
+
+
+def read_ahead(directory: Path, error: type[GraloraError]) -> Callable[[], TextTokenizer | None]:
+    """Begin `read_tokenizer` in a thread, while the caller opens a session; return what waits for its result.
+
+    A tokenizer that transformers loads, or that is damaged, is read when it is needed.
+    """
+    found: list[TextTokenizer | None] = []
+    thread = threading.Thread(target=lambda: found.append(_read_here(directory)), name="tokenizer")
+    thread.start()
+
+    def wait() -> TextTokenizer | None:
+        thread.join()
+        return found[0] or read_tokenizer(directory, error)
+
+    return wait
+
+
+def _read_here(directory: Path) -> TextTokenizer | None:
+    """Read a tokenizer without transformers; None if it cannot be read so, or is damaged."""
+    if (directory / TOKENIZER_FILE).is_file():
+        from gralora_fx.core.loading.text_tokenizer import TextTokenizer, is_read_here
+
+        with suppress(Exception):  # of damaged files, which `read_tokenizer` names
+            if is_read_here(directory):
+                return TextTokenizer(directory)
+    return None
 
 
 @contextmanager
