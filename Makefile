@@ -13,7 +13,7 @@ TESTS ?= tests $(patsubst %,--ignore-glob=tests/%,parity/test_parity_* serving/t
 	serving/test_http_clients.py serving/test_ray_service.py exporters/test_transformers_js.py exporters/test_onnxruntime_web.py test_demo.py)
 comma := ,
 
-.PHONY: demo quick test test-all test-lowest test-newest check docs dist bench format constraints clean
+.PHONY: demo quick test test-slow test-all test-lowest test-newest check docs dist bench format constraints clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -24,6 +24,9 @@ quick: $(VENV)/.dev
 
 test: $(VENV)/.dev  # without much of what takes long: tests/sampled.toml
 	$(BIN)/python -m pytest -q --sample
+
+test-slow: $(VENV)/.dev  # what takes longest of it
+	$(BIN)/python -m pytest -q --sample-slow tests
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -q

@@ -39,11 +39,15 @@ torch.set_num_threads(1)  # so that parallel workers do not fight over the cores
 gc.set_threshold(100_000, 20, 100)  # graphs are many small objects; the usual threshold looks them through all the time
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what was compared with PEFT, for each architecture."""
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print what was compared with PEFT, for each architecture, and what was left out."""
     from parity_table import print_table
 
     print_table(terminalreporter)
+    if config.getoption("--sample"):
+        terminalreporter.write_line(
+            "left out: what takes longest (make test-slow), most of large grids (make test-all)"
+        )
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling | None:
@@ -52,8 +56,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupSchedul
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The option of `make test`."""
+    """The options of `make test` and `make test-slow`."""
     parser.addoption("--sample", action="store_true", help="leave out much of what takes long (sampled.toml)")
+    parser.addoption("--sample-slow", action="store_true", help="only what takes longest, and of grids a sample")
 
 
 class Seeds:
@@ -79,16 +84,18 @@ def pytest_configure(config: pytest.Config) -> None:
         place = tempfile.mkdtemp(prefix="tests-made-once-")
         os.environ[PLACE] = place
         config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
-    if config.getoption("--sample"):
+    is_sample = config.getoption("--sample") or config.getoption("--sample-slow")
+    if is_sample:
         os.environ["SAMPLE_EXAMPLES"] = "1"
-    if config.getoption("--sample") or config.option.markexpr == "quick":
+    if is_sample or config.option.markexpr == "quick":
         os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put what takes long first; `--no-loadscope-reorder` lets the workers take it in this order."""
-    if config.getoption("--sample"):
-        items[:] = sampled(items)
+    is_slow = config.getoption("--sample-slow")
+    if is_slow or config.getoption("--sample"):
+        items[:] = sampled(items, slow=is_slow)
     items.sort(key=rank)
 
 

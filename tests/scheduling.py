@@ -185,13 +185,15 @@ def rank(item: pytest.Item) -> int:
     return _RANK.get(item.nodeid.split("::")[0], len(_RANK))
 
 
-def sampled(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """Tests without those that `make test` leaves out."""
+def sampled(items: Iterable[pytest.Item], *, slow: bool = False) -> list[pytest.Item]:
+    """The tests that `make test` runs, or `make test-slow`."""
     seen: Counter[str] = Counter()
     kept = []
     for item in items:
         function = item.nodeid.partition("[")[0].removeprefix("tests/")
-        if function not in SAMPLED["elsewhere"] and seen[function] % SAMPLED["every"].get(function, 1) == 0:
+        is_slow = function in SAMPLED["slow"] or function.partition("::")[0] in SAMPLED["slow"]
+        is_chosen = function not in SAMPLED["elsewhere"] and seen[function] % SAMPLED["every"].get(function, 1) == 0
+        if is_chosen and is_slow == slow:
             kept.append(item)
         seen[function] += 1
     return kept

@@ -22,10 +22,10 @@ class Item:
 
 
 def test_every_test_that_is_left_out_or_sampled_is_there() -> None:
-    for name in (*SAMPLED["every"], *SAMPLED["elsewhere"]):
+    for name in (*SAMPLED["every"], *SAMPLED["elsewhere"], *SAMPLED["slow"]):
         file, _, function = name.partition("::")
         text = (Path(__file__).parent / file).read_text(encoding="utf-8")
-        assert f"def {function}(" in text, name
+        assert not function or f"def {function}(" in text, name
 
 
 def test_a_sample_has_every_nth_of_a_grid_none_of_what_is_elsewhere_and_all_else() -> None:
@@ -33,4 +33,6 @@ def test_a_sample_has_every_nth_of_a_grid_none_of_what_is_elsewhere_and_all_else
     grid = [Item(f"tests/{name}[{index}]") for index in range(7)]
     elsewhere = [Item(f"tests/{next(iter(SAMPLED['elsewhere']))}")]
     others = [Item("tests/test_cli.py::test_export_then_verify"), Item("README.md::README.md")]
-    assert sampled([*grid, *elsewhere, *others]) == [*grid[:: SAMPLED["every"][name]], *others]  # type: ignore[list-item, comparison-overlap]
+    slow = [Item("tests/test_demo.py::test_demo"), Item("tests/model/test_sharding.py::test_two[1]")]
+    assert sampled([*slow, *grid, *elsewhere, *others], slow=True) == slow  # type: ignore[list-item, comparison-overlap]
+    assert sampled([*slow, *grid, *elsewhere, *others]) == [*grid[:: SAMPLED["every"][name]], *others]  # type: ignore[list-item, comparison-overlap]
