@@ -19,17 +19,24 @@ from gralora_fx.exporters.verify.quality_figures import QualityTally, compare_ou
 from gralora_fx.exporters.verify.together import TogetherRun, reference_of
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.format.quantized_weights import OutputQuality, Quality, TokenQuality
-from gralora_fx.run.sessions.session import Runtime, open_session, yielding_options
+from gralora_fx.run.sessions.session import Runtime, open_session
 
 
 def companion_quality(
-    directory: Path, model: TracedModel | GraloraModel, manifest: Manifest, tokenizer: Any
+    directory: Path,
+    model: TracedModel | GraloraModel,
+    manifest: Manifest,
+    tokenizer: Any,
+    session: Any,
+    runtime: Runtime,
 ) -> Quality:
-    """Run companions and answers to prompts that they read partly, as exported and in float32, in every state."""
+    """Run companions and answers to prompts that they read partly, as exported and in float32, in every state.
+
+    `session` is the decoder's, opened with `runtime`, as the companions' will be.
+    """
     (check,) = parts("companion checks", manifest.companions)
-    runtime = Runtime(session_options=yielding_options())
     sessions = {name: open_session(directory, runtime, name=f"{name}.onnx") for name in manifest.companions}
-    session, own = open_session(directory, runtime), companions_of(model)
+    own = companions_of(model)
     outputs: list[OutputQuality] = []
     tokens: list[TokenQuality] = []
     descriptions: list[str] = []

@@ -53,7 +53,8 @@ def measure_quality(
     """Run a quantized export and the float32 model on the same inputs; a decoder's tokens with each active adapter."""
     traced, manifest = base_trace(model), read_manifest(directory)
     mapped = mapped_runtime(directory, _COPIED) if is_streamed(model) else None
-    session = open_session(directory, mapped or Runtime(session_options=yielding_options()))
+    runtime = mapped or Runtime(session_options=yielding_options())
+    session = open_session(directory, runtime)
     states = variants(session, model, manifest, directory)
     if traced.cache_layout is CacheLayout.DECODER:
         chosen = drawn_texts(traced) if texts is None else user_texts(texts, loaded_tokenizer(tokenizer), traced)
@@ -63,7 +64,7 @@ def measure_quality(
                 tokens.append(token_quality(variant.session, reference, chosen, variant.name))
         if not manifest.companions:
             return Quality(str(chosen), (), tuple(tokens))
-        beside = companion_quality(directory, model, manifest, tokenizer)
+        beside = companion_quality(directory, model, manifest, tokenizer, session, runtime)
         return Quality(str(chosen), (), tuple(tokens), beside)
     base = next(states)  # adapters as data are left out
     cases: Iterable[Case]
