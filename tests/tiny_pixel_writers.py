@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipProcessor,
     DonutProcessor,
     DonutSwinConfig,
     Florence2Config,
@@ -22,6 +25,7 @@ from transformers import (
     VisionEncoderDecoderModel,
     ViTConfig,
 )
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.donut.image_processing_pil_donut import DonutImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -98,3 +102,23 @@ def tiny_writers_processor(name: str) -> Any:
         return DonutProcessor(images, tiny_tokenizer())
     pair = ViTImageProcessorPil(size={"height": 32, "width": 32}), tiny_tokenizer()
     return TrOCRProcessor(*pair) if name == "trocr" else pair
+
+
+def tiny_captioner() -> BlipForConditionalGeneration:
+    """Return a tiny BLIP that captions images; its answers end at a separator, which is not its end token."""
+    text = {**_WIDTHS, "num_hidden_layers": 2, "vocab_size": _VOCABULARY, "max_position_embeddings": 64}
+    text |= {"bos_token_id": START, "eos_token_id": 3, "sep_token_id": 2, "pad_token_id": PAD}
+    vision = {**_WIDTHS, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).eval()
+    wide = {"position_embeddings": 2.0, "attention.self.value": 0.6, "crossattention.self.value": 0.1}
+    with torch.no_grad():  # so that answers depend on images and on the tokens before
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=next((std for part, std in wide.items() if f".{part}." in name), 0.3))
+    return model
+
+
+def tiny_captioners_processor() -> BlipProcessor:
+    """Return its processor."""
+    return BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tiny_tokenizer())

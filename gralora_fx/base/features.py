@@ -66,6 +66,8 @@ POINTS: dict[str, str] = {
     "`first_columns` returns each row's first column with an active adapter, `problems` why a trace cannot have one, "
     "and `start_in_prompt` the first such token of a served prompt.",
     # the core asks for these parts only for what it does not know itself
+    "traced forms": "A function of a transformers model and a task, that returns the model to trace in its place, over "
+    "the same modules at the same paths, or the model itself; its configuration's model_type is a sign.",
     "call patches": "A context over a transformers model and the inputs of its trace, in which it is called.",
     "own traces": "A function that captures and checks a draft with the feature's inputs, as "
     "core.tracing.capture.trace_both_modes does.",

@@ -143,6 +143,7 @@ def trace(
             f"the {type(model).__name__} holds weights that bitsandbytes quantized, whose products cannot be traced; "
             "load it with gralora_fx.loading.load_model, which takes their values, or trace model.dequantize()"
         )
+    model = _form_of(model, task)
     with ExitStack() as changed:
         if appended is not None:
             changed.enter_context(appended.appended_to(model))
@@ -166,6 +167,16 @@ def trace(
     return dataclasses.replace(
         traced, source=Draft(**{f.name: getattr(draft, f.name) for f in dataclasses.fields(Draft)})
     )
+
+
+def _form_of(model: nn.Module, task: str | None) -> nn.Module:
+    """Return the model that is traced: for some, the form that a feature gives it for a task, over its modules."""
+    if isinstance(model, PreTrainedModel) and task is not None:
+        from gralora_fx.base.features import parts
+
+        for form_of in parts("traced forms", {model.config.model_type}):
+            model = form_of(model, task)
+    return model
 
 
 def _appended_modules(model: object, task: str | None, source: str | Path | None) -> AppendedModules | None:
