@@ -127,7 +127,8 @@ def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         _include(texts, _feature_routes(engine, engine.encoder.outputs))
     else:
         assert isinstance(engine, TextEngine)
-        texts = _text_routes(engine) if engine.takes_text else _feature_routes(engine, {engine.manifest.task or ""})
+        has_text = engine.takes_text or engine.attached
+        texts = _text_routes(engine) if has_text else _feature_routes(engine, {engine.manifest.task or ""})
     app.include_router(texts)
     if texts.routes:
         metrics.measure_tokens(generated=isinstance(engine, TextEngine))

@@ -26,6 +26,7 @@ from gralora_fx.run.engine.prefix_cache import PrefixCacheError
 from gralora_fx.run.generate.answer_row import new_proposer
 from gralora_fx.run.generate.constraints import Constraints, compiler_for
 from gralora_fx.run.generate.encoder_inputs import EncoderInputs
+from gralora_fx.run.generate.prompts import EncoderInput
 from gralora_fx.run.model import OrtModel
 from gralora_fx.run.sessions.run_options import runtime_of
 from gralora_fx.service.adapter_store.adapter_versions import AdapterLimits
@@ -85,8 +86,8 @@ class AttachmentReader(Protocol):
     def opened(self, files: Sequence[bytes], fields: Sequence[str]) -> Sequence[Any]:
         """Decode the files of attachments; errors name their fields."""
 
-    def form(self, chat: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """Render a chat for the template."""
+    def form(self, prompt: Any) -> Any:
+        """Return a prompt without attachments, such as a chat, as it is tokenized; raise if it needs one."""
 
     def read(
         self,
@@ -95,8 +96,11 @@ class AttachmentReader(Protocol):
         opened: Sequence[Any],
         adapter: str | None,
         limit: PromptLimit,
-    ) -> tuple[list[int], Source | None]:
-        """Return a chat's tokens, and a source that replaces the placeholder tokens of its attachments."""
+    ) -> tuple[list[int], Source | EncoderInput | None]:
+        """Return a chat's tokens, and a source that replaces the placeholder tokens of its attachments.
+
+        For an encoder-decoder, return what the encoder reads; if that has no ids, the tokens begin the answer.
+        """
 
 
 @dataclass(frozen=True)
@@ -224,10 +228,8 @@ def _text_engine(
 
 def _attachment_reader(settings: ServiceSettings, model: OrtModel) -> AttachmentReader | None:
     """Return the reader of attachments; None if the export reads none or no installed feature can."""
-    generation = model.generation
-    has_reader = generation.given_prompts is not None and generation.encoder_inputs is None
-    readers = parts("attachments", model.manifest.companions) if has_reader else []
-    return next((reader.of(model, settings) for reader in readers), None)
+    readers = (kind.of(model, settings) for kind in parts("attachments", {*model.manifest.companions, str(model.task)}))
+    return next((reader for reader in readers if reader is not None), None)
 
 
 def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from gralora_fx import trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.features.images.captioners import encoder_decoder_of
 from gralora_fx.features.images.image_prompts import encoder_source
 from gralora_fx.serving import OrtModel, load
 from tests.architectures.decoder_check import ANSWER
 from tests.architectures.image_pixels import features_of, pixels_of, pixels_of_both
 from tests.architectures.image_prompts import IMAGE
 
-_TASK = "image-text-to-text-with-past"
+_TASK, _PAIR = "image-text-to-text-with-past", "image-to-text-with-past"
 _REFUSED = re.compile(r"the part that reads pixels cannot be traced: (.*); nothing of it would be compared", re.DOTALL)
 _BEFORE, _BETWEEN, _AFTER = [5, 6], [7, 8], [9, 10, 11]
 _START, _END = 87, 88  # around an image, for models that look for them
@@ -57,7 +58,7 @@ def check_images(model: PreTrainedModel, directory: Path) -> CheckedImages:
     Raises:
         GraloraError: It cannot be exported at all.
     """
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or encoder_decoder_of(model, _PAIR) is not model:
         return _check_pair(model, directory)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "images of .* were not tried", UserWarning)  # they are here
@@ -79,7 +80,7 @@ def check_images(model: PreTrainedModel, directory: Path) -> CheckedImages:
 
 def _check_pair(model: PreTrainedModel, directory: Path) -> CheckedImages:
     """Check an encoder-decoder in the same way: its encoder reads pixels, or a prompt with images."""
-    export_onnx(trace(model, task="image-to-text-with-past"), directory, verify="quick")
+    export_onnx(trace(model, task=_PAIR), directory, verify="quick")
     served, differences = load(directory, threads=1), []
     taken = tuple(value.name for value in served.first_session.encoder.get_inputs())
     if "pixel_values" in taken:
@@ -146,7 +147,7 @@ def _answer_of_transformers(model: PreTrainedModel, prompt: Mapping[str, Tensor]
     settings.eos_token_id, settings.pad_token_id, settings.forced_eos_token_id = None, 0, None
     with torch.no_grad():
         tokens = model.generate(**prompt, max_new_tokens=ANSWER, do_sample=False)
-    before = 1 if model.config.is_encoder_decoder else prompt["input_ids"].shape[1]
+    before = prompt["input_ids"].shape[1] if "input_ids" in prompt and not model.config.is_encoder_decoder else 1
     return [int(token) for token in tokens[0, before:]]
 
 

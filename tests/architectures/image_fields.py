@@ -39,6 +39,7 @@ _GEMMA4 = Fields(
 
 IMAGE_FIELDS = {
     "AriaForConditionalGeneration": Fields({}, _SMALL, {"projector_patch_to_query_dict": {16: 4}}),
+    "BlipForConditionalGeneration": Fields({"bos_token_id": 1, "sep_token_id": 2}, _SMALL),
     "CohereCompassForConditionalGeneration": Fields(
         {
             "rope_parameters": {

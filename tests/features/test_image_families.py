@@ -57,7 +57,7 @@ def test_a_model_that_was_found_whole_is_exported_without_a_warning() -> None:
     whole = {entry["architecture"] for entry in table["entries"]() if entry["result"] == "whole"}
     types = {kind for kind, name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() if name in whole}
     others = {"glmga", "pp_chart2table", "shieldgemma2"}  # other names of a class
-    of_images_alone = {"pp_formulanet", "vision-encoder-decoder"}
+    of_images_alone = {"blip", "pp_formulanet", "vision-encoder-decoder"}
     assert types - others - of_images_alone == image_inputs._COMPARED
 
 

@@ -14,10 +14,8 @@ from running import run
 from transformers import AutoImageProcessor, AutoProcessor
 
 from gralora_fx import GraloraModel, trace
-from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.service.app import create_app
 from gralora_fx.serving import load
 from tests.made_once import made_once
 from tests.tiny_image_processors import drawn_image
@@ -140,8 +138,3 @@ def test_the_command_line_finds_the_task_and_the_image_processor_beside_the_toke
 def test_what_such_a_model_does_not_take_is_refused(trocr: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ServingError, match=message):
         load(trocr / "data").generate(**given)
-
-
-def test_a_service_refuses_such_an_export(trocr: Path) -> None:
-    with pytest.raises(ServingError, match=r"reads images, not text; .*over HTTP it is not served"):
-        create_app(ServiceSettings(trocr / "data"))

@@ -12,11 +12,8 @@ from running import run
 from transformers import AutoProcessor
 
 from gralora_fx import GraloraModel, trace
-from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ExportError, ServingError, TraceError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.features.images.image_limits import ServedImages
-from gralora_fx.service.app import create_app
 from gralora_fx.serving import load
 from tests.made_once import made_once
 from tests.tiny_image_processors import drawn_image
@@ -102,8 +99,6 @@ def test_images_that_it_does_not_take_are_refused(florence: Path) -> None:
         model.generate(_PROMPT, pixel_values=torch.zeros(1, 3, 768, 768))
     with pytest.raises(ServingError, match="inputs_embeds has no effect: an encoder-decoder's encoder reads"):
         model.generate(_PROMPT, inputs_embeds=torch.zeros(1, 4, 32))
-    with pytest.raises(ServingError, match="max_images has no effect"):
-        create_app(ServiceSettings(florence / "data", more=(ServedImages(max_images=4),)))
 
 
 def test_a_model_whose_tower_cannot_be_traced_is_refused_and_its_texts_are_exported(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from gralora_fx.format.input_names import PAST
 from gralora_fx.format.tasks import with_past
 
 
-class BlipForConditionalGeneration(transformers.BlipForConditionalGeneration):
+class BlipForConditionalGeneration(transformers.BlipForConditionalGeneration):  # type: ignore[misc]
     """The captioner of transformers, over the same modules, with the arguments of an encoder-decoder."""
 
     def forward(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NoReturn
 
+import numpy as np
+
 from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.core.loading.tokenizers import is_ids
 from gralora_fx.errors import ServingError, first_line, remedy, shown
@@ -19,6 +21,8 @@ from gralora_fx.run.engine.limits import DecoderSize
 from gralora_fx.run.generate.answer_options import AnswerStart
 from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts
+
+_EXAMPLE = 32  # height and width of an example
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,7 @@ class ImageSources(EncoderInputs):
     def refuse(self) -> NoReturn:
         """Raise a `ServingError`, since texts are not read."""
         raise ServingError(
-            f"{self.directory} reads images, not text; give {remedy(f'images, or {IMAGES}', '--image FILE')} "
-            "(over HTTP it is not served)"
+            f"{self.directory} reads images, not text; give {remedy(f'images, or {IMAGES}', '--image FILE')}"
         )
 
     def read(
@@ -72,14 +75,19 @@ class ImageSources(EncoderInputs):
         given = [beginnings] * (len(sources) if beginnings is None else 1) if is_one else list(beginnings)
         if len(given) != len(sources):
             raise ServingError(f"{len(given)} prompts and {len(sources)} images were given; give one for each answer")
-        rows = [self._beginning(each, tokenizer) for each in given]
+        rows = [self.beginning(each, tokenizer) for each in given]
         is_text = not inputs.features and not any(is_ids(each) for each in given)
         if is_text:
             self.check_writes(tokenizer, IMAGES)
         is_single = is_one and (beginnings is not None or not (inputs.features or _is_list(inputs.media)))
         return Prompts(rows, is_single, is_text, sources)
 
+    def example(self, ids: Sequence[int]) -> EncoderInput:
+        """Return an example input: a black image."""
+        return self._of_image(np.zeros((_EXAMPLE, _EXAMPLE, 3), np.uint8))
+
     def _of_image(self, image: Any) -> EncoderInput:
+        """Open an image as a caller gives it, and return its pixels."""
         from gralora_fx.features.images.image_files import images_of
         from gralora_fx.features.images.image_limits import ImageLimits
 
@@ -87,14 +95,17 @@ class ImageSources(EncoderInputs):
             if len(image) != 1:
                 raise ServingError(f"the model reads one image for an answer, and {len(image)} were given")
             (image,) = image
-        opened = images_of([image], ImageLimits())
+        return self.of_image(images_of([image], ImageLimits())[0])
+
+    def of_image(self, opened: Any) -> EncoderInput:
+        """Return the pixels of an opened image."""
         try:
-            pixels = self._processor(images=opened, return_tensors="np")[IMAGES]
+            pixels = self._processor(images=[opened], return_tensors="np")[IMAGES]
         except Exception as error:  # processors raise what they like
             raise ServingError(f"the processor does not take the image ({first_line(error)})") from error
         return self.of_features({IMAGES: pixels})[0]
 
-    def _beginning(self, prompt: Any, tokenizer: TextTokenizer | None) -> list[int]:
+    def beginning(self, prompt: Any, tokenizer: TextTokenizer | None) -> list[int]:
         """Return the tokens with which an answer begins, as transformers has them."""
         if prompt is None:
             return [self.rules.start]

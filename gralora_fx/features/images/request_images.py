@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.core.loading.tokenizers import is_chat
 from gralora_fx.errors import ServingError
 from gralora_fx.features.images.image_files import images_of
 from gralora_fx.features.images.image_limits import ServedImages
 from gralora_fx.features.images.image_urls import bytes_of_url
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.limits import PromptLimit
+from gralora_fx.run.generate.prompts import EncoderInput
 from gralora_fx.run.generate.request_errors import WrongFieldError
 from gralora_fx.run.model import OrtModel
 
@@ -30,11 +32,19 @@ class RequestImages:
         self._writes_text = _writes(tokenizer, _MARK)
 
     @classmethod
-    def of(cls, model: OrtModel, settings: ServiceSettings) -> RequestImages:
-        """Read images for an open export."""
+    def of(cls, model: OrtModel, settings: ServiceSettings) -> RequestImages | None:
+        """Read images for an open export; None if it has nothing that does."""
+        inputs, prompts = model.encoder_inputs, model.generation.given_prompts
+        if prompts is None and (inputs is None or not inputs.reads_media):
+            return None
         # of files that strangers damage; what is wrong with a picture is an error, or is nothing
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        return cls(model.generation.given_prompts, model.tokenizer, settings.part(ServedImages))
+        given = prompts, model.tokenizer, settings.part(ServedImages)
+        if inputs is None:
+            return cls(*given)
+        from gralora_fx.features.images.encoder_requests import EncoderRequests
+
+        return EncoderRequests(inputs, *given)
 
     def files(self, attached: Sequence[tuple[str, str]]) -> list[bytes]:
         """Return the files of images, each given by its field and its URL."""
@@ -51,15 +61,15 @@ class RequestImages:
         """Open the files of images, whose fields errors name."""
         return images_of(files, self._served, names=fields)
 
-    def form(self, chat: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    def form(self, prompt: Any) -> Any:
         """Return a chat in the form in which the template writes its texts: some take nothing but lists of parts."""
-        if self._writes_text:
-            return chat
+        if self._writes_text or not is_chat(prompt):
+            return prompt
         return [
             {**message, "content": [{"type": "text", "text": message["content"]}]}
             if isinstance(message.get("content"), str)
             else message
-            for message in chat
+            for message in prompt
         ]
 
     def read(
@@ -69,7 +79,7 @@ class RequestImages:
         opened: Sequence[Any],
         adapter: str | None,
         limit: PromptLimit,
-    ) -> tuple[list[int], Source | None]:
+    ) -> tuple[list[int], Source | EncoderInput | None]:
         """Return the tokens of a chat with opened images, and the inputs in place of some of them."""
         for message in chat:
             content = message.get("content") or ""

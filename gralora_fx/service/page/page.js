@@ -73,7 +73,7 @@ async function showModels(info) {
 
 async function showPanels(info, paths) {
   const made = [];
-  if (info.chat_template && "/v1/chat/completions" in paths) made.push(["Chat", textPanel("chat", info, model, asksForKey)]);
+  if ((info.chat_template || info.attachments.length) && "/v1/chat/completions" in paths) made.push(["Chat", textPanel("chat", info, model, asksForKey)]);
   if ("/v1/completions" in paths) made.push(["Complete", textPanel("complete", info, model, asksForKey)]);
   if (SPEECH in paths) made.push(["Transcribe", speechPanel(model)]);
   if ("/v1/rerank" in paths) made.push(["Rank", rankPanel(model)]);

@@ -44,7 +44,7 @@ export function textPanel(kind, info, model, asksForKey) {
   panel.classList.add(kind);
   find(".caption", panel).append(form.caption, element("span", { class: "quiet" }, form.keys));
   empty.textContent = form.empty;
-  if (kind !== "chat") find(".for-chat", panel).remove(); // a prompt is all that a completion goes on from
+  if (kind !== "chat" || !info.chat_template) find(".for-chat", panel).remove(); // a prompt is all that is answered
   const most = info.context_length ?? 2 * USUAL_TOKENS;
   fields.max_tokens.value = Math.max(1, Math.min(USUAL_TOKENS, Math.floor(most / 2)));
   if (info.context_length) fields.max_tokens.max = Math.max(1, info.context_length - 1); // a prompt has one, too
@@ -61,6 +61,11 @@ export function textPanel(kind, info, model, asksForKey) {
 
   function newEntry() {
     return { prompt: fields.prompt.value, images: attached?.urls() ?? [], answer: null };
+  }
+
+  // The entries that a request holds: without a template, a message is answered by itself.
+  function withEarlier(entry) {
+    return info.chat_template ? [...entries, entry] : [entry];
   }
 
   function setRunning(controller) {
@@ -102,7 +107,7 @@ export function textPanel(kind, info, model, asksForKey) {
   async function answer() {
     const controller = new AbortController();
     const entry = newEntry();
-    const asked = [...entries, entry];
+    const asked = withEarlier(entry);
     let body; // as it is now, also where fields change while it is answered
     try {
       body = request(asked, { strict: true });
@@ -173,7 +178,7 @@ export function textPanel(kind, info, model, asksForKey) {
   fields.clear.addEventListener("click", clear);
   panel.addEventListener("input", markUsed);
   const writeCommand = showCommand(panel, asksForKey, () => {
-    const asked = [...entries, newEntry()];
+    const asked = withEarlier(newEntry());
     return { path: form.path, body: JSON.stringify(request(asked, { strict: false })), streams: true };
   });
   fields.prompt.addEventListener("keydown", (event) => {

@@ -20,6 +20,7 @@ from gralora_fx.run.engine.limits import PromptLimit, TooLargeError
 from gralora_fx.run.generate.answer_options import AnswerOptions, stop_strings
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.encoder_inputs import TextSources
+from gralora_fx.run.generate.prompts import EncoderInput
 from gralora_fx.run.generate.request_errors import WrongFieldError
 from gralora_fx.service.engines import TextEngine
 from gralora_fx.service.protocols.openai.answer_plan import AnswerPlan, AnswerReader
@@ -33,7 +34,8 @@ Asked: TypeAlias = CompletionRequest | ChatRequest | ResponseRequest
 _COMPILING = 2  # constraints compiled at once, leaving threads and cores to other requests
 _Read = TypeVar("_Read")
 _ATTACHING = 2  # requests whose attachments are opened at once, which bounds memory
-_Row: TypeAlias = tuple[list[int], Source | None]  # a prompt's tokens, and the source that replaces some
+# a prompt's tokens, and the source that replaces some, or what an encoder reads with them
+_Row: TypeAlias = tuple[list[int], Source | EncoderInput | None]
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,21 @@ class QuestionReader:
         rows = await self._rows(prompts, asked, adapter)
         requests: list[TextRequest] = []
         for ids, given in rows:
-            source = None if reader is None else reader.of_ids(ids)
-            prompt = tuple(ids) if source is None else (source.rules.start,)
+            source = given if isinstance(given, EncoderInput) else None if reader is None else reader.of_ids(ids)
+            prompt = tuple(ids) if source is None or source.ids is None else (source.rules.start,)
+            replaced = None if isinstance(given, EncoderInput) else given
             most = asked.most_tokens(queue.limits.context - len(prompt))
             if sampling.min_new_tokens > most:
                 problem = f"min_tokens={sampling.min_new_tokens} is above the {most} tokens that are asked for"
                 raise ServingError(problem).about("min_tokens")
             for _ in range(asked.n):
-                requests.append(TextRequest(prompt, most, options.of_answer(len(requests)), adapter, source, given))
+                requests.append(TextRequest(prompt, most, options.of_answer(len(requests)), adapter, source, replaced))
         return TextQuestions(requests, sum(len(ids) for ids, _ in rows), plan)
+
+    @property
+    def _limit(self) -> PromptLimit:
+        """The limit on a prompt's tokens."""
+        return PromptLimit.of_context(self._engine.queue.limits) if self._sources is None else self._sources.sources
 
     async def _plan(self, asked: Asked) -> AnswerPlan:
         """Plan how the answers are constrained and parsed, in a thread."""
@@ -140,7 +148,7 @@ class QuestionReader:
         self, chat: Any, fields: Sequence[str], files: Sequence[bytes], asked: Asked, adapter: str | None
     ) -> _Row:
         """Return the row of a chat with attachments."""
-        reader, limit = self._engine.attachments, PromptLimit.of_context(self._engine.queue.limits)
+        reader, limit = self._engine.attachments, self._limit
         assert reader is not None
         opened = reader.opened(files, fields)
         row = self._first_taken(
@@ -151,8 +159,7 @@ class QuestionReader:
 
     def _text_rows(self, prompts: Sequence[Any], asked: Asked) -> list[_Row]:
         """Return the rows of text-only prompts."""
-        reader = self._sources
-        limit = PromptLimit.of_context(self._engine.queue.limits) if reader is None else reader.sources
+        limit = self._limit
         rows: list[_Row] = []
         for prompt in prompts:
             ids = self._ids(prompt, asked, limit)
@@ -167,9 +174,9 @@ class QuestionReader:
         def ids(prompt: Any, described: Sequence[Any] = ()) -> list[int]:
             return prompt_ids(prompt, tokenizer, ServingError, described, limit.check_text)
 
+        form = (lambda prompt: prompt) if reader is None else reader.form  # after features have changed texts
         if not is_chat(prompt):
-            return ids(prompt)
-        form = (lambda chat: chat) if reader is None else reader.form  # after features have changed texts
+            return ids(form(prompt))
         return self._first_taken(prompt, asked, lambda chat, described: ids(form(chat), described))
 
     def _first_taken(self, chat: Any, asked: Asked, read: Callable[[Any, Sequence[Any]], _Read]) -> _Read:
