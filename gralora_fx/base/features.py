@@ -108,8 +108,8 @@ POINTS: dict[str, str] = {
     "which a step verifies.",
     "request fields": "Models of fields by the name of the request of OpenAI's protocol that has them (the decorator "
     "with_features), and its hooks (service.protocols.openai.answer_plan).",
-    "attachments": "A class like service.engines.AttachmentReader, whose `of` takes an open export, whose companions "
-    "and task are signs, and the service's settings, and returns None if the export reads none.",
+    "attachments": "A function of an open export, whose companions and task are signs, and the service's settings; "
+    "returns a service.engines.AttachmentReader, or None if the export reads none.",
     "serve options": "A dataclass whose fields are options of the service for some kind of model; it is in `more` of "
     "the settings.",
     "chat templates": "A class whose `of` reads what a tokenizer's chat template supports, for the hooks of requests; "

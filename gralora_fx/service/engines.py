@@ -228,7 +228,8 @@ def _text_engine(
 
 def _attachment_reader(settings: ServiceSettings, model: OrtModel) -> AttachmentReader | None:
     """Return the reader of attachments; None if the export reads none or no installed feature can."""
-    readers = (kind.of(model, settings) for kind in parts("attachments", {*model.manifest.companions, str(model.task)}))
+    signs = {*model.manifest.companions, str(model.task)}
+    readers = (reader_of(model, settings) for reader_of in parts("attachments", signs))
     return next((reader for reader in readers if reader is not None), None)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.core.loading.tokenizers import is_chat
 from gralora_fx.errors import ServingError
 from gralora_fx.features.images.image_limits import ServedImages
@@ -15,6 +17,18 @@ from gralora_fx.run.engine.limits import PromptLimit
 from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 from gralora_fx.run.generate.prompts import EncoderInput
 from gralora_fx.run.generate.request_errors import WrongFieldError
+from gralora_fx.run.model import OrtModel
+
+
+def reader_of(model: OrtModel, settings: ServiceSettings) -> RequestImages | None:
+    """Return what reads images of requests to an open export; None if it reads none."""
+    inputs, prompts = model.encoder_inputs, model.generation.given_prompts
+    if prompts is None and (inputs is None or not inputs.reads_media):
+        return None
+    # of files that strangers damage; what is wrong with a picture is an error, or is nothing
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    given = prompts, model.tokenizer, settings.part(ServedImages)
+    return RequestImages(*given) if inputs is None else EncoderRequests(inputs, *given)
 
 
 class EncoderRequests(RequestImages):

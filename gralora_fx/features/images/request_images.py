@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.core.loading.tokenizers import is_chat
 from gralora_fx.errors import ServingError
 from gralora_fx.features.images.image_files import images_of
@@ -16,7 +14,6 @@ from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.limits import PromptLimit
 from gralora_fx.run.generate.prompts import EncoderInput
 from gralora_fx.run.generate.request_errors import WrongFieldError
-from gralora_fx.run.model import OrtModel
 
 _MARK = "gralora-fx"
 
@@ -30,21 +27,6 @@ class RequestImages:
         """Take what reads prompts with opened images, a tokenizer and the bounds."""
         self._prompts, self._tokenizer, self._served = prompts, tokenizer, served
         self._writes_text = _writes(tokenizer, _MARK)
-
-    @classmethod
-    def of(cls, model: OrtModel, settings: ServiceSettings) -> RequestImages | None:
-        """Read images for an open export; None if it has nothing that does."""
-        inputs, prompts = model.encoder_inputs, model.generation.given_prompts
-        if prompts is None and (inputs is None or not inputs.reads_media):
-            return None
-        # of files that strangers damage; what is wrong with a picture is an error, or is nothing
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        given = prompts, model.tokenizer, settings.part(ServedImages)
-        if inputs is None:
-            return cls(*given)
-        from gralora_fx.features.images.encoder_requests import EncoderRequests
-
-        return EncoderRequests(inputs, *given)
 
     def files(self, attached: Sequence[tuple[str, str]]) -> list[bytes]:
         """Return the files of images, each given by its field and its URL."""

@@ -171,13 +171,11 @@ class QuestionReader:
         """Tokenize a prompt."""
         tokenizer, reader = self._engine.tokenizer, self._engine.attachments
 
-        def ids(prompt: Any, described: Sequence[Any] = ()) -> list[int]:
-            return prompt_ids(prompt, tokenizer, ServingError, described, limit.check_text)
+        def ids(prompt: Any, described: Sequence[Any] = ()) -> list[int]:  # after features have changed texts
+            form = prompt if reader is None else reader.form(prompt)
+            return prompt_ids(form, tokenizer, ServingError, described, limit.check_text)
 
-        form = (lambda prompt: prompt) if reader is None else reader.form  # after features have changed texts
-        if not is_chat(prompt):
-            return ids(form(prompt))
-        return self._first_taken(prompt, asked, lambda chat, described: ids(form(chat), described))
+        return self._first_taken(prompt, asked, ids) if is_chat(prompt) else ids(prompt)
 
     def _first_taken(self, chat: Any, asked: Asked, read: Callable[[Any, Sequence[Any]], _Read]) -> _Read:
         """Read a chat in its first form that the template accepts; raise the first form's error if none is."""
