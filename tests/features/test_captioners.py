@@ -17,6 +17,7 @@ from transformers import AutoProcessor, BlipForQuestionAnswering
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
 from gralora_fx.errors import TraceError
 from gralora_fx.exporters import export_adapter, export_onnx
+from gralora_fx.loading import load_streamed
 from gralora_fx.serving import load
 from tests.made_once import made_once
 from tests.tiny_image_processors import drawn_image
@@ -98,6 +99,16 @@ def test_a_text_begins_a_caption(captioner: Path) -> None:
     assert expected != _expected(tiny_captioner(), pixels)
     texts = processor.batch_decode(expected, skip_special_tokens=True)
     assert model.generate(["HI", "HI"], images=_IMAGES, max_new_tokens=_NEW) == texts
+
+
+def test_weights_that_are_read_from_their_files_give_the_same_graphs(captioner: Path, tmp_path: Path) -> None:
+    streamed = trace(load_streamed(captioner / "base", _TASK), task=_TASK)
+    for name, model in (("streamed", streamed), ("whole", _traced())):
+        export_onnx(model, tmp_path / name, verify="quick")
+    files = sorted(path.name for path in (tmp_path / "whole").glob("*.onnx*"))
+    assert len(files) == 4
+    for name in files:
+        assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_labels_give_the_loss_of_transformers() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import peft
 import pytest
 import torch
 from running import run
 from transformers import AutoProcessor
 
-from gralora_fx import GraloraModel, trace
+from gralora_fx import GraloraModel, TracedModel, trace
 from gralora_fx.errors import ExportError, ServingError, TraceError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.rules.products.initializers import product_weights
 from gralora_fx.serving import load
 from tests.made_once import made_once
 from tests.tiny_image_processors import drawn_image
@@ -25,6 +28,11 @@ _IMAGE, _PROMPT = drawn_image(70, 50), "What is it?"
 _CONFIG = peft.GraloraConfig(r=8, gralora_k=2, alpha=32, target_modules=["qkv", "image_projection", "q_proj", "fc1"])
 
 
+@functools.cache
+def _traced() -> TracedModel:
+    return trace(tiny_florence(), task=_TASK)
+
+
 def _exported(path: Path) -> None:
     adapted = peft.get_peft_model(tiny_florence(), _CONFIG)
     torch.manual_seed(3)
@@ -32,7 +40,7 @@ def _exported(path: Path) -> None:
         if "gralora" in key:
             torch.nn.init.normal_(value.data, std=0.3)
     adapted.save_pretrained(str(path / "adapter"))
-    model = GraloraModel.from_pretrained(trace(tiny_florence(), task=_TASK), path / "adapter", adapter_name="own")
+    model = GraloraModel.from_pretrained(_traced(), path / "adapter", adapter_name="own")
     for name, options in (("data", {"adapters": "data"}), ("merged", {})):
         report = export_onnx(model, path / name, tokenizer=tiny_florence_processor(), verify="quick", **options)
         assert report.verification is not None
@@ -76,6 +84,19 @@ def test_prompts_with_an_image_and_texts_alone_are_answered_as_by_transformers_a
     alone = _expected(source, processor, _IMAGE, "")
     assert model.generate(images=_IMAGE, max_new_tokens=_NEW) == alone
     assert model.generate(images=[_IMAGE], max_new_tokens=_NEW) == [alone]
+
+
+@pytest.mark.parametrize(("quantize", "storage"), [("int8-dynamic", "columns"), ("int4", "blocks")])
+def test_all_three_parts_are_quantized_and_compared(quantize: str, storage: str, tmp_path: Path) -> None:
+    report = export_onnx(_traced(), tmp_path, tokenizer=tiny_florence_processor(), quantize=quantize, verify="quick")
+    assert report.verification is not None
+    assert report.verification.passed
+    for part in ("vision_encoder", "encoder_model", "decoder_model_merged"):
+        graph = onnx_ir.load(tmp_path / f"{part}.onnx").graph
+        assert {weight.storage for weight in product_weights(graph)} == {storage}, part
+    assert report.verification.companions is not None
+    assert report.verification.companions.agreement == 1.0
+    assert isinstance(load(tmp_path).generate(_PROMPT, images=_IMAGE, max_new_tokens=_NEW), str)
 
 
 def test_the_command_line_asks_about_an_image(florence: Path, tmp_path: Path) -> None:
