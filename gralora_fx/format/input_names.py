@@ -24,18 +24,25 @@ DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs
 
 @dataclass(frozen=True)
 class StepInput:
-    """A step's input with a value for every position, not needed for text alone."""
+    """A step's input with a value for every position, or one for all of them, not needed for text alone."""
 
     name: str
     absent: float = 0  # its value at a position of text
-    axis: int = 0  # the axis of the batch; the next one is that of positions
+    axis: int | None = 0  # the axis of the batch; the next one is that of positions. None if all share one value
     # the input with the same batch and positions: a step's, or, for the mask, all earlier ones too
     follows: str = IDS
+    others: tuple[int, ...] = ()  # other axes that vary, of size 1 for text alone
+
+    @property
+    def varying(self) -> tuple[int, ...]:
+        """The axes that may vary."""
+        return (*(() if self.axis is None else (self.axis, self.axis + 1)), *self.others)
 
     def of_text(self, like: Any, inputs: Mapping[str, Any]) -> Any:
         """Return the values for a step of text alone, in the type of an example."""
-        sizes = list(like.shape)
-        sizes[self.axis : self.axis + 2] = inputs[self.follows].shape[:2]
+        sizes = [1 if axis in self.others else size for axis, size in enumerate(like.shape)]
+        if self.axis is not None:
+            sizes[self.axis : self.axis + 2] = inputs[self.follows].shape[:2]
         return like.new_full(sizes, self.absent)
 
 

@@ -52,7 +52,8 @@ class CallInputs:
         pasts = [name for name in self.inputs if name.startswith(f"{PAST}.")]
         if arrays and not any(name in arrays for name in pasts):
             axes = {name: each.axis for name, each in self._beside.items()}
-            batch = next((array.shape[axes.get(name, 0)] for name, array in arrays.items() if array.ndim), 1)
+            found = ((array, axes.get(name, 0)) for name, array in arrays.items() if array.ndim)
+            batch = next((array.shape[axis] for array, axis in found if axis is not None), 1)
             arrays |= empty_past(tuple(self.inputs.values()), batch)
         cached = None
         if not self.is_encoder_decoder and pasts:

@@ -104,6 +104,8 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
         for usage in readers.get(name, []):
             usage.node.replace_input_with(usage.idx, value)
     for name, beside in beside_ids(inputs).items():
+        if beside.axis is None:
+            continue
         of_tokens = tokens.of_input(build, inputs[name], beside.axis)
         build.insert_before(next(node for node in graph if node in {usage.node for usage in readers[name]}))
         for usage in readers[name]:

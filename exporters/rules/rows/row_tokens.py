@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 
@@ -48,7 +49,10 @@ class RowTokens:
         """Gather `[..., 1, tokens, ...]` from an input `[..., batch, length, ...]`."""
         assert value.shape is not None
         sizes = list(value.shape)
-        flat = build("Reshape", value, [*sizes[:axis], -1, *sizes[axis + 2 :]])
+        new: Any = [*sizes[:axis], -1, *sizes[axis + 2 :]]
+        if not all(isinstance(size, int) for size in new):
+            new = build("Concat", build.ints(*sizes[:axis], -1), build("Shape", value, start=axis + 2), axis=0)
+        flat = build("Reshape", value, new)
         taken = build("Gather", flat, self.tokens, axis=axis)
         taken.type = value.type
         taken.shape = ir.Shape([*sizes[:axis], 1, ir.SymbolicDim(NUM_TOKENS), *sizes[axis + 2 :]])

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gralora_fx.core.tracing.inputs.cache import positions
+from gralora_fx.features.images.cross_attention import attending
 from gralora_fx.features.images.image_inputs import deepstack_part, embedding_of
-from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID, PREFIX
+from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID, KEYS, PREFIX, SEEN, VALUES
 from gralora_fx.format.input_names import EMBEDS, IDS, beside_ids
 
 
@@ -57,6 +58,7 @@ def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterat
         if embeds is None or inputs.get(IDS) is None:
             return forward(*args, **inputs, **({} if embeds is None else {EMBEDS: embeds}))
         ids, grid, features, prefix = (inputs[IDS], *(inputs.pop(name, None) for name in (GRID, FEATURES, PREFIX)))
+        cross = [inputs.pop(name, None) for name in (KEYS, VALUES, SEEN)]
         given = ids < 0
         inputs[IDS] = torch.where(given, _stands_in(model), ids)
         if grid is not None:
@@ -66,6 +68,9 @@ def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterat
         with ExitStack() as changed:
             embed = _where_given(embedding.forward, given, embeds, inputs.get("decoder_input_ids"))
             changed.enter_context(patch.object(embedding, "forward", embed))
+            if cross[0] is not None:
+                inputs["cross_attention_states"] = cross[0]  # for which the layers are not skipped
+                changed.enter_context(attending(model, *cross))
             if prefix is not None:
                 _join(changed, model, prefix)
             if features is not None:

@@ -24,6 +24,7 @@ from gralora_fx.features.images.image_rows import Outputs, given_of, grid_positi
 from gralora_fx.features.images.pictures import read_pictures
 from gralora_fx.features.images.program_graphs import DECODER, EMBED_TOKENS, EMBEDDING, image_token
 from gralora_fx.features.images.tasks_and_inputs import (
+    ASPECT,
     GIVEN_PLACES,
     GRID,
     GRID_THW,
@@ -31,6 +32,7 @@ from gralora_fx.features.images.tasks_and_inputs import (
     IMAGES,
     PATCH_PLACES,
     PREFIX,
+    SEEN,
     VISION_ENCODER,
 )
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST, beside_ids
@@ -38,6 +40,7 @@ from gralora_fx.run.sessions.ort_values import as_array, as_tensor, empty_values
 
 _SIDES = ((2, 3), (5, 4), (3, 9))  # heights and widths of images, in tokens
 _TILES = (1, 3, 2)
+_WAYS = (2, 1, 3)  # in which an image is cut into tiles, by number
 _STEPS, _QUICK_STEPS = 8, 3  # tokens of an answer
 _PICTURES = 4  # that a quantized export is asked about
 
@@ -91,6 +94,8 @@ def _drawn(part: TracedModel, generator: torch.Generator) -> list[dict[str, Tens
         drawn = [{IMAGES: torch.randn(*each, generator=generator)} for each in sides]
     elif PATCH_PLACES in example:
         drawn = [drawn_places(size, _merge_of(part), pixels.shape[1], generator) for size in _SIDES]
+    elif ASPECT in example:
+        drawn = [{IMAGES: torch.randn(pixels.shape, generator=generator), ASPECT: torch.tensor([[n]])} for n in _WAYS]
     elif GRID_THW in example:
         drawn = [drawn_patches(size, _merge_of(part), pixels.shape[1:], generator) for size in _SIDES]
     else:
@@ -259,6 +264,11 @@ def _inputs(
         inputs[name] = spec.of_text(example, inputs)
         if name == GRID and grid is not None:
             inputs[name] = torch.from_numpy(grid_positions(places, grid, merge)[:, None])
+        elif name == SEEN and name in given:  # an answer sees what the prompt's last token does
+            last = np.minimum(np.arange(count), given[name].shape[1] - 1)
+            inputs[name] = torch.from_numpy(given[name][:, last]).to(example.dtype)
+        elif spec.axis is None and name in given:
+            inputs[name] = torch.from_numpy(given[name]).to(example.dtype)
         elif name in given:
             values = torch.from_numpy(given[name])
             axis = 1 + spec.axis

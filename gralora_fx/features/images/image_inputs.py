@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from gralora_fx.core.tracing.inputs.samples import BATCH, part_with
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
+from gralora_fx.features.images.cross_attention import cross_examples, drawn_seen, reads_across
 from gralora_fx.features.images.tasks_and_inputs import (
     FEATURES,
     GRID,
@@ -20,6 +21,7 @@ from gralora_fx.features.images.tasks_and_inputs import (
     IMAGES,
     PATCH_PLACES,
     PREFIX,
+    SEEN,
     reads_images,
 )
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, beside_ids
@@ -33,7 +35,7 @@ _COMPARED = frozenset(
     aya_vision cohere2_vision cohere_compass cosmos3_omni deepseek_vl exaone4_5 florence2 gemma3 gemma4 gemma4_unified
     glm46v glm4v glm4v_moe glm5_next glm_ocr got_ocr2 hyperclovax_vision_v2 idefics2 idefics3 internvl janus kimi_k25
     lfm3_vl lighton_ocr llava llava_next llava_next_video llava_onevision minimax_m3_vl mistral3 mistral_large4
-    muse_glimmer muse_spark paddleocr_vl paligemma qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5
+    mllama muse_glimmer muse_spark paddleocr_vl paligemma qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5
     qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe smolvlm video_llava vipllava
         """,
     )
@@ -51,7 +53,6 @@ _REFUSED = {
     "idefics": "layers of its own attend to images",
     "kosmos-2": "its decoder has positions and masks of images of its own",
     "kosmos-2.5": "its decoder has positions and masks of images of its own",
-    "mllama": "layers of its own attend to images (cross_attention_states)",
     "molmo2": "its masks of a prompt depend on whether it is the first step",
     "pi0": "it gives actions, not text",
     "qwen4_exp": "its layers read ids of images (ple_input_ids)",
@@ -101,6 +102,8 @@ def examples_beside(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[s
         inputs[FEATURES] = (features * given.unsqueeze(-1)).to(dtype)
     if (name := _types_of_blocks(model)) is not None:
         inputs[name] = (torch.arange(mask.shape[1]) % 4 > 1).long().expand(mask.shape).contiguous()
+    if reads_across(model):
+        inputs |= cross_examples(model, ids, generator)
     return {IDS: torch.where(given, GIVEN, ids), **inputs}
 
 
@@ -112,7 +115,11 @@ def drawn_beside(model: TracedModel, case: Mapping[str, Tensor], generator: torc
     for name, spec in beside_ids(examples).items():
         example = examples[name]
         drawn[name] = spec.of_text(example, case)
-        if example.is_floating_point():
+        if spec.axis is None:
+            drawn[name] = torch.randn(example.shape, generator=generator).to(example.dtype)
+        elif name == SEEN:
+            drawn[name] = drawn_seen(given, *example.shape[2:], generator)
+        elif example.is_floating_point():
             drawn[name] = torch.randn(drawn[name].shape, generator=generator).to(example.dtype)
             if name != EMBEDS:  # features are those of images alone
                 drawn[name] = drawn[name] * given.unsqueeze(-1)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.features.images.tasks_and_inputs import (
+    ASPECT,
     BATCH_IMAGES,
     GRID_THW,
     IMAGE_SIZES,
@@ -40,6 +41,9 @@ def pieces_of(made: Mapping[str, Any], ranks: Mapping[str, int], packing: TilePa
         for own, places in zip(pixels, np.asarray(made[PATCH_PLACES]), strict=True):
             is_patch = (places >= 0).all(-1)
             yield [{IMAGES: own[is_patch], PATCH_PLACES: places[is_patch]}], None
+    elif ASPECT in ranks:
+        for own, way in zip(pixels[0], np.asarray(made[ASPECT])[0], strict=True):
+            yield [{IMAGES: own, ASPECT: way.reshape(1, 1)}], None
     elif ranks[IMAGES] == 3:  # of any size, which a processor pads to that of the largest
         images = pixels.reshape(-1, *pixels.shape[-3:])
         for image, (height, width) in zip(images, sizes or _unmasked(made[PIXEL_MASK]), strict=True):

@@ -11,14 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.features.images.cross_rows import CrossRows, cross_given
 from gralora_fx.features.images.tasks_and_inputs import (
     DEEPSTACK,
     FEATURES,
     GIVEN_PLACES,
     GRID,
     IMAGE_FEATURES,
+    KEYS,
     PREFIX,
+    SEEN,
     STEP_INPUTS,
+    VALUES,
 )
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
 from gralora_fx.run.engine.cache_memory import Source
@@ -66,6 +70,7 @@ class ImageRows(GivenRows):
         self._taken = {value.name: value for value in optional_arguments(session)}
         self._rows: dict[int, Mapping[str, NDArray[Any]]] = {}
         self._places: dict[int, NDArray[np.bool_]] = {}  # of a row: which of its first tokens are given
+        self._cross = CrossRows()
         self._of_text = {name: self._absent(name, 1, 1) for name in self._taken}
         # types of tokens, by which those of an image see each other
         self._types = [name for name in self._taken if _SPECS[name].follows != IDS]
@@ -77,6 +82,7 @@ class ImageRows(GivenRows):
         """
         self._rows.pop(row, None)
         self._places.pop(row, None)
+        self._cross.begin(row, {})
         if source is None:
             return
         if not isinstance(source, Mapping) or EMBEDS not in source:
@@ -95,6 +101,7 @@ class ImageRows(GivenRows):
             if name not in arrays:
                 types = np.ones(arrays[EMBEDS].shape[:2]) if name == PREFIX else places
                 arrays[name] = np.asarray(types, DTYPES[self._taken[name].type])
+        self._cross.begin(row, {name: arrays.pop(name) for name in (KEYS, VALUES, SEEN) if name in arrays})
         sizes = {name: array.shape[_SPECS[name].axis :][:2] for name, array in arrays.items()}
         rows, count = sizes[EMBEDS]
         if wrong := next((name for name, size in sizes.items() if size != (1, count)), None):
@@ -112,10 +119,15 @@ class ImageRows(GivenRows):
         types = self._rows[row][self._types[0]][0]
         return stop < len(types) and bool(types[stop - 1]) and bool(types[stop])
 
+    def apart(self, row: int) -> int | None:
+        """Return the number of tiles of a row's images, if layers attend to them."""
+        return self._cross.tiles(row)
+
     def names(self, row: int) -> Mapping[int, int] | None:
         """Return digests of the inputs in place of a row's tokens, by position; text has its ids."""
         own, places = self._rows[row], self._places[row]
-        if PREFIX in own:  # what was read of an image depends on the text after it
+        # what was read of an image depends on the text after it, or what was read of a text on its images
+        if PREFIX in own or self._cross.tiles(row) is not None:
             return None
         by_position = {name: self._by_position(name, array)[0] for name, array in own.items()}
         if (grid := by_position.get(GRID)) is not None:
@@ -142,7 +154,7 @@ class ImageRows(GivenRows):
         total = max(before[row] + len(tokens) for row, tokens in read.items())
         feed = {
             name: self._absent(name, len(ids), total if name in self._types else ids.shape[1]) for name in self._taken
-        }
+        } | self._cross.arrays(read, before, rows, ids.shape[1])
         for row in given:
             start, stop = before[row], before[row] + len(read[row])
             place, own = row - rows.start, self._rows[row]
@@ -162,7 +174,9 @@ class ImageRows(GivenRows):
     def _absent(self, name: str, rows: int, length: int) -> NDArray[Any]:
         """Return the values that stand for text, in a number of rows and positions."""
         spec, value = _SPECS[name], self._taken[name]
-        sizes = [*value.shape[: spec.axis], rows, length, *value.shape[spec.axis + 2 :]]
+        sizes = [1 if axis in spec.others else size for axis, size in enumerate(value.shape)]
+        if spec.axis is not None:
+            sizes[spec.axis : spec.axis + 2] = rows, length
         return np.full(sizes, spec.absent, DTYPES[value.type])
 
     def _by_position(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -183,6 +197,8 @@ def given_of(
     embeds = np.zeros((1, len(places), features.shape[1]), features.dtype)
     embeds[0, places] = features
     given: Given = {EMBEDS: embeds, GIVEN_PLACES: places[None]}
+    if KEYS in outputs[0]:
+        given |= cross_given(places, outputs)
     if DEEPSTACK in outputs[0]:
         layers = np.concatenate([each[DEEPSTACK] for each in outputs], axis=1)
         given[FEATURES] = np.zeros((len(layers), *embeds.shape), layers.dtype)

@@ -29,6 +29,9 @@ def optional_image_inputs(model: ir.Model) -> PassResult[ir.Model]:
         assert value.shape is not None
         assert value.dtype is not None
         own, place = [dim if isinstance(dim, int) else 1 for dim in value.shape], spec.axis
+        give_default(graph, value, np.full(own, spec.absent, value.dtype.numpy()))
+        if place is None:
+            continue
         sizes = [build("Shape", inputs[spec.follows], start=0, end=2)]
         sizes = [*([build.ints(*own[:place])] if place else []), *sizes]
         sizes += [build.ints(*own[place + 2 :])] if own[place + 2 :] else []
@@ -36,7 +39,6 @@ def optional_image_inputs(model: ir.Model) -> PassResult[ir.Model]:
         expanded.shape, expanded.type = value.shape, value.type
         for usage in [use for use in value.uses() if use.node is not expanded.producer()]:
             usage.node.replace_input_with(usage.idx, expanded)
-        give_default(graph, value, np.full(own, spec.absent, value.dtype.numpy()))
     if optional:
         build.insert_before(graph[0])
     return PassResult(len(optional))

@@ -15,12 +15,20 @@ IMAGE_SIZES = "image_sizes"  # of a processor: height and width of each image, w
 PIXEL_MASK = "pixel_attention_mask"  # of a processor: which pixels are not padding
 BATCH_IMAGES = "batch_num_images"  # of a processor that cuts the only image of a prompt alone
 PATCH_PLACES = "image_position_ids"  # column and row of each patch, -1 of padding
+# of images that layers of their own attend to: keys and values of each layer, and what each token sees of the tiles of
+# each set of images: 1 is seen, 0 is not, -1 is not of this row
+KEYS, VALUES, SEEN = "image_keys", "image_values", "image_mask"
+TILES, ASPECT = "image_tiles", "aspect_ratio_ids"  # which tiles of an image are not padding; how it was cut
 GIVEN_PLACES = "given_places"  # of a row: which of its first tokens are not those of the ids
 VISION_ENCODER = "vision_encoder"  # the file of the vision encoder, without its suffix
 IMAGE_FEATURES, DEEPSTACK = "image_features", "deepstack_features"  # its outputs
 NEWLINE = "image_newline"  # another, of models that lay out tiles: what ends a line
 MAIN_INPUTS = (IMAGES,)
-INPUT_AXES = {IMAGES: ("batch_size", "num_channels", "height", "width")}
+INPUT_AXES = {
+    IMAGES: ("batch_size", "num_channels", "height", "width"),
+    KEYS: ("layers", "image_sets", "heads", "size", "tiles"),
+    SEEN: ("batch_size", "sequence_length", "image_sets", "tiles"),
+}
 STEP_INPUTS = (
     StepInput(EMBEDS),  # [batch, length, hidden], read where an id is `GIVEN`
     # [3, batch, length], the positions in time, height and width; where negative, `position_ids`
@@ -30,6 +38,9 @@ STEP_INPUTS = (
     StepInput("token_type_ids", follows="attention_mask"),
     StepInput("mm_token_type_ids", follows="attention_mask"),  # Gemma 4's name for it
     StepInput(PREFIX, follows="attention_mask"),
+    StepInput(KEYS, axis=None, others=(1, 4)),  # [layers, sets, heads, size, tiles, patches]
+    StepInput(VALUES, axis=None, others=(1, 3)),  # [layers, sets, heads, tiles, patches, size]
+    StepInput(SEEN, -1, others=(2, 3)),  # [batch, length, sets, tiles]
 )
 CLASSIFICATION = "image-classification"
 TO_TEXT = "image-to-text"

@@ -6,6 +6,7 @@ It makes of one image what its decoder reads in place of the image's tokens:
     pixel_values [patches, values], image_grid_thw [1, 3]          -> the same, of an image of any size
     pixel_values [patches, values], image_position_ids [patches, 2]   likewise
     pixel_values [channels, height, width]                            likewise
+    pixel_values [tiles, ...], aspect_ratio_ids [1, 1]             -> also image_keys, image_values and image_tiles
     some                                                           -> also deepstack_features [layers, tokens, hidden]
 """
 
@@ -30,6 +31,8 @@ from gralora_fx.core.tracing.check import gap
 from gralora_fx.core.tracing.trace import trace
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, first_line, marked
+from gralora_fx.features.images.cross_attention import reads_across
+from gralora_fx.features.images.cross_form import CrossForm
 from gralora_fx.features.images.image_inputs import has_grid_positions
 from gralora_fx.features.images.image_prompts import token_merge
 from gralora_fx.features.images.image_rows import grid_positions
@@ -49,7 +52,7 @@ def vision_part(traced: TracedModel) -> dict[str, TracedModel]:
     if not isinstance(model, PreTrainedModel) or not reads_images(model):
         return {}
     try:
-        part = _traced_part(model, form_of(model))
+        part = _traced_part(model, CrossForm(model) if reads_across(model) else form_of(model))
     except TraceError as error:
         raise TraceError(f"{_NOT_TRACED}: {marked(error)}") from error
     return {VISION_ENCODER: _over_parameters(part, model, traced)}

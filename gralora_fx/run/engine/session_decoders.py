@@ -74,6 +74,10 @@ class GivenRows:
         """Return whether a row's tokens before and after a position have to be read at once."""
         return False
 
+    def apart(self, row: int) -> int | None:
+        """Return a number that rows which are read in one run must share, or None for a row that joins any."""
+        return None
+
     def arrays(
         self, read: Mapping[int, NDArray[np.int64]], before: Mapping[int, int], rows: range, ids: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
@@ -267,6 +271,10 @@ class RowsDecoder(Decoder):
         """
         if not read:
             return []
+        kinds = {row: kind for row in read if (kind := self._given.apart(row)) is not None}
+        if len(first := dict.fromkeys(kinds.values())) > 1:
+            of_kind = [{row: read[row] for row in read if kinds.get(row, next(iter(first))) == kind} for kind in first]
+            return [run for each in of_kind for run in self._runs(each)]
         positions = (max(read) - min(read) + 1) * max(map(len, read.values()))
         if not self._sums_up or positions - sum(map(len, read.values())) <= _MOST_PADDED:
             return [read]

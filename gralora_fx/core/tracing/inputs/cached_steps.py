@@ -233,9 +233,7 @@ def other_steps(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[t
 def varying_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return which axes of a step's cache and extra inputs may vary, for `torch.export`."""
     auto = torch.export.Dim.AUTO
-    varying: dict[str, Any] = {
-        name: {each.axis: auto, each.axis + 1: auto} for name, each in beside_ids(inputs).items()
-    }
+    varying: dict[str, Any] = {name: dict.fromkeys(each.varying, auto) for name, each in beside_ids(inputs).items()}
     kinds = [slot.kind for slot in tensors_of(inputs[PAST])]
     varying[PAST] = [dict.fromkeys((0, kind.grows) if kind.grows else (0,), auto) for kind in kinds]
     return varying
