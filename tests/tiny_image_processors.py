@@ -305,7 +305,18 @@ def _got(model: PreTrainedModel) -> Any:
     return GotOcr2Processor(_tiles(model), tokenizer, chat_template=_CHAT.replace("IMAGE", "<img><imgpad></img>"))
 
 
+def _mllama(model: PreTrainedModel) -> Any:
+    from transformers import MllamaProcessor
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+    side = _side(model)
+    images = MllamaImageProcessorPil(size={"height": side, "width": side})
+    chat = "{{ bos_token }}" + _CHAT.replace("IMAGE", "<|image|>")
+    return MllamaProcessor(images, tiny_tokenizer({IMAGE: "<|image|>", 89: "<|python_tag|>"}), chat_template=chat)
+
+
 _OTHERS = {
+    "mllama": _mllama,
     "internvl": _internvl,
     "aya_vision": _aya,
     "janus": _janus,

@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
 
 from gralora_fx import trace
 from gralora_fx.errors import ExportError
@@ -134,6 +138,11 @@ def _prompt(model: PreTrainedModel, images: list[dict[str, Tensor]]) -> dict[str
     types = {name: (tensor == IMAGE).long() for name in ("token_type_ids", "mm_token_type_ids") if name in taken}
     if model.config.model_type == "paligemma":  # which tells its prompt from its answer
         types = {"token_type_ids": torch.zeros_like(tensor)} if images else {}
+    if model.config.model_type == "mllama" and images:
+        tiles = [[int(pixels["aspect_ratio_mask"].sum()) for pixels in images]]
+        seen = get_cross_attention_token_mask(tensor[0].tolist(), IMAGE)
+        dense = convert_sparse_cross_attention_mask_to_dense([seen], tiles, 4, tensor.shape[1])
+        types = {"cross_attention_mask": torch.from_numpy(dense)}
     return {
         "input_ids": tensor,
         "attention_mask": torch.ones_like(tensor),

@@ -17,6 +17,12 @@ def pixels_of(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     """What a processor makes of one image, the first or the second."""
     generator = torch.Generator().manual_seed(seed)
     vision: Any = model.config.vision_config
+    if model.config.model_type == "mllama":
+        way = seed + 1  # of one tile, or of two
+        tiles = (torch.arange(vision.max_num_tiles) < way).float()
+        pixels = torch.randn(1, vision.max_num_tiles, 3, *[vision.image_size] * 2, generator=generator)
+        mask = {"aspect_ratio_ids": torch.tensor([way]), "aspect_ratio_mask": tiles[None].long()}
+        return {"pixel_values": pixels * tiles[:, None, None, None], **mask}
     names = _own_inputs(model)
     if "image_grid_thw" in names:
         return _patches(model, generator, *_GRIDS[seed])
@@ -81,6 +87,8 @@ def pixels_of_both(model: PreTrainedModel, images: Sequence[dict[str, Tensor]]) 
 
 def features_of(model: PreTrainedModel, pixels: dict[str, Tensor]) -> int:
     """How many tokens a model makes of an image."""
+    if model.config.model_type == "mllama":  # whose layers attend to what it makes of one
+        return 1
     with torch.no_grad():
         found: Any = _reader(model)(**_of_batch(model, pixels), return_dict=True).pooler_output
     joined = found if isinstance(found, Tensor) else torch.cat([each.flatten(0, -2) for each in found])
@@ -89,7 +97,7 @@ def features_of(model: PreTrainedModel, pixels: dict[str, Tensor]) -> int:
 
 def _of_batch(model: PreTrainedModel, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
     """Prompts of some processors have an axis of their own."""
-    if model.config.model_type in ("idefics2", "idefics3", "smolvlm"):
+    if model.config.model_type in ("idefics2", "idefics3", "mllama", "smolvlm"):
         return {name: value[None] for name, value in pixels.items()}
     return pixels
 

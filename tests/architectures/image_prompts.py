@@ -44,8 +44,9 @@ def tiny_image_model(name: str, **fields: Any) -> PreTrainedModel:
     given = copy.deepcopy({**parts, "image_token_id": IMAGE, **own.both})  # into which it writes
     model = tiny_model(model_class, model_class.config_class(**given))
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1 and not parameter.any():  # Gemma's projection, with which all images are zeros
+        for name, parameter in model.named_parameters():
+            # Gemma's projection, with which all images are zeros, and gates, behind which a part of Mllama is
+            if (parameter.ndim > 1 or name.endswith("gate")) and not parameter.any():
                 parameter.normal_()
     return model
 

@@ -26,6 +26,7 @@ _FORMS = {
     "Gemma4ForConditionalGeneration": ("pixel_values", "image_position_ids"),
     "Idefics2ForConditionalGeneration": ("pixel_values",),  # of any size, padded with a mask
     "LlavaOnevisionForConditionalGeneration": ("pixel_values",),  # tiles laid out as their image
+    "MllamaForConditionalGeneration": ("pixel_values", "aspect_ratio_ids"),  # layers attend to images
     "Mistral3ForConditionalGeneration": ("pixel_values",),  # of any size, padded with sizes
     "MuseGlimmerForConditionalGeneration": ("pixel_values", "image_grid_thw"),  # windows, and a table read across
 }

@@ -31,6 +31,7 @@ _FORMS = {  # whether other programs know how to call what reads pixels
     "LlavaNextForConditionalGeneration": False,  # cuts each of several images
     "LlavaOnevisionForConditionalGeneration": False,  # cuts none of several images
     "Mistral3ForConditionalGeneration": False,
+    "MllamaForConditionalGeneration": False,  # layers attend to images of one to four tiles
     "PaddleOCRVLForConditionalGeneration": True,
     "PaliGemmaForConditionalGeneration": False,  # all of a prompt sees each other
 }

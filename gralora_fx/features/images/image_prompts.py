@@ -178,7 +178,10 @@ class ImagePrompts:
             if self._token in ids:
                 raise ServingError("the prompt has a place for an image, and none is given; give as many")
             return ids, None
-        return ids, self.given(np.asarray(ids), made, adapter)
+        given = self.given(np.asarray(ids), made, adapter)
+        if self._export.generation.limits.outside([self._token]) is not None:  # it is embedded, and never written
+            ids = [0 if token == self._token else token for token in ids]
+        return ids, given
 
     def _written(self, prompt: Any, count: int, described: Sequence[Any]) -> str:
         """Return a prompt as text; a chat that has no place for its images has them before its last text."""
