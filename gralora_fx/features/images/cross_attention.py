@@ -9,7 +9,7 @@ Their keys and values depend on the images alone, so that what reads pixels comp
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -40,12 +40,13 @@ def cross_examples(model: Any, ids: Tensor, generator: torch.Generator) -> dict[
     heads, size = attention.num_key_value_heads, attention.head_dim
     shape = (len(layers), _SETS, heads, size, _TILES, patches)
     keys, values = (torch.randn(shape, generator=generator).to(model.dtype) for _ in range(2))
-    return {KEYS: keys, VALUES: values.movedim(3, -1).contiguous(), SEEN: drawn_seen(ids, _SETS, _TILES, generator)}
+    return {KEYS: keys, VALUES: values.movedim(3, -1).contiguous(), SEEN: drawn_seen(ids, (_SETS, _TILES), generator)}
 
 
-def drawn_seen(ids: Tensor, sets: int, tiles: int, generator: torch.Generator) -> Tensor:
-    """Draw what tokens `[batch, length]` see: each row of another set, the first and every third one of none."""
-    seen = torch.randint(0, 2, (*ids.shape, sets, tiles), generator=generator)
+def drawn_seen(ids: Tensor, sizes: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw what tokens `[batch, length]` see of sets of tiles, given both numbers: a row of none, a row of each set."""
+    sets = sizes[0]
+    seen = torch.randint(0, 2, (*ids.shape, *sizes), generator=generator)
     seen *= torch.randint(0, 2, (*ids.shape, 1, 1), generator=generator)
     of_row = torch.arange(ids.shape[0])[:, None] % (sets + 1) - 1
     return torch.where((of_row == torch.arange(sets))[:, None, :, None], seen, -1)
@@ -55,8 +56,8 @@ def drawn_seen(ids: Tensor, sets: int, tiles: int, generator: torch.Generator) -
 def attending(model: PreTrainedModel, keys: Tensor, values: Tensor, seen: Tensor) -> Iterator[None]:
     """Let a model's layers attend to given keys and values within the block."""
     with ExitStack() as changed:
-        for layer, *own in zip(cross_layers(model), keys.unbind(), values.unbind(), strict=True):
-            changed.enter_context(patch.object(layer, "forward", functools.partial(_attend, layer, *own, seen)))
+        for layer, own, read in zip(cross_layers(model), keys.unbind(), values.unbind(), strict=True):
+            changed.enter_context(patch.object(layer, "forward", functools.partial(_attend, layer, own, read, seen)))
         yield
 
 

@@ -21,7 +21,6 @@ from gralora_fx.features.images.tasks_and_inputs import (
     IMAGE_FEATURES,
     IMAGES,
     KEYS,
-    SEEN,
     TILES,
     VALUES,
 )
@@ -38,6 +37,7 @@ class CrossForm(VisionForm):
         self.features = self.own
 
     def own(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Return the embedding of the token, keys and values of each layer, and which tiles are not padding."""
         pixels, ways = inputs[IMAGES], inputs[ASPECT]
         tiles = self._tiles(ways[0])
         found = self._base.vision_model(pixels[None, None], ways, tiles[None]).last_hidden_state
@@ -60,15 +60,14 @@ class CrossForm(VisionForm):
         return (torch.arange(config.max_num_tiles) < counts[way]).long()[None]
 
     def examples(self, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-        for way in (2, 1, self.model.config.vision_config.max_aspect_ratio_id):
-            yield self._drawn(way, generator)
-
-    def _drawn(self, way: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw the tiles of images that are cut in several ways."""
         vision: Any = self.model.config.vision_config
         shape = (vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size)
-        return {IMAGES: torch.randn(shape, generator=generator), ASPECT: torch.tensor([[way]])}
+        for way in (2, 1, vision.max_aspect_ratio_id):
+            yield {IMAGES: torch.randn(shape, generator=generator), ASPECT: torch.tensor([[way]])}
 
     def check(self, generator: torch.Generator) -> str | None:
+        """Compare logits of a prompt with two images with those of the model's own code."""
         model, images = self.model, list(self.examples(generator))[:2]
         places = np.array([False, True, False, False, True, False])
         ids = torch.where(torch.from_numpy(places), self.model.config.image_token_id, 1)[None]

@@ -267,11 +267,11 @@ def _inputs(
         elif name == SEEN and name in given:  # an answer sees what the prompt's last token does
             last = np.minimum(np.arange(count), given[name].shape[1] - 1)
             inputs[name] = torch.from_numpy(given[name][:, last]).to(example.dtype)
-        elif spec.axis is None and name in given:
-            inputs[name] = torch.from_numpy(given[name]).to(example.dtype)
-        elif name in given:
+        elif name in given and spec.axis is None:
+            inputs[name] = torch.from_numpy(given[name])
+        elif name in given and spec.axis is not None:
             values = torch.from_numpy(given[name])
-            axis = 1 + spec.axis
+            axis = spec.axis + 1
             inputs[name] = inputs[name].to(values.dtype, copy=True)
             inputs[name].narrow(axis, 0, values.shape[axis]).copy_(values)
         elif spec.follows != IDS:

@@ -118,7 +118,7 @@ def drawn_beside(model: TracedModel, case: Mapping[str, Tensor], generator: torc
         if spec.axis is None:
             drawn[name] = torch.randn(example.shape, generator=generator).to(example.dtype)
         elif name == SEEN:
-            drawn[name] = drawn_seen(given, *example.shape[2:], generator)
+            drawn[name] = drawn_seen(given, example.shape[2:], generator)
         elif example.is_floating_point():
             drawn[name] = torch.randn(drawn[name].shape, generator=generator).to(example.dtype)
             if name != EMBEDS:  # features are those of images alone

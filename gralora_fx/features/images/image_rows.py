@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.features.images.cross_rows import CrossRows, cross_given
+from gralora_fx.features.images.cross_rows import CrossRows, cross_given, size_of
 from gralora_fx.features.images.tasks_and_inputs import (
     DEEPSTACK,
     FEATURES,
@@ -58,7 +58,7 @@ def with_images(prompts: Prompts, embeds: Any) -> Prompts:
 
 def _of_one_row(name: str, array: NDArray[Any]) -> NDArray[Any]:
     axis = _SPECS[name].axis if name in _SPECS else 0
-    return np.expand_dims(array, min(axis, array.ndim))
+    return array if axis is None else np.expand_dims(array, min(axis, array.ndim))
 
 
 class ImageRows(GivenRows):
@@ -102,7 +102,7 @@ class ImageRows(GivenRows):
                 types = np.ones(arrays[EMBEDS].shape[:2]) if name == PREFIX else places
                 arrays[name] = np.asarray(types, DTYPES[self._taken[name].type])
         self._cross.begin(row, {name: arrays.pop(name) for name in (KEYS, VALUES, SEEN) if name in arrays})
-        sizes = {name: array.shape[_SPECS[name].axis :][:2] for name, array in arrays.items()}
+        sizes = {name: array.shape[_SPECS[name].axis or 0 :][:2] for name, array in arrays.items()}
         rows, count = sizes[EMBEDS]
         if wrong := next((name for name, size in sizes.items() if size != (1, count)), None):
             what = f"{sizes[wrong][0]} rows of {sizes[wrong][1]} tokens"
@@ -118,6 +118,10 @@ class ImageRows(GivenRows):
             return False
         types = self._rows[row][self._types[0]][0]
         return stop < len(types) and bool(types[stop - 1]) and bool(types[stop])
+
+    def size(self, source: Mapping[str, Any]) -> int:
+        """Return the bytes of the keys and values of a row's images."""
+        return size_of(source) if isinstance(source, Mapping) else 0
 
     def apart(self, row: int) -> int | None:
         """Return the number of tiles of a row's images, if layers attend to them."""
@@ -181,7 +185,7 @@ class ImageRows(GivenRows):
 
     def _by_position(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """`[rows, positions, ...]`, in the array's own memory."""
-        axis = _SPECS[name].axis
+        axis = _SPECS[name].axis or 0
         return np.moveaxis(array, (axis, axis + 1), (0, 1))
 
 

@@ -74,6 +74,10 @@ class GivenRows:
         """Return whether a row's tokens before and after a position have to be read at once."""
         return False
 
+    def size(self, source: Mapping[str, Any]) -> int:
+        """Return the bytes that a row's inputs take as long as it is open, if they count as a cache does."""
+        return 0
+
     def apart(self, row: int) -> int | None:
         """Return a number that rows which are read in one run must share, or None for a row that joins any."""
         return None
@@ -199,6 +203,9 @@ class RowsDecoder(Decoder):
 
     def _row_size(self, tokens: int, count: int) -> int:
         return self._buffers.layout.row_size(tokens + max(count, self._widest))
+
+    def _source_size(self, source: Source | None) -> int:
+        return 0 if source is None else self._given.size(source)
 
     def _copies_size(self, adapter: str | None = None, *, alone: bool = False) -> int:
         if self._row_stacks is None:
