@@ -25,7 +25,7 @@ _CONTINUED = 24  # greedy tokens after each text
 
 @dataclass(frozen=True)
 class MeasuredTexts:
-    """Texts, each continued greedily by the float32 model."""
+    """Texts, each continued greedily."""
 
     rows: tuple[tuple[int, ...], ...]  # token ids by text, at least one each
     drawn: int  # tokens sampled from the float32 model after each row; they belong to the text

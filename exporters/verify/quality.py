@@ -83,10 +83,9 @@ def token_quality(
 ) -> TokenQuality:
     """Compare next-token probabilities at every position; both sides read the same tokens.
 
-    Every text is followed by greedy tokens. While both sides' are the same, they are what each would generate; from the
-    first that differs on they are not counted, so the export's are read. It reads tokens one by one, so that every
-    logit is one that it serves; the model reads those that are known at once, since a pass over weights that are
-    streamed costs as much for many tokens as for one.
+    Every text is followed by greedy tokens of the export, which are counted up to the first that the model would not
+    give. The export reads tokens one by one, so that every logit is one that it serves; the model reads those that are
+    known at once, since a pass over weights that are streamed costs as much for many tokens as for one.
     """
     tally, equal_tokens = QualityTally(), []
     generator = torch.Generator().manual_seed(0)

@@ -110,8 +110,8 @@ class TokenQuality:
     positions: int  # positions at which the next token was compared, after the same tokens
     argmax_agreement: float  # share of positions at which the likeliest token is the same
     kl_divergence: float  # mean of KL(float32 || quantized) of the next token's probabilities, in nats
-    greedy_tokens: int  # tokens that the float32 model generated greedily after each text
-    # number of them that the export generates too before its first difference: the median over the texts
+    greedy_tokens: int  # greedy tokens compared after each text
+    # number of them that both give before the first difference: the median over the texts
     equal_greedy_tokens: float
 
     def __str__(self) -> str:

@@ -161,7 +161,7 @@ def _all_seen(places: Any, outputs: Any, *_: Any) -> Any:
 def test_rows_of_one_image_share_its_keys_and_values() -> None:
     rows, places = CrossRows(), np.array([True, False])
     drawn = np.zeros((1, 1, 2, 4, 4, 5), np.float32)
-    outputs = {"image_keys": drawn, "image_values": drawn.swapaxes(3, 5), "image_tiles": np.array([1, 1, 0, 0])}
+    outputs = {"image_keys": drawn, "image_values": np.moveaxis(drawn, 3, -1), "image_tiles": np.array([1, 1, 0, 0])}
     for row in range(3):
         rows.begin(row, cross_given(places, [outputs if row < 2 else {**outputs, "image_keys": drawn + 1}]))
     read = {row: [1, 2] for row in range(3)}
@@ -181,6 +181,10 @@ def test_what_a_row_is_given_of_images_is_whole_and_counts_as_its_memory(served:
     decoder = served.model.decoder(rows=1)
     with pytest.raises(ServingError, match="takes image_keys, image_values and image_mask of as many tiles"):
         decoder.open(None, {name: value for name, value in given.items() if name != "image_values"})
+    with pytest.raises(ServingError, match="of as many tiles"):
+        decoder.open(None, {**given, "image_keys": given["image_keys"][..., :1, :]})
+    with pytest.raises(ServingError, match="image_mask is of 1 rows of 1 tokens"):
+        decoder.open(None, {**given, "image_mask": given["image_mask"][:, :1]})
     with pytest.raises(ServingError, match="one set of images"):
         decoder.open(None, {**given, "image_mask": given["image_mask"].repeat(2, 2)})
     taken = 2 * (given["image_keys"].nbytes + given["image_values"].nbytes)

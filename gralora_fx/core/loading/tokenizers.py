@@ -76,13 +76,13 @@ def read_ahead(directory: Path, error: type[GraloraError]) -> Callable[[], TextT
 
     A tokenizer that transformers loads, or that is damaged, is read when it is needed.
     """
-    found: list[TextTokenizer | None] = []
+    found: list[TextTokenizer | None] = []  # empty if the thread fails
     thread = threading.Thread(target=lambda: found.append(_read_here(directory)), name="tokenizer")
     thread.start()
 
     def wait() -> TextTokenizer | None:
         thread.join()
-        return found[0] or read_tokenizer(directory, error)
+        return (found and found[0]) or read_tokenizer(directory, error)
 
     return wait
 

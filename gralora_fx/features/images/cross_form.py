@@ -29,7 +29,7 @@ from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
 
 
 class CrossForm(VisionForm):
-    """A tower that reads the tiles of one image, and the number of the way in which it was cut into them."""
+    """A tower that reads the tiles of one image and its aspect ratio id."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -38,9 +38,9 @@ class CrossForm(VisionForm):
 
     def own(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Return the embedding of the token, keys and values of each layer, and which tiles are not padding."""
-        pixels, ways = inputs[IMAGES], inputs[ASPECT]
-        tiles = self._tiles(ways[0])
-        found = self._base.vision_model(pixels[None, None], ways, tiles[None]).last_hidden_state
+        pixels, ratios = inputs[IMAGES], inputs[ASPECT]
+        tiles = self._tiles(ratios[0])
+        found = self._base.vision_model(pixels[None, None], ratios, tiles[None]).last_hidden_state
         states = self._base.multi_modal_projector(found).flatten(0, -2)  # [tiles * patches, hidden]
         projected = []
         for layer in cross_layers(self.model):
@@ -49,22 +49,22 @@ class CrossForm(VisionForm):
             keys = own.k_norm(own.k_proj(states).view(shape)).permute(2, 3, 0, 1)
             projected.append((keys, own.v_proj(states).view(shape).permute(2, 0, 1, 3)))
         keys, values = (torch.stack(each)[:, None] for each in zip(*projected, strict=True))
-        token = torch.tensor([self.model.config.image_token_id], device=ways.device)
+        token = torch.tensor([self.model.config.image_token_id], device=ratios.device)
         embedding = self.model.get_input_embeddings()(token)  # the text has it, as that of any token
         return {IMAGE_FEATURES: embedding, KEYS: keys, VALUES: values, TILES: tiles[0]}
 
-    def _tiles(self, way: Tensor) -> Tensor:
+    def _tiles(self, ratio: Tensor) -> Tensor:
         """Return which tiles are not padding `[1, tiles]`."""
         config: Any = self.model.config.vision_config
         counts = torch.tensor([1, *(rows * columns for rows, columns in config.supported_aspect_ratios)])
-        return (torch.arange(config.max_num_tiles) < counts[way]).long()[None]
+        return (torch.arange(config.max_num_tiles) < counts[ratio]).long()[None]
 
     def examples(self, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-        """Draw the tiles of images that are cut in several ways."""
+        """Draw the tiles of images of several aspect ratios."""
         vision: Any = self.model.config.vision_config
         shape = (vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size)
-        for way in (2, 1, vision.max_aspect_ratio_id):
-            yield {IMAGES: torch.randn(shape, generator=generator), ASPECT: torch.tensor([[way]])}
+        for ratio in (min(2, vision.max_aspect_ratio_id), 1, vision.max_aspect_ratio_id):
+            yield {IMAGES: torch.randn(shape, generator=generator), ASPECT: torch.tensor([[ratio]])}
 
     def check(self, generator: torch.Generator) -> str | None:
         """Compare logits of a prompt with two images with those of the model's own code."""

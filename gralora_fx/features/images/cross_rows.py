@@ -53,7 +53,7 @@ class CrossRows:
             return
         shapes = {name: array.shape for name, array in own.items()}
         tiles = {shapes[name][axis] for name, axis in _TILE_AXES.items() if name in shapes}
-        if own.keys() != {*_TILE_AXES, SEEN} or not shapes[SEEN][1] or {*tiles, shapes[SEEN][3]} != tiles:
+        if own.keys() != {*_TILE_AXES, SEEN} or not shapes[SEEN][1] or len({*tiles, shapes[SEEN][3]}) != 1:
             raise ServingError(
                 f"a row with images takes {KEYS}, {VALUES} and {SEEN} of as many tiles, but got {shapes}"
             )
@@ -68,7 +68,7 @@ class CrossRows:
     def arrays(
         self, read: Mapping[int, Sized], before: Mapping[int, int], rows: range, length: int
     ) -> dict[str, NDArray[Any]]:
-        """Return a step's keys, values and mask; none if no row that reads has images, whose tiles are as many for all.
+        """Return a step's keys, values and mask; none if no reading row has images. All such rows have as many tiles.
 
         The last token of a prompt says what its answer sees.
         """

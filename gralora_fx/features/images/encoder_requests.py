@@ -42,7 +42,7 @@ class EncoderRequests(RequestImages):
     def files(self, attached: Sequence[tuple[str, str]]) -> list[bytes]:
         """Return the file of the only image."""
         if len(attached) > 1:
-            problem = f"the model reads one image for an answer, and the request has {len(attached)}; leave it out"
+            problem = f"the model reads one image for an answer, and the request has {len(attached)}; send one"
             raise WrongFieldError(attached[1][0], problem)
         return super().files(attached)
 
@@ -76,8 +76,8 @@ def _text_of(chat: Sequence[Mapping[str, Any]]) -> str:
     """Return the text of a chat's only message."""
     if len(chat) != 1 or chat[0].get("role") != "user":
         raise ServingError(
-            f"the model answers one message of a user, and the chat has {len(chat)} messages, of the role "
-            f"{chat[-1].get('role')} at the end; leave the others and instructions out"
+            "the model answers one message of the role user, and the chat has the roles "
+            f"{', '.join(str(message.get('role')) for message in chat)}; send one message, without instructions"
         )
     content = chat[0].get("content") or ""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

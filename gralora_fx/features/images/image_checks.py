@@ -40,7 +40,7 @@ from gralora_fx.run.sessions.ort_values import as_array, as_tensor, empty_values
 
 _SIDES = ((2, 3), (5, 4), (3, 9))  # heights and widths of images, in tokens
 _TILES = (1, 3, 2)
-_WAYS = (2, 1, 3)  # in which an image is cut into tiles, by number
+_RATIOS = (2, 1, 3)  # aspect ratio ids
 _STEPS, _QUICK_STEPS = 8, 3  # tokens of an answer
 _PICTURES = 4  # that a quantized export is asked about
 
@@ -95,7 +95,8 @@ def _drawn(part: TracedModel, generator: torch.Generator) -> list[dict[str, Tens
     elif PATCH_PLACES in example:
         drawn = [drawn_places(size, _merge_of(part), pixels.shape[1], generator) for size in _SIDES]
     elif ASPECT in example:
-        drawn = [{IMAGES: torch.randn(pixels.shape, generator=generator), ASPECT: torch.tensor([[n]])} for n in _WAYS]
+        ratios = _RATIOS if pixels.shape[0] > 1 else (1, 1, 1)  # an image of one tile has one
+        drawn = [{IMAGES: torch.randn(pixels.shape, generator=generator), ASPECT: torch.tensor([[n]])} for n in ratios]
     elif GRID_THW in example:
         drawn = [drawn_patches(size, _merge_of(part), pixels.shape[1:], generator) for size in _SIDES]
     else:

@@ -180,7 +180,8 @@ class ImagePrompts:
             return ids, None
         given = self.given(np.asarray(ids), made, adapter)
         if self._export.generation.limits.outside([self._token]) is not None:  # it is embedded, and never written
-            ids = [0 if token == self._token else token for token in ids]
+            other = next((token for token in ids if token != self._token), 0)  # which penalties count anyway
+            ids = [other if token == self._token else token for token in ids]
         return ids, given
 
     def _written(self, prompt: Any, count: int, described: Sequence[Any]) -> str:

@@ -101,12 +101,13 @@ class ImageRows(GivenRows):
             if name not in arrays:
                 types = np.ones(arrays[EMBEDS].shape[:2]) if name == PREFIX else places
                 arrays[name] = np.asarray(types, DTYPES[self._taken[name].type])
-        self._cross.begin(row, {name: arrays.pop(name) for name in (KEYS, VALUES, SEEN) if name in arrays})
+        cross = {name: arrays.pop(name) for name in (KEYS, VALUES) if name in arrays}
         sizes = {name: array.shape[_SPECS[name].axis or 0 :][:2] for name, array in arrays.items()}
         rows, count = sizes[EMBEDS]
         if wrong := next((name for name, size in sizes.items() if size != (1, count)), None):
             what = f"{sizes[wrong][0]} rows of {sizes[wrong][1]} tokens"
             raise ServingError(f"{wrong} is of {what}, and a row's {EMBEDS} of {rows} of {count}; give one of each row")
+        self._cross.begin(row, cross | {name: arrays.pop(name) for name in (SEEN,) if name in arrays})
         self._rows[row] = arrays
         self._places[row] = np.ones(count, bool) if places is None else np.asarray(places, bool).reshape(-1)
         if len(self._places[row]) != count:

@@ -72,6 +72,9 @@ class SequentialDecoder(Decoder):
     def _row_size(self, tokens: int, count: int) -> int:
         return self._layout.row_size(tokens + count)
 
+    def _source_size(self, source: Source | None) -> int:
+        return 0 if source is None else self._given.size(source)
+
     def _end(self, row: int) -> None:
         self._given.begin(row, None)
         del self._open[row]
