@@ -96,7 +96,7 @@ class EncoderDecoder(Decoder):
         return self._of_tokens.row_size(tokens + count)
 
     def _source_size(self, source: Source | None) -> int:
-        count = self._session.encoder.get_outputs()[0].shape[1]  # of pixels: patches, as many for every image
+        count = self._session.encoder.get_outputs()[0].shape[1]  # known where inputs have one size
         if not isinstance(count, int):
             count = max((np.shape(value)[-1] for value in (source or {}).values() if np.ndim(value) > 1), default=0)
         return self._of_source.row_size(count)  # tokens or frames, which the encoder may reduce
