@@ -32,7 +32,7 @@ class Outcome(Generic[Result]):
     seconds: float  # CPU time, or wall-clock time if the process was killed
     result: Result | None = None  # the result, or None
     stage: str = ""  # the last stage that was entered
-    reason: str = ""  # why there is no result, or an empty string
+    reason: str = ""  # why it failed; empty if it did not
 
 
 def survey(

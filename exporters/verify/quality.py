@@ -89,15 +89,16 @@ def token_quality(
     """
     tally, equal_tokens = QualityTally(), []
     generator = torch.Generator().manual_seed(0)
+    # logits of some models depend on how many tokens are read at once
+    most = 1 if reads_tokens_apart(session) or text_switch(session) is not None else _POSITIONS
     for start in range(0, len(texts.rows), _BATCH):
         rows = texts.rows[start : start + _BATCH]
         where = f"texts {start + 1} to {start + len(rows)}"
         steps = ModelSteps(model, len(rows), where), DecoderSteps(session, len(rows), where)
-        at_once = 1 if _differ_alone(session) else max(1, _POSITIONS // len(rows))
         lengths = torch.tensor([len(row) + texts.drawn for row in rows])
         equal = torch.full((len(rows),), texts.continued)
         positions = range(int(lengths.max()) + texts.continued - 1)
-        logits = _both(*steps, replace(texts, rows=rows), at_once, len(positions), generator)
+        logits = _both(*steps, replace(texts, rows=rows), max(1, most // len(rows)), len(positions), generator)
         for position, (expected, actual) in zip(
             counted(positions, "comparing with float32", "tokens"), logits, strict=True
         ):
@@ -108,11 +109,6 @@ def token_quality(
             equal[parts] = after[parts]
         equal_tokens += equal.tolist()
     return tally.of_tokens(adapter, equal_tokens, texts.continued)
-
-
-def _differ_alone(session: Any) -> bool:
-    """Return whether the model's logits may depend on how many tokens are read at once."""
-    return reads_tokens_apart(session) or text_switch(session) is not None
 
 
 def _both(

@@ -51,9 +51,9 @@ def tiny_image_model(name: str, **fields: Any) -> PreTrainedModel:
     return model
 
 
-def wide_image_model(name: str) -> PreTrainedModel:
+def wide_image_model(name: str, vocabulary: int = 128) -> PreTrainedModel:
     """Return a tiny model whose weights are so wide that answers depend on the images."""
-    model = tiny_image_model(name, vocab_size=128, max_position_embeddings=512).eval()
+    model = tiny_image_model(name, vocab_size=vocabulary, max_position_embeddings=512).eval()
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -21,7 +21,7 @@ from gralora_fx.exporters import export_adapter, export_onnx
 from gralora_fx.features.images import cross_form
 from gralora_fx.features.images.cross_rows import CrossRows, cross_given, seen_by
 from gralora_fx.serving import OrtModel, load
-from tests.architectures.image_prompts import IMAGE, tiny_image_model
+from tests.architectures.image_prompts import IMAGE, wide_image_model
 from tests.tiny_image_processors import drawn_image, tiny_processor
 
 _TASK, _NEW = "image-text-to-text-with-past", 6
@@ -34,13 +34,8 @@ _ADAPTERS = {
 
 def _source() -> PreTrainedModel:
     """Return a model whose answers depend on its images; its token of an image is beyond its vocabulary."""
-    model = tiny_image_model("MllamaForConditionalGeneration", vocab_size=IMAGE, max_position_embeddings=512).eval()
+    model = wide_image_model("MllamaForConditionalGeneration", IMAGE)
     model.generation_config.eos_token_id = model.config.text_config.eos_token_id = None
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
     return model
 
 

@@ -56,7 +56,7 @@ class StoredAdapter:
 
     @property
     def parameters(self) -> list[str]:
-        """Names of adapted parameters that are no layer's weight, as far as they are known."""
+        """Names of adapted parameters outside linear layers, as far as they are known."""
         return [path for path in self.sites if self.is_at_parameter(path)]
 
     @property
@@ -69,7 +69,7 @@ class StoredAdapter:
         return _without_values(self.method, tensors).features
 
     def is_at_parameter(self, path: str) -> bool:
-        """Return whether a site is a parameter that is no layer's weight, such as a stack of matrices."""
+        """Return whether a site is a parameter outside linear layers, such as a stack of matrices."""
         return self.sites[path].stack is not None or any(
             ends_with(path, n) for n in self.config.target_parameters or ()
         )

@@ -299,7 +299,7 @@ class ParameterSite(LinearSite):
 def parameter_sites(
     graph_module: fx.GraphModule, tree: ModuleTree, sites: Iterable[LinearSite]
 ) -> tuple[ParameterSite, ...]:
-    """Return every parameter of 2 or 3 dimensions that is no linear layer's weight, in the modules' order."""
+    """Return every parameter of 2 or 3 dimensions outside linear layers, in the modules' order."""
     weights = {id(site.weight) for site in sites}
     reads: dict[int, list[str]] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):

@@ -60,15 +60,14 @@ def read_tokenizer(directory: Path, error: type[GraloraError]) -> TextTokenizer 
 
     transformers loads those that `TextTokenizer` does not read, and its tokenizers have all that is used of one.
     """
-    read = _read_here(directory)
-    if read is not None or not (directory / TOKENIZER_FILE).is_file():
-        return read or cast("TextTokenizer | None", _load_tokenizer(_auto_tokenizer, directory, error))
-    from gralora_fx.core.loading.text_tokenizer import TextTokenizer, is_read_here
+    read = None
+    with suppress(Exception):  # of damaged files, which are named below
+        read = _read_here(directory)
 
     def load(name: str | Path, **options: Any) -> Any:
-        return TextTokenizer(directory) if is_read_here(directory) else _auto_tokenizer(name, **options)
+        return _read_here(directory) or _auto_tokenizer(name, **options)
 
-    return cast("TextTokenizer | None", _load_tokenizer(load, directory, error))
+    return read or cast("TextTokenizer | None", _load_tokenizer(load, directory, error))
 
 
 def read_ahead(directory: Path, error: type[GraloraError]) -> Callable[[], TextTokenizer | None]:
@@ -76,8 +75,13 @@ def read_ahead(directory: Path, error: type[GraloraError]) -> Callable[[], TextT
 
     A tokenizer that transformers loads, or that is damaged, is read when it is needed.
     """
-    found: list[TextTokenizer | None] = []  # empty if the thread fails
-    thread = threading.Thread(target=lambda: found.append(_read_here(directory)), name="tokenizer")
+    found: list[TextTokenizer | None] = []
+
+    def read() -> None:
+        with suppress(Exception):  # which `read_tokenizer` names
+            found.append(_read_here(directory))
+
+    thread = threading.Thread(target=read, name="tokenizer")
     thread.start()
 
     def wait() -> TextTokenizer | None:
@@ -88,14 +92,12 @@ def read_ahead(directory: Path, error: type[GraloraError]) -> Callable[[], TextT
 
 
 def _read_here(directory: Path) -> TextTokenizer | None:
-    """Read a tokenizer without transformers; None if it cannot be read so, or is damaged."""
-    if (directory / TOKENIZER_FILE).is_file():
-        from gralora_fx.core.loading.text_tokenizer import TextTokenizer, is_read_here
+    """Read a tokenizer without transformers; None if it is not one that `TextTokenizer` reads."""
+    if not (directory / TOKENIZER_FILE).is_file():
+        return None
+    from gralora_fx.core.loading.text_tokenizer import TextTokenizer, is_read_here
 
-        with suppress(Exception):  # of damaged files, which `read_tokenizer` names
-            if is_read_here(directory):
-                return TextTokenizer(directory)
-    return None
+    return TextTokenizer(directory) if is_read_here(directory) else None
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def without_gradients(function: F) -> F:
         import sys
 
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            if "torch" not in sys.modules:  # so there is no tensor either
+            if "torch" not in sys.modules:  # so no argument is a tensor
                 return function(*args, **kwargs)
             import torch
 

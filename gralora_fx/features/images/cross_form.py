@@ -1,4 +1,4 @@
-"""How the part that reads pixels is called of a model whose layers attend to images: tiles, and how they were cut."""
+"""How the vision encoder of a model whose layers attend to images is called: by an image's tiles and aspect ratio."""
 
 from __future__ import annotations
 

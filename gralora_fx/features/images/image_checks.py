@@ -268,13 +268,13 @@ def _inputs(
         elif name == SEEN and name in given:  # an answer sees what the prompt's last token does
             last = np.minimum(np.arange(count), given[name].shape[1] - 1)
             inputs[name] = torch.from_numpy(given[name][:, last]).to(example.dtype)
-        elif name in given and spec.axis is None:
-            inputs[name] = torch.from_numpy(given[name])
-        elif name in given and spec.axis is not None:
+        elif name in given:
             values = torch.from_numpy(given[name])
-            axis = spec.axis + 1
-            inputs[name] = inputs[name].to(values.dtype, copy=True)
-            inputs[name].narrow(axis, 0, values.shape[axis]).copy_(values)
+            if spec.axis is None:
+                inputs[name] = values
+            else:
+                inputs[name] = inputs[name].to(values.dtype, copy=True)
+                inputs[name].narrow(spec.axis + 1, 0, values.shape[spec.axis + 1]).copy_(values)
         elif spec.follows != IDS:
             types = (torch.arange(count) < given[GIVEN_PLACES].shape[1])[None] if name == PREFIX else is_given
             inputs[name] = types.to(example.dtype)

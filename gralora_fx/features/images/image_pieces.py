@@ -42,8 +42,8 @@ def pieces_of(made: Mapping[str, Any], ranks: Mapping[str, int], packing: TilePa
             is_patch = (places >= 0).all(-1)
             yield [{IMAGES: own[is_patch], PATCH_PLACES: places[is_patch]}], None
     elif ASPECT in ranks:
-        for own, way in zip(pixels[0], np.asarray(made[ASPECT])[0], strict=True):
-            yield [{IMAGES: own, ASPECT: way.reshape(1, 1)}], None
+        for own, ratio in zip(pixels[0], np.asarray(made[ASPECT])[0], strict=True):
+            yield [{IMAGES: own, ASPECT: ratio.reshape(1, 1)}], None
     elif ranks[IMAGES] == 3:  # of any size, which a processor pads to that of the largest
         images = pixels.reshape(-1, *pixels.shape[-3:])
         for image, (height, width) in zip(images, sizes or _unmasked(made[PIXEL_MASK]), strict=True):

@@ -107,7 +107,9 @@ class ImageRows(GivenRows):
         if wrong := next((name for name, size in sizes.items() if size != (1, count)), None):
             what = f"{sizes[wrong][0]} rows of {sizes[wrong][1]} tokens"
             raise ServingError(f"{wrong} is of {what}, and a row's {EMBEDS} of {rows} of {count}; give one of each row")
-        self._cross.begin(row, cross | {name: arrays.pop(name) for name in (SEEN,) if name in arrays})
+        if SEEN in arrays:
+            cross[SEEN] = arrays.pop(SEEN)
+        self._cross.begin(row, cross)
         self._rows[row] = arrays
         self._places[row] = np.ones(count, bool) if places is None else np.asarray(places, bool).reshape(-1)
         if len(self._places[row]) != count:
@@ -124,7 +126,7 @@ class ImageRows(GivenRows):
         """Return the bytes of the keys and values of a row's images."""
         return size_of(source) if isinstance(source, Mapping) else 0
 
-    def apart(self, row: int) -> int | None:
+    def run_key(self, row: int) -> int | None:
         """Return the number of tiles of a row's images, if layers attend to them."""
         return self._cross.tiles(row)
 

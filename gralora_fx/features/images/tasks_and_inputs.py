@@ -18,7 +18,7 @@ PATCH_PLACES = "image_position_ids"  # column and row of each patch, -1 of paddi
 # of images that layers of their own attend to: keys and values of each layer, and what each token sees of the tiles of
 # each set of images: 1 is seen, 0 is not, -1 is not of this row
 KEYS, VALUES, SEEN = "image_keys", "image_values", "image_mask"
-TILES, ASPECT = "image_tiles", "aspect_ratio_ids"  # which tiles of an image are not padding; how it was cut
+TILES, ASPECT = "image_tiles", "aspect_ratio_ids"  # which tiles of an image are not padding; its aspect ratio
 GIVEN_PLACES = "given_places"  # of a row: which of its first tokens are not those of the ids
 VISION_ENCODER = "vision_encoder"  # the file of the vision encoder, without its suffix
 IMAGE_FEATURES, DEEPSTACK = "image_features", "deepstack_features"  # its outputs

@@ -90,13 +90,14 @@ class EncoderDecoder(Decoder):
         super().__init__(limits, size)
         self._session, self._adapters, self._encodings = session, adapters, encodings
         self._open: dict[int, _Row] = {}
+        self._positions = session.encoder.get_outputs()[0].shape[1]  # a number where inputs have one size
         self._of_tokens, self._of_source = (RowLayout(session.decoder.get_inputs(), part) for part in _PARTS)
 
     def _row_size(self, tokens: int, count: int) -> int:
         return self._of_tokens.row_size(tokens + count)
 
     def _source_size(self, source: Source | None) -> int:
-        count = self._session.encoder.get_outputs()[0].shape[1]  # known where inputs have one size
+        count = self._positions
         if not isinstance(count, int):
             count = max((np.shape(value)[-1] for value in (source or {}).values() if np.ndim(value) > 1), default=0)
         return self._of_source.row_size(count)  # tokens or frames, which the encoder may reduce

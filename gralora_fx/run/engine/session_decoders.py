@@ -75,11 +75,11 @@ class GivenRows:
         return False
 
     def size(self, source: Mapping[str, Any]) -> int:
-        """Return the bytes that a row's inputs take as long as it is open, if they count as a cache does."""
+        """Return the bytes of a row's inputs that count against `max_memory`, as its cache does."""
         return 0
 
-    def apart(self, row: int) -> int | None:
-        """Return a number that rows which are read in one run must share, or None for a row that joins any."""
+    def run_key(self, row: int) -> int | None:
+        """Return a key: only rows with equal keys run together. None for a row that runs with any."""
         return None
 
     def arrays(
@@ -278,10 +278,10 @@ class RowsDecoder(Decoder):
         """
         if not read:
             return []
-        kinds = {row: kind for row in read if (kind := self._given.apart(row)) is not None}
-        if len(first := dict.fromkeys(kinds.values())) > 1:
-            of_kind = [{row: read[row] for row in read if kinds.get(row, next(iter(first))) == kind} for kind in first]
-            return [run for each in of_kind for run in self._runs(each)]
+        keys = {row: key for row in read if (key := self._given.run_key(row)) is not None}
+        if len(first := list(dict.fromkeys(keys.values()))) > 1:
+            by_key = [{row: read[row] for row in read if keys.get(row, first[0]) == key} for key in first]
+            return [run for each in by_key for run in self._runs(each)]
         positions = (max(read) - min(read) + 1) * max(map(len, read.values()))
         if not self._sums_up or positions - sum(map(len, read.values())) <= _MOST_PADDED:
             return [read]
