@@ -166,11 +166,12 @@ def export_onnx(
 
 def _with_kept_work(conversion: Conversion, output_dir: str | Path, kept: ExitStack) -> Conversion:
     """Return a quantized export's conversion; a streamed model's keeps results beside the output until the end."""
-    if not is_streamed(conversion.model):
-        return conversion
-    from gralora_fx.exporters.quantize.kept_work import work_beside
+    from gralora_fx.exporters.quantize.kept_work import KeptWork, work_beside
 
-    return dataclasses.replace(conversion, work=kept.enter_context(work_beside(output_dir, made_from(conversion))))
+    work = KeptWork()
+    if is_streamed(conversion.model):
+        work = kept.enter_context(work_beside(output_dir, made_from(conversion)))
+    return dataclasses.replace(conversion, work=work)
 
 
 def _with_formats(
@@ -233,12 +234,13 @@ def _written(
             if not verification.passed:
                 found = marked(verification.details)
                 raise ExportError(f"the export's results differ from the model's, so it was not written:\n{found}")
-            if flavour.measures_quality(options):
+            if options.measures_quality:
                 from gralora_fx.exporters.verify.quality import measure_quality
 
                 with timed("quality", seconds, "measuring"):
+                    texts, work = options.compared_texts, conversion.work
                     quality = measure_quality(
-                        stage, model, flavour.verification, texts=options.compared_texts, tokenizer=options.tokenizer
+                        stage, model, flavour.verification, texts=texts, tokenizer=options.tokenizer, work=work
                     )
         files = digests.result()
         files |= describe_files(stage, [name for name in file_names(stage) if name not in files])

@@ -297,6 +297,11 @@ class ExportOptions:
         return self.texts[1::2] if self.texts is not None and self.quantize in _CHOOSING else self.texts
 
     @property
+    def measures_quality(self) -> bool:
+        """Whether the effect of quantization is measured; not in bfloat16, which the CPU provider cannot run."""
+        return self.level is not None and self.quantize is not None and self.precision != "bf16"
+
+    @property
     def level(self) -> Literal["quick", "full"] | None:
         """The level of the comparison with the model, or None if it is skipped."""
         return ("quick" if self.verify else None) if isinstance(self.verify, bool) else self.verify

@@ -43,7 +43,7 @@ class Conversion:
     # the layers whose adapters are data of the ONNX models; None if adapters are folded
     adapters: DataSites | None = None
     plan: QuantizationPlan | None = None  # how matrices are stored; None for floats
-    work: KeptWork | None = None  # where results that take long are kept while a streamed model is exported
+    work: KeptWork | None = None  # results that take long or are read again; a streamed model's are beside the output
 
     @property
     def data_adapters(self) -> tuple[str, ...]:

@@ -124,10 +124,6 @@ class Flavour:
                 "encoder-decoder's with one; leave it out"
             )
 
-    def measures_quality(self, options: ExportOptions) -> bool:
-        """Return whether the effect of quantization is measured; not in bfloat16, which the CPU provider cannot run."""
-        return options.quantize is not None and options.precision != "bf16"
-
 
 _FOLDER = __name__.rpartition(".")[0]
 # tests whether a trace is of a kind, by the module and name of its flavour

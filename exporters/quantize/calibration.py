@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gralora_fx.base.progress.stages import counted
 from gralora_fx.core.graph.packed_weights import runnable
 from gralora_fx.core.tracing.inputs.cache import empty_cache
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
@@ -21,12 +20,12 @@ from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, is_streamed
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.kept_work import KeptWork, memory_for
-from gralora_fx.exporters.quantize.sensitivity import Sensitivities, draw, measure_sensitivities
+from gralora_fx.exporters.quantize.sensitivity import Sensitivities, measure_sensitivities
 from gralora_fx.exporters.translation.export_graphs import precision_of
 from gralora_fx.exporters.verify.cases import Verification, random_answers
 from gralora_fx.exporters.verify.comparable import evaluating, float32_model
-from gralora_fx.exporters.verify.given_texts import drawn_texts, text_cases, user_texts
-from gralora_fx.exporters.verify.greedy_tokens import ModelSteps
+from gralora_fx.exporters.verify.drawn_texts import choosing_texts
+from gralora_fx.exporters.verify.given_texts import text_cases, user_texts
 from gralora_fx.exporters.verify.outputs import step_inputs
 from gralora_fx.format.input_names import PAST
 
@@ -35,7 +34,7 @@ _TOGETHER = 512  # positions run at once, and approximate positions for measurin
 _LEAST_POSITIONS = 16
 _TEXTS, _LONGEST = 256, 128  # maximum number of texts, and tokens of each
 
-_TEXTS_DRAWN, _MEASURED = "the texts that the model drew", "the measurements of what rounding costs"  # kept results
+_MEASURED = "the measurements of what rounding costs"  # a kept result
 
 _Row: TypeAlias = Mapping[str, Tensor]  # a text as inputs of one row
 
@@ -60,7 +59,7 @@ def calibrate(conversion: Conversion, verification: Verification) -> Calibration
         inputs = ""
         try:
             with memory_for("run the model on texts"):
-                cases, inputs = _cases(traced, given, verification, work)
+                cases, inputs = _cases(traced, given, verification, conversion.options, work)
             with memory_for("measure what rounding costs"):
                 return Calibration(traced, cases, _measured(traced, _some(cases), work), inputs)
         except (RuntimeError, NotImplementedError) as error:
@@ -104,7 +103,11 @@ def _given(traced: TracedModel, options: ExportOptions) -> list[_Row] | None:
 
 
 def _cases(
-    traced: TracedModel, given: Sequence[_Row] | None, verification: Verification, work: KeptWork
+    traced: TracedModel,
+    given: Sequence[_Row] | None,
+    verification: Verification,
+    options: ExportOptions,
+    work: KeptWork,
 ) -> tuple[list[Mapping[str, Any]], str]:
     """Return inputs to run the model on, and their description."""
     is_decoder = traced.cache_layout is CacheLayout.DECODER
@@ -118,10 +121,7 @@ def _cases(
         return [case for _, case in random_answers(traced, seed=1)], "random inputs"
     if not is_decoder:
         return [case for _, case in verification.cases(traced, seed=1, quick=False)], verification.description
-    known = work.read(_TEXTS_DRAWN)
-    rows = _drawn(traced) if known is None else torch.from_numpy(known["ids"])
-    if known is None:
-        work.keep(_TEXTS_DRAWN, {"ids": rows.numpy()})
+    rows = choosing_texts(traced, work, _DRAWN, _count(traced), is_compared=options.measures_quality)
     parts = torch.split(rows, max(1, _TOGETHER // rows.shape[1]))
     return [_step(traced, part) for part in parts], f"{len(rows)} texts of {rows.shape[1]} tokens that the model drew"
 
@@ -162,18 +162,6 @@ def _step(traced: TracedModel, ids: Tensor) -> Mapping[str, Any]:
     """Return a decoder's inputs for reading texts from their beginning."""
     inputs = step_inputs(ids, torch.ones_like(ids), traced.input_names)
     return {**traced.constants, **inputs, PAST: empty_cache(traced.example_inputs[PAST], len(ids))}
-
-
-@torch.no_grad()
-def _drawn(traced: TracedModel) -> Tensor:
-    """Sample texts from the model, `[texts, length]`; not those on which an export is compared."""
-    texts = drawn_texts(traced, 1, _DRAWN, _count(traced))
-    ids = torch.tensor(texts.rows)
-    steps, generator = ModelSteps(traced, len(ids)), torch.Generator().manual_seed(1)
-    for length in counted(range(1, texts.drawn + 1), "drawing texts", "tokens"):
-        logits = steps(ids[:, -1:], torch.ones(len(ids), length, dtype=torch.long))[:, -1]
-        ids = torch.cat([ids, draw(logits.float(), generator, texts.end)[:, None]], dim=1)
-    return ids
 
 
 def _count(traced: TracedModel) -> int:

@@ -1,4 +1,4 @@
-"""Texts that an export is measured on, given or generated, and a user's own prompts."""
+"""A user's own texts, which an export is measured on, and prompts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from gralora_fx.exporters.verify.cases import Case, PromptBatch, context_of, lon
 _BATCH = 16  # texts of a user compared at once
 _USER_STEPS = 16  # tokens compared after a user's prompts
 _LONGEST = 128  # tokens of a given text used to measure quality
-_COUNT, _DRAWN = 16, 24  # number of sampled texts, and tokens of each
-_CONTINUED = 24  # greedy tokens after each text
+CONTINUED = 24  # greedy tokens after each text
 
 
 @dataclass(frozen=True)
@@ -28,38 +27,21 @@ class MeasuredTexts:
     """Texts, each continued greedily."""
 
     rows: tuple[tuple[int, ...], ...]  # token ids by text, at least one each
-    drawn: int  # tokens sampled from the float32 model after each row; they belong to the text
     continued: int  # greedy tokens after each text
-    end: tuple[int, ...] = ()  # tokens that end a text or pad it, never sampled
+    is_drawn: bool = False  # whether they were drawn from the float32 model, all of one length
 
     def __str__(self) -> str:
         """Describe how many there are, and their origin."""
         plural = "s" if len(self.rows) > 1 else ""
-        if self.drawn:
-            return f"{len(self.rows)} text{plural} of {self.drawn + 1} tokens that it drew"
+        if self.is_drawn:
+            return f"{len(self.rows)} text{plural} of {len(self.rows[0])} tokens that it drew"
         return f"{len(self.rows)} given text{plural}"
-
-
-def drawn_texts(traced: TracedModel, seed: int = 0, length: int = _DRAWN, count: int = _COUNT) -> MeasuredTexts:
-    """Return texts to be sampled from the model, each after the token that begins a text, or a random one."""
-    vocabulary = vocabulary_of(traced) or 4
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()
-    begins, ends, pads = (_special_tokens(traced, f"{name}_token_id", vocabulary) for name in ("bos", "eos", "pad"))
-    room = context_of(traced) or _DRAWN + _CONTINUED
-    length = min(length, max(1, room // 2))
-    return MeasuredTexts(
-        rows=tuple((begins[0] if begins else token,) for token in first),
-        drawn=length - 1,
-        continued=max(1, min(_CONTINUED, room - length)),
-        end=tuple(dict.fromkeys((*ends, *pads)))[: vocabulary - 1],
-    )
 
 
 def user_texts(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> MeasuredTexts:
     """Tokenize a user's texts: the first 128 tokens of each, or fewer if the context is too short."""
-    vocabulary, room = vocabulary_of(traced), context_of(traced) or _LONGEST + _CONTINUED
-    continued = min(_CONTINUED, max(1, room // 2))
+    vocabulary, room = vocabulary_of(traced), context_of(traced) or _LONGEST + CONTINUED
+    continued = min(CONTINUED, max(1, room // 2))
     length = min(_LONGEST, max(1, room - continued))
     rows: list[tuple[int, ...]] = []
     for index, text in enumerate(texts):
@@ -69,15 +51,7 @@ def user_texts(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> Mea
             what = f"token {wrong[0]}, outside the vocabulary of {vocabulary} tokens," if wrong else "no token"
             raise ExportError(f"the tokenizer gives {what} for text {index + 1}; leave the text out, or check both")
         rows.append(row)
-    return MeasuredTexts(tuple(rows), 0, continued)
-
-
-def _special_tokens(traced: TracedModel, name: str, vocabulary: int) -> tuple[int, ...]:
-    """Return the ids of a special token in a configuration: none, one or several."""
-    config = None if traced.config is None else traced.config.get_text_config()
-    value = getattr(config, name, None)
-    tokens = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(token for token in tokens if isinstance(token, int) and 0 <= token < vocabulary)
+    return MeasuredTexts(tuple(rows), continued)
 
 
 def text_cases(

@@ -1,8 +1,10 @@
-"""Sessions over the export of a streamed model, which read large weights from their files."""
+"""Sessions over the export of a streamed model: neither its weights nor theirs need be in memory as a whole."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gralora_fx.exporters.artifact.staging import file_sizes
 from gralora_fx.run.sessions.session import Runtime, mapped_options
@@ -12,3 +14,22 @@ def mapped_runtime(directory: Path, copied: int) -> Runtime | None:
     """Return how such sessions run; None for an export whose bytes they may copy, for faster products."""
     is_large = sum(file_sizes(directory).values()) > copied
     return Runtime(session_options=mapped_options()) if is_large else None
+
+
+class ReopenedSession:
+    """A session that is opened when it is used and closed in between, while the model takes the memory."""
+
+    def __init__(self, opening: Callable[[], Any]) -> None:
+        """Set the function that opens it."""
+        self._opening = opening
+        self._opened: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a method of the session."""
+        if self._opened is None:
+            self._opened = self._opening()
+        return getattr(self._opened, name)
+
+    def close(self) -> None:
+        """Free its memory."""
+        self._opened = None

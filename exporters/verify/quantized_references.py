@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -103,15 +104,23 @@ def _rounded(site: LinearSite, stored: _StoredWeight, known: dict[int, bool]) ->
     `known` caches the comparisons, by first row.
     """
     weight, start, stop = stored
-    held, own = stored_values(weight), None
-    values = READ.empty((site.out_features, site.in_features))
-    for first in range(0, len(values), _ROWS):
+    held, values = stored_values(weight), READ.empty((site.out_features, site.in_features))
+    firsts = range(0, len(values), _ROWS)
+    # its own values are read, in float32, until all of them are known to round
+    own = None if all(map(known.get, firsts)) else values_of(site.weight, site.path)
+
+    def fill(first: int) -> None:
         rows, outputs = slice(first, first + _ROWS), slice(start + first, min(start + first + _ROWS, stop))
-        if not known.get(first):  # read, in float32, only until all of it is known to round
-            own = values_of(site.weight, site.path) if own is None else own
+        if own is not None and not known.get(first):
             floats = own.t()[rows] if site.kind == "conv1d" else own[rows]  # [out, in]
             known[first] = held.is_rounded(floats.numpy(), outputs)
-        values[rows] = torch.from_numpy(held.values(outputs)) if known[first] else floats
+            if not known[first]:
+                values[rows] = floats
+                return
+        values[rows] = torch.from_numpy(held.values(outputs))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(fill, firsts))
     return values.t().contiguous() if site.kind == "conv1d" else values
 
 

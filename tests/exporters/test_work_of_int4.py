@@ -16,8 +16,10 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.quantize import calibration
 from gralora_fx.exporters.quantize.round_in_order import Moments
 from gralora_fx.exporters.quantize.sensitivity import draw
-from gralora_fx.exporters.verify import given_texts, quality, quality_figures
+from gralora_fx.exporters.kinds.decoder import DECODER
+from gralora_fx.exporters.verify import drawn_texts, quality, quality_figures
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps
+from gralora_fx.exporters.verify.mapped_sessions import ReopenedSession
 from tests.architectures.tiny_decoders import tiny_decoder
 
 
@@ -58,10 +60,48 @@ def test_a_small_model_is_run_for_few_tokens(tmp_path: Path, monkeypatch: pytest
     assert taken == {"drawn": 16 * (length - 1), "rounded by": 16 * length * inputs}
     taken.clear()
     count(DecoderSteps, "__call__", "compared", tokens)
-    monkeypatch.setattr(given_texts, "_CONTINUED", 8)
+    monkeypatch.setattr(drawn_texts, "CONTINUED", 8)
     session = onnxruntime.InferenceSession(tmp_path / "first" / "model.onnx")
-    quality.token_quality(session, traced, given_texts.drawn_texts(traced))
-    assert taken == {"drawn": 16 * (24 + 8 - 1), "compared": 16 * (24 + 8 - 1)}
+    texts = drawn_texts.compared_texts(traced)
+    assert taken == {"drawn": 16 * (24 - 1)}
+    quality.token_quality(session, traced, texts)
+    assert taken == {"drawn": 16 * (24 - 1 + 24 + 8 - 1), "compared": 16 * (24 + 8 - 1)}
+
+
+def test_the_texts_of_the_comparison_are_drawn_with_those_that_choose_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the texts that the model draws for a comparison alone."""
+    traced, drawn = _traced(64), []
+    function = drawn_texts.draw_texts
+
+    def noted(model: Any, wanted: Any) -> Any:
+        drawn.append({name: (each.seed, each.length) for name, each in wanted.items()})
+        return function(model, wanted)
+
+    monkeypatch.setattr(drawn_texts, "draw_texts", noted)
+    report = export_onnx(traced, tmp_path / "onnx", quantize="int4")
+    assert drawn == [{"ids": (1, 31), "compared": (0, 24)}]
+    alone = quality.measure_quality(tmp_path / "onnx", traced, DECODER.verification, texts=None, tokenizer=None)
+    assert drawn[1:] == [{"compared": (0, 24)}]
+    assert report.quality == alone
+
+
+def test_an_export_that_reads_before_the_model_does_gives_the_same_figures(tmp_path: Path) -> None:
+    """As where memory does not hold both: its session is closed before the model is run."""
+    traced, runs = _traced(64), []
+    export_onnx(traced, tmp_path / "onnx", quantize="int4", verify=False)
+    session = ReopenedSession(lambda: onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx"))
+    texts = drawn_texts.compared_texts(traced)
+    beside = quality.token_quality(session, traced, texts)
+
+    def close() -> None:
+        runs.append("closed")
+        session.close()
+
+    traced.graph_module.register_forward_pre_hook(lambda *_: runs.append("model"))
+    assert quality.token_quality(session, traced, texts, close=close) == beside
+    assert runs == ["closed", *["model"] * 3]
 
 
 def test_sessions_that_take_turns_with_pytorch_leave_it_the_cores(
