@@ -13,10 +13,10 @@ from transformers import LlamaForCausalLM
 
 from gralora_fx import TracedModel, trace
 from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.kinds.decoder import DECODER
 from gralora_fx.exporters.quantize import calibration
 from gralora_fx.exporters.quantize.round_in_order import Moments
 from gralora_fx.exporters.quantize.sensitivity import draw
-from gralora_fx.exporters.kinds.decoder import DECODER
 from gralora_fx.exporters.verify import drawn_texts, quality, quality_figures
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps
 from gralora_fx.exporters.verify.mapped_sessions import ReopenedSession
