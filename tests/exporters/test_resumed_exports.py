@@ -71,8 +71,8 @@ def kept(output: Path) -> list[Path]:
 def test_a_killed_export_goes_on_at_its_layer(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = begun(base, tmp_path / "onnx", monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == [".onnx.gralora_work"]
-    for name in ("_drawn", "measure_sensitivities"):  # what came before is kept too
-        monkeypatch.setattr(f"gralora_fx.exporters.quantize.calibration.{name}", None)
+    for name in ("verify.drawn_texts.draw_texts", "quantize.calibration.measure_sensitivities"):  # kept too
+        monkeypatch.setattr(f"gralora_fx.exporters.{name}", None)
     rest = end_after(monkeypatch, -1, KeyboardInterrupt())
     export(base, tmp_path / "onnx")
     assert not set(first) & set(rest)

@@ -120,7 +120,7 @@ def test_a_large_export_is_compared_and_measured_with_its_weights_in_their_files
     base, _ = saved("llama", tmp_path, dtype=torch.bfloat16)
     usual = export_onnx(load_traced(base, None, CACHED, stream=True), tmp_path / "usual", quantize="int4")
     monkeypatch.setattr(comparable, "_COPIED", 0)
-    monkeypatch.setattr(quality, "_COPIED", 0)
+    monkeypatch.setattr(quality, "_COPIED_ALONE", 0)
     opened = mock.Mock(wraps=quality.open_session)
     monkeypatch.setattr(quality, "open_session", opened)
     mapped = export_onnx(load_traced(base, None, CACHED, stream=True), tmp_path / "mapped", quantize="int4")

@@ -11,7 +11,8 @@ from torch import fx
 from gralora_fx.base.compat.packages import fenced
 
 with fenced("torch"):
-    from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _ir_passes, _registration
+    from torch.onnx._internal.exporter import _core, _decomp, _ir_passes, _registration
+    from torch.onnx._internal.fx.passes import type_promotion
 
 
 def new_registry(opset: int) -> Any:
@@ -30,8 +31,25 @@ def decomposition_table(supported: Iterable[Any]) -> dict[Any, Callable[..., Any
 
 
 def promote_types(module: fx.GraphModule) -> None:
-    """Make implicit type promotion explicit; in place. It runs the graph on fake tensors."""
-    _fx_passes.insert_type_promotion_nodes(module)
+    """Make implicit type promotion explicit; in place. Only calls that change are run on fake tensors."""
+    for graph in module.modules():
+        assert isinstance(graph, fx.GraphModule)
+        promotion = type_promotion.InsertTypePromotion(graph)
+        promotion.interpreter = _Promotion(graph, promotion.interpreter.type_promotion_table)
+        promotion.run()
+
+
+class _Promotion(type_promotion._TypePromotionInterpreter):
+    """torch's promotion of each call, with the noted values of calls that stay as they are."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        """Promote a call's arguments; return its value."""
+        if node.op != "call_function" or "val" not in node.meta:
+            return super().run_node(node)
+        with self._set_current_node(node):
+            if rule := type_promotion.get_type_promotion_rule(node, self.type_promotion_table):
+                self._maybe_promote_node(node, rule)
+        return node.meta["val"]
 
 
 def translate_graph(
