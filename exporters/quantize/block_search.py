@@ -93,12 +93,12 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | 
             found = _without_drift(found, values, form, dtype)
         return found.stored(count, form.bits)
 
-    parts = _in_threads(rounded, range(0, outputs, step))
+    parts = in_threads(rounded, range(0, outputs, step))
     integers, scales, zero_points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return BlockArrays(integers, scales.astype(matrix.dtype), zero_points)
 
 
-def _in_threads(function: Callable[[int], _Result], starts: Sequence[int]) -> list[_Result]:
+def in_threads(function: Callable[[int], _Result], starts: Sequence[int]) -> list[_Result]:
     """Call a function with each start, in as many threads as PyTorch's operators have, each with operators of one.
 
     Operators on the rows of a panel are too small to be split between threads.

@@ -24,7 +24,7 @@ from gralora_fx.exporters.quantize.sensitivity import Sensitivities, measure_sen
 from gralora_fx.exporters.translation.export_graphs import precision_of
 from gralora_fx.exporters.verify.cases import Verification, random_answers
 from gralora_fx.exporters.verify.comparable import evaluating, float32_model
-from gralora_fx.exporters.verify.drawn_texts import choosing_texts
+from gralora_fx.exporters.verify.drawn_texts import drawn_to_choose
 from gralora_fx.exporters.verify.given_texts import text_cases, user_texts
 from gralora_fx.exporters.verify.outputs import step_inputs
 from gralora_fx.format.input_names import PAST
@@ -121,7 +121,7 @@ def _cases(
         return [case for _, case in random_answers(traced, seed=1)], "random inputs"
     if not is_decoder:
         return [case for _, case in verification.cases(traced, seed=1, quick=False)], verification.description
-    rows = choosing_texts(traced, work, _DRAWN, _count(traced), is_compared=options.measures_quality)
+    rows = drawn_to_choose(traced, work, _DRAWN, _count(traced), is_compared=options.measures_quality)
     parts = torch.split(rows, max(1, _TOGETHER // rows.shape[1]))
     return [_step(traced, part) for part in parts], f"{len(rows)} texts of {rows.shape[1]} tokens that the model drew"
 

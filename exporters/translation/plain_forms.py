@@ -13,9 +13,7 @@ from gralora_fx.base.compat.transformers_exporters import fix_for_onnx
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.graph.surgery import module_of
-from gralora_fx.core.operators import STANDS_FOR
 from gralora_fx.core.operators.attention import Attention, DotProductAttention, Mask
-from gralora_fx.core.operators.call import without_values
 from gralora_fx.core.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES, ONE_SPELLING
 from gralora_fx.exporters.translation.matching import aten, expression, is_call, is_size, shape
@@ -83,18 +81,15 @@ def eliminate_common_subexpressions(graph: fx.Graph) -> PassResult[fx.Graph]:
     return PassResult(len(graph.nodes) - len(result.nodes), graph=result)
 
 
+@contract(needs={NOTED_VALUES})
 def promote_types(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Insert explicit casts where an operator mixes dtypes, which PyTorch promotes implicitly."""
     count = sum(_promotes(node) for node in graph.nodes)
-    if not count:  # the code below runs the whole graph, which takes seconds
+    if not count:
         return PassResult(0)
     module = module_of(graph)
-    for node in graph.nodes:
-        node.target = without_values(node.target)  # computing these operators takes seconds at any length
     with quiet():
         torch_onnx.promote_types(module)
-    for node in module.graph.nodes:
-        node.target = STANDS_FOR.get(node.target, node.target)
     return PassResult(count, graph=module.graph)
 
 

@@ -137,7 +137,7 @@ def _translate_into(
             FoldNumbers(known, lambda path: _constant(weights[path][1]) if path in weights else None),
             plain_sizes,  # also of sizes computed by decompositions
             constant_slices,
-            promote_types,  # last: it runs the whole graph
+            promote_types,  # last: for the calls that passes before it add
         ),
         given=frozenset({NOTED_VALUES}),
         error=ExportError,

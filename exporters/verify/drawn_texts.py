@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +81,7 @@ def draw_texts(model: TracedModel | GraloraModel, wanted: Mapping[str, Beginning
     return {name: rows[:, : each.length] for (name, each), rows in parts}
 
 
-def choosing_texts(traced: TracedModel, work: KeptWork, length: int, count: int, *, is_compared: bool) -> Tensor:
+def drawn_to_choose(traced: TracedModel, work: KeptWork, length: int, count: int, *, is_compared: bool) -> Tensor:
     """Return drawn texts to choose formats on, `[count, length]`, from what is kept or drawn now.
 
     If an export will be compared on drawn texts, those are others, drawn and kept with them.
@@ -97,13 +96,14 @@ def choosing_texts(traced: TracedModel, work: KeptWork, length: int, count: int,
     return torch.from_numpy(known[_CHOOSING])
 
 
-def compared_texts(model: TracedModel | GraloraModel, work: KeptWork | None = None) -> MeasuredTexts:
-    """Return drawn texts to compare an export on, from what `choosing_texts` kept or drawn now."""
+def drawn_to_compare(model: TracedModel | GraloraModel, work: KeptWork | None = None) -> MeasuredTexts:
+    """Return drawn texts to compare an export on, from what `drawn_to_choose` kept or drawn now."""
     traced = base_trace(model)
     known = None if work is None else work.read(_KEPT)
     if known is None or _COMPARED not in known:
-        known = {_COMPARED: draw_texts(model, {_COMPARED: _compared(traced)})[_COMPARED].numpy()}
-    ids = np.asarray(known[_COMPARED])
+        ids = draw_texts(model, {_COMPARED: _compared(traced)})[_COMPARED]
+    else:
+        ids = torch.from_numpy(known[_COMPARED])
     continued = max(1, min(CONTINUED, _room(traced) - ids.shape[1]))
     return MeasuredTexts(tuple(map(tuple, ids.tolist())), continued, is_drawn=True)
 

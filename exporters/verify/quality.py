@@ -23,7 +23,7 @@ from gralora_fx.exporters.quantize.kept_work import KeptWork
 from gralora_fx.exporters.verify.cases import Case, Verification, random_answers
 from gralora_fx.exporters.verify.companion_quality import companion_quality
 from gralora_fx.exporters.verify.comparable import variants
-from gralora_fx.exporters.verify.drawn_texts import compared_texts
+from gralora_fx.exporters.verify.drawn_texts import drawn_to_compare
 from gralora_fx.exporters.verify.given_texts import MeasuredTexts, text_cases, user_texts
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps, Step
 from gralora_fx.exporters.verify.mapped_sessions import ReopenedSession, mapped_runtime
@@ -107,7 +107,7 @@ def _decoder_quality(
         with variant.active(), float32_reference(model) as reference:
             if close is not None:
                 close()
-            chosen = given or compared_texts(reference, work if variant.name is None else None)
+            chosen = given or drawn_to_compare(reference, work if variant.name is None else None)
             tokens.append(token_quality(variant.session, reference, chosen, variant.name, close=close))
     if not manifest.companions:
         return Quality(str(chosen), (), tuple(tokens))

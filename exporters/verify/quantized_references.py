@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +25,7 @@ from gralora_fx.errors import ExportError, option
 from gralora_fx.exporters.artifact.manifest import save_models, weight_entries
 from gralora_fx.exporters.artifact.staging import require_space
 from gralora_fx.exporters.fold.requantize import stored_values
+from gralora_fx.exporters.quantize.block_search import in_threads
 from gralora_fx.exporters.rules.builder import add_initializer, replace_value
 from gralora_fx.exporters.rules.products.constant_matrices import drop_unread
 from gralora_fx.exporters.rules.products.initializers import ProductWeight, product_weights
@@ -119,8 +119,7 @@ def _rounded(site: LinearSite, stored: _StoredWeight, known: dict[int, bool]) ->
                 return
         values[rows] = torch.from_numpy(held.values(outputs))
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(fill, firsts))
+    in_threads(fill, firsts)
     return values.t().contiguous() if site.kind == "conv1d" else values
 
 

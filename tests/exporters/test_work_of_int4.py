@@ -62,7 +62,7 @@ def test_a_small_model_is_run_for_few_tokens(tmp_path: Path, monkeypatch: pytest
     count(DecoderSteps, "__call__", "compared", tokens)
     monkeypatch.setattr(drawn_texts, "CONTINUED", 8)
     session = onnxruntime.InferenceSession(tmp_path / "first" / "model.onnx")
-    texts = drawn_texts.compared_texts(traced)
+    texts = drawn_texts.drawn_to_compare(traced)
     assert taken == {"drawn": 16 * (24 - 1)}
     quality.token_quality(session, traced, texts)
     assert taken == {"drawn": 16 * (24 - 1 + 24 + 8 - 1), "compared": 16 * (24 + 8 - 1)}
@@ -92,7 +92,7 @@ def test_an_export_that_reads_before_the_model_does_gives_the_same_figures(tmp_p
     traced, runs = _traced(64), []
     export_onnx(traced, tmp_path / "onnx", quantize="int4", verify=False)
     session = ReopenedSession(lambda: onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx"))
-    texts = drawn_texts.compared_texts(traced)
+    texts = drawn_texts.drawn_to_compare(traced)
     beside = quality.token_quality(session, traced, texts)
 
     def close() -> None:

@@ -181,11 +181,6 @@ def operator_for(target: Any, tensor: Tensor) -> Any:
     return _shape_only.get(target, target) if is_shape_only(tensor) else target
 
 
-def without_values(target: Any) -> Any:
-    """Return the shape-only counterpart of one of the project's operators, for fake tensors; else the target itself."""
-    return _shape_only.get(target, target) if getattr(target, "namespace", None) == NAMESPACE else target
-
-
 def named_arguments(node: fx.Node) -> dict[str, Any]:
     """Return every argument of an operator's node by its name in the schema, with defaults."""
     if not isinstance(node.target, OpOverload):
