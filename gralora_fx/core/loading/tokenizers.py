@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -73,8 +74,10 @@ def read_tokenizer(directory: Path, error: type[GraloraError]) -> TextTokenizer 
 def read_ahead(directory: Path, error: type[GraloraError]) -> Callable[[], TextTokenizer | None]:
     """Begin `read_tokenizer` in a thread, while the caller opens a session; return what waits for its result.
 
-    A tokenizer that transformers loads, or that is damaged, is read when it is needed.
+    A tokenizer that transformers loads, or that is damaged, is read when it is needed; without one, no thread is begun.
     """
+    if not (directory / TOKENIZER_FILE).is_file():
+        return partial(read_tokenizer, directory, error)
     found: list[TextTokenizer | None] = []
 
     def read() -> None:
