@@ -298,7 +298,7 @@ class ExportOptions:
 
     @property
     def measures_quality(self) -> bool:
-        """Whether the effect of quantization is measured; not in bfloat16, which the CPU provider cannot run."""
+        """True if the effect of quantization is measured; not in bfloat16, which the CPU provider cannot run."""
         return self.level is not None and self.quantize is not None and self.precision != "bf16"
 
     @property

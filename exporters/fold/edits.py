@@ -70,7 +70,7 @@ class MatrixEdit:
 
     @property
     def takes_rows(self) -> bool:
-        """Whether some stored rows can be changed at a time, rather than all at once."""
+        """True if some stored rows can be changed at a time, rather than all at once."""
         return all(layer.takes_parts for layer in self.layers)
 
     def prepare(self) -> RowEdit:

@@ -1,4 +1,4 @@
-"""What a backward pass of a streamed model reads, out of memory: weights are read again, activations are in a file."""
+"""Tensors saved for the backward pass of a streamed model: weights are read again, activations are in a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LEAST = 2**16  # bytes of a tensor that goes to the file
 
 
 class _Form(NamedTuple):
-    """How a tensor lies in its memory."""
+    """Layout of a tensor in its memory."""
 
     size: torch.Size
     stride: tuple[int, ...]

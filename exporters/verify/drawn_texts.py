@@ -24,7 +24,7 @@ _KEPT, _CHOOSING, _COMPARED = "the texts that the model drew", "ids", "compared"
 
 @dataclass(frozen=True)
 class Beginnings:
-    """How to draw texts."""
+    """Beginnings from which texts are drawn."""
 
     first: tuple[int, ...]  # the token that begins each text
     length: int  # tokens of each

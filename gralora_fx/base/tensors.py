@@ -1,4 +1,4 @@
-"""Whether a value is a torch tensor, without importing torch: who gives one has imported it."""
+"""Recognition of torch tensors without importing torch: whoever gives one has imported it."""
 
 from __future__ import annotations
 

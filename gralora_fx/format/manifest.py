@@ -155,7 +155,7 @@ class Manifest:
 
     @property
     def has_rows(self) -> bool:
-        """Whether there is a graph for rows that differ."""
+        """True if there is a graph for rows that differ."""
         return self.rows is not None and self.rows.file is not None
 
     @property

@@ -28,7 +28,7 @@ EXACT_SUMS = "x86 with VNNI and on ARM"
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """How an export's matrices are quantized, and how many of them."""
+    """Form in which an export's matrices are quantized, and their number."""
 
     kind: str  # `"int4"`, `"int8"`, `"int8-dynamic"`, or `"kept"`, the integers of a quantized checkpoint
     block_size: int | None  # values along a matrix's input axis that share a scale; None if a whole column does

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a kind of export is read."""
+    """Reader of a kind of export."""
 
     name: str  # the kind, as the manifest has it
     # returns whether an existing `model_rows.onnx` is opened before `model.onnx`, from whether the CPU runs all of it,

@@ -106,7 +106,7 @@ class ModelAdapter:
 
     @property
     def is_zero(self) -> bool:
-        """Whether the adapter has no effect: all updates are zero, as before training, and it copies no parameter."""
+        """True if the adapter has no effect: all updates are zero, as before training, and it copies no parameter."""
         return not self.copies and all(factors.is_zero for factors in self.factors.values())
 
     def update(self, site_path: str) -> Update:

@@ -63,12 +63,12 @@ class Base:
 
     @property
     def is_current(self) -> bool:
-        """Whether the trace uses the tree's current tensors, and its graph is the one last seen."""
+        """True if the trace uses the tree's current tensors, and its graph is the one last seen."""
         return self.has_graph and all(slot.now is slot.parameter for slot in self.slots)
 
     @property
     def has_graph(self) -> bool:
-        """Whether the trace's graph is the one last seen: a conversion replaces it."""
+        """True if the trace's graph is the one last seen: a conversion replaces it."""
         return self.traced.graph_module is self.seen_graph
 
     @property

@@ -67,7 +67,7 @@ class CurrentGraph:
 
     @property
     def is_suspended(self) -> bool:
-        """Whether all adapters are disabled."""
+        """True if all adapters are disabled."""
         return self._suspended is not None
 
     @property
@@ -318,7 +318,7 @@ class ReadWriteLock:
 
     @property
     def is_read(self) -> bool:
-        """Whether any thread reads."""
+        """True if any thread reads."""
         return bool(self._reading)
 
     @contextmanager

@@ -191,7 +191,7 @@ class _Layout:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the graph has a fixed number of rows."""
+        """True if the graph has a fixed number of rows."""
         return isinstance(self._batch, int)
 
     def is_shared(self, node: fx.Node) -> bool:

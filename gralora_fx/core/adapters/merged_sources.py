@@ -27,7 +27,7 @@ class Source(NamedTuple):
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the tensor and its recorded values are unchanged."""
+        """True if the tensor and its recorded values are unchanged."""
         tensor = self.table.get(self.key)
         return tensor is self.tensor and (self.values is None or self.values == _values(tensor))
 

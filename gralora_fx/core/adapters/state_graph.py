@@ -53,7 +53,7 @@ class GraphState:
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether rebuilding its graph gives the same: nothing is merged, and no user pass runs."""
+        """True if rebuilding its graph gives the same: nothing is merged, and no user pass runs."""
         return not self.merged and not self.passes
 
 
@@ -158,12 +158,12 @@ class StateGraph:
 
     @property
     def is_edited(self) -> bool:
-        """Whether the graph was recompiled since it was built, as after an edit."""
+        """True if the graph was recompiled since it was built, as after an edit."""
         return self._was_edited or self.flat.edits > 0
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the tensors that the merged weights were computed from are unchanged."""
+        """True if the tensors that the merged weights were computed from are unchanged."""
         return all(source.is_unchanged for source in self._sources)
 
     def check_fresh(self) -> None:

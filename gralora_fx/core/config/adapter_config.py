@@ -166,7 +166,7 @@ class AdapterConfig(ABC):
 
     @property
     def trains_adapted_biases(self) -> bool:
-        """Whether exactly the biases of the adapted layers train."""
+        """True if exactly the biases of the adapted layers train."""
         return self.bias == self.ADAPTED_BIASES
 
     @property
@@ -186,7 +186,7 @@ class AdapterConfig(ABC):
 
     @property
     def adapts_all_linear(self) -> bool:
-        """Whether `target_modules` is the shorthand for every linear layer."""
+        """True if `target_modules` is the shorthand for every linear layer."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
     @property

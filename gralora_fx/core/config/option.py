@@ -64,7 +64,7 @@ class DeclaredOption:
 
     @property
     def is_flag(self) -> bool:
-        """Whether it is a boolean."""
+        """True if it is a boolean."""
         return self.types == (bool,)
 
     @property

@@ -23,7 +23,7 @@ _OPTIONS = {name for name, p in inspect.signature(checkpoint).parameters.items()
 
 
 class Checkpointing(NamedTuple):
-    """Which blocks are recomputed in the backward pass."""
+    """Choice of the blocks that are recomputed in the backward pass."""
 
     every: int = 1  # 1 for every block, n for the first of each n
     # options of `torch.utils.checkpoint.checkpoint`, as pairs

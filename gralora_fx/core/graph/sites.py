@@ -54,7 +54,7 @@ class LinearSite:
 
     @property
     def is_transposed(self) -> bool:
-        """Whether its weight is stored `[in, out]`."""
+        """True if its weight is stored `[in, out]`."""
         return self.kind == "conv1d"
 
     def __eq__(self, other: object) -> bool:

@@ -62,7 +62,7 @@ class Factors(NamedTuple):
 
     @property
     def is_zero(self) -> bool:
-        """Whether the update is zero because one factor of each product is, as before training."""
+        """True if the update is zero because one factor of each product is, as before training."""
         pairs = ((self.A, self.B), (self.A_general, self.B_general))
         return not any(all(tensor is not None and bool(tensor.any()) for tensor in pair) for pair in pairs)
 

@@ -224,7 +224,7 @@ class LoraFactors(NamedTuple):
 
     @property
     def is_zero(self) -> bool:
-        """Whether the update is zero because a factor is, as before training."""
+        """True if the update is zero because a factor is, as before training."""
         return not (bool(self.A.any()) and bool(self.B.any()))
 
     def products(self, rows: slice, columns: slice, shape: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -122,7 +122,7 @@ class Update:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether it is a plain LoRA in another form; then each part of a weight can be folded by itself."""
+        """True if it is a plain LoRA in another form; then each part of a weight can be folded by itself."""
         return is_low_rank(self.factors)
 
     def lora_form(self) -> tuple[Tensor, Tensor]:
@@ -274,12 +274,12 @@ class AdapterMethod(StackedTensors):
 
     @property
     def has_lora_form(self) -> bool:
-        """Whether its updates are plain LoRA in another form."""
+        """True if its updates are plain LoRA in another form."""
         return hasattr(self.tensors, "lora_form")
 
     @property
     def scales_rows(self) -> bool:
-        """Whether its updates are plain LoRA beside a factor for each row of the weight."""
+        """True if its updates are plain LoRA beside a factor for each row of the weight."""
         return hasattr(self.tensors, "scaled_form")
 
     def check_lora_form(self, adapter: object, purpose: str, error: type[Exception]) -> None:

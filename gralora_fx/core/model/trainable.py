@@ -91,7 +91,7 @@ class Checkpointed:
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass of training."""
+        """True if blocks are recomputed in the backward pass of training."""
         return self._state.state.checkpointing is not None
 
     is_activation_checkpointing = is_gradient_checkpointing
@@ -253,7 +253,7 @@ class Trainable(Checkpointed):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the loss takes `num_items_in_batch`."""
+        """True if the loss takes `num_items_in_batch`."""
         return self.base_model.accepts_loss_kwargs
 
     @property

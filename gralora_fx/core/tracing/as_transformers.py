@@ -134,7 +134,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the loss takes `num_items_in_batch`."""
+        """True if the loss takes `num_items_in_batch`."""
         return counts_items(self.traced.loss_function)
 
     @property

@@ -53,7 +53,7 @@ class Convertible(Protocol):
 
     @property
     def training(self) -> bool:
-        """Whether the graph is in training mode."""
+        """True if the graph is in training mode."""
 
     def with_graph(self, graph_module: fx.GraphModule, tree: ModuleTree) -> Self:
         """Return the same trace with another graph."""

@@ -87,7 +87,7 @@ class TracedModel:
 
     @property
     def training(self) -> bool:
-        """Whether the graph is in training mode."""
+        """True if the graph is in training mode."""
         return self.graph_module.training
 
     @property

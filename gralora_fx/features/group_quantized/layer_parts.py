@@ -21,7 +21,7 @@ CODES = {
 
 
 class DamagedError(Exception):
-    """What is wrong with a stored weight, in words."""
+    """A stored weight is damaged; the message says how."""
 
 
 def part_of(parts: Parts, name: str) -> StoredTensor:

@@ -70,7 +70,7 @@ class GroupTensor(PackedTensor):
 
     @property
     def is_whole(self) -> bool:
-        """Whether reading a part of the values reads all."""
+        """True if reading a part of the values reads all."""
         return True
 
     def floats(self, start: int, stop: int) -> NDArray[np.float32]:

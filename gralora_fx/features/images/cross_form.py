@@ -1,4 +1,4 @@
-"""How the vision encoder of a model whose layers attend to images is called: by an image's tiles and aspect ratio."""
+"""Call of the vision encoder of a model whose layers attend to images: an image's tiles and aspect ratio."""
 
 from __future__ import annotations
 

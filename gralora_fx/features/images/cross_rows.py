@@ -1,4 +1,4 @@
-"""What rows are given of images that layers of a decoder attend to: keys, values, and which tiles a token sees."""
+"""Keys, values and visible tiles, by row, of images that layers of a decoder attend to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the service reads a chat for an encoder-decoder: one message, whose text is the prompt, and its image."""
+"""Chats for an encoder-decoder that reads images: one message, whose text is the prompt, and its image."""
 
 from __future__ import annotations
 

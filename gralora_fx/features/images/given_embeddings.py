@@ -1,4 +1,4 @@
-"""How a model that reads images is called for a trace: without any, or with embeddings in place of their tokens."""
+"""Calls of a model that reads images, for a trace: without images, or with embeddings in place of their tokens."""
 
 from __future__ import annotations
 

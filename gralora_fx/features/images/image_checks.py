@@ -46,7 +46,7 @@ _PICTURES = 4  # that a quantized export is asked about
 
 
 class ImageChecks:
-    """What is compared of a model that reads images."""
+    """Checks of a model that reads images against its export."""
 
     @staticmethod
     def cases(part: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[Case]:

@@ -70,7 +70,7 @@ def _host_problem(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class ServedImages(ImageLimits):
-    """What images the service reads."""
+    """Limits of the images that the service reads."""
 
     # hosts that images are fetched from, each with `:port` if that is not the usual one. All other URLs than `data:`
     # are refused.

@@ -1,4 +1,4 @@
-"""What a processor makes of images, cut into what the vision encoder reads at once."""
+"""Outputs of an image processor, cut into calls of the vision encoder."""
 
 from __future__ import annotations
 

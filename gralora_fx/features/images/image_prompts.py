@@ -87,7 +87,7 @@ class ImagePrompts:
 
     @cached_property
     def _packing(self) -> TilePacking | None:
-        """How tiles are laid out; None of a model that takes their features one after the other."""
+        """Layout of tiles; None for a model that takes their features one after the other."""
         has_lines = any(value.name == NEWLINE for value in self._session.get_outputs())
         return TilePacking.of(self._export.config) if has_lines else None
 

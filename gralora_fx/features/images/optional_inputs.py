@@ -1,4 +1,4 @@
-"""What images put beside ids as inputs of an ONNX decoder that a caller may leave out."""
+"""Optional inputs that images add to an ONNX decoder beside its ids."""
 
 from __future__ import annotations
 

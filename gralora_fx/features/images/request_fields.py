@@ -20,7 +20,7 @@ _IDLE: Idle = {"detail": None}  # an image is read in the size that the model's 
 
 
 class ImageUrl(StrictModel):
-    """Where an image is."""
+    """Address of an image."""
 
     without_effect: ClassVar[Idle] = _IDLE
 

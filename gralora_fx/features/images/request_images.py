@@ -1,4 +1,4 @@
-"""How the service reads images of chats: fetched, opened within limits, and put into the prompt."""
+"""Images of chats in the service: fetched, opened within limits, and put into the prompt."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _LARGER = 1.1  # so much larger than the most on a side, a picture is made small
 
 @dataclass(frozen=True)
 class TilePacking:
-    """How a model lays out tiles."""
+    """Layout of an image's tiles in a prompt."""
 
     pinpoints: tuple[tuple[int, int], ...]  # heights and widths that an image is resized to: the closest
     tile: int  # pixels on a side of a tile

@@ -1,4 +1,4 @@
-"""How the part of a model that reads pixels is called for one image: patches, an image of any size, or tiles."""
+"""Forms in which a vision encoder is called for one image: patches, an image of any size, or tiles."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _GRIDS = ((2, 3), (4, 5), (9, 6), (1, 1))  # sizes of images in tokens: an examp
 
 
 class VisionForm(ABC):
-    """How a model's part that reads pixels is called, for one image."""
+    """Form in which a model's vision encoder is called for one image."""
 
     features: Features  # computes the outputs of the part from its inputs, by name
 

@@ -99,7 +99,7 @@ class PrefixCache:
 
     @property
     def keeps_states(self) -> bool:
-        """Whether texts can be continued from snapshots of states only."""
+        """True if texts can be continued from snapshots of states only."""
         return bool(self._states)
 
     def known(self, root: Root, tokens: Sequence[int]) -> int:
