@@ -188,7 +188,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether the value is within its bounds."""
+        """True if the value is within its bounds."""
         above = self.at_least is None or self.value >= self.at_least
         return above and (self.at_most is None or self.value <= self.at_most)
 

@@ -21,7 +21,7 @@ _COUNT = re.compile(r"\d+ of the \d+ classes")
 
 
 def entries() -> list[Mapping[str, Any]]:
-    """What was found of each class, in the order of their names."""
+    """Return what was found of each class, in the order of their names."""
     found: list[Mapping[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))["tables"][0]["rows"]
     return sorted(found, key=lambda entry: entry["architecture"])
 

@@ -36,7 +36,7 @@ def undocumented() -> list[str]:
 
 
 def problems(place: str, value: Any) -> Iterator[str]:
-    """What a class or a function leaves out.
+    """Yield what the docstring of a class or a function leaves out.
 
     Args:
         place: Its name, for the problem.

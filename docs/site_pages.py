@@ -94,7 +94,7 @@ def site_text(source: str) -> str:
 
 
 def site_link(link: str, source: str) -> str:
-    """Where a link of a page of the repository leads in the site; as it is, where that is not in the site."""
+    """Return where a link of a page of the repository leads in the site; the link itself if that is not in the site."""
     target = ((ROOT / source).parent / link).resolve()
     if not link or not target.is_relative_to(ROOT):
         return link

@@ -168,7 +168,7 @@ def held_out_loss(model: PreTrainedModel | GraloraModel, held_out: Tensor) -> fl
 
 
 def numerical_rank(update: Tensor) -> int:
-    """How many singular values are more than a hundredth of the largest."""
+    """Count the singular values that are more than a hundredth of the largest."""
     values = torch.linalg.svdvals(update.detach())
     return int((values > values[0] / 100).sum())
 

@@ -92,13 +92,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put what takes long first, which workers keep to (`--no-loadscope-reorder`); capture models alike once."""
-    from captured_once import once  # here, so that the process that only starts the workers loads none of it
-
-    from gralora_fx.core.tracing import capture
-
+    """Put what takes long first, which workers keep to (`--no-loadscope-reorder`); of a sample, share captures."""
     is_slow = config.getoption("--sample-slow")
     if is_slow or config.getoption("--sample"):
+        from captured_once import once  # where tests run: the process that starts the workers loads none of it
+
+        from gralora_fx.core.tracing import capture
+
         items[:] = sampled(items, slow=is_slow)
         capture.capture = once(capture.capture)
     items.sort(key=rank)
