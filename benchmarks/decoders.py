@@ -1,4 +1,4 @@
-"""Which decoders pass: every causal language model of transformers, tiny and random, from trace to greedy tokens.
+"""The decoders that pass: every causal language model of transformers, tiny and random, from trace to greedy tokens.
 
 Each is built from its default configuration with every size set small, traced with a cache, rewritten with adapters on
 all linear layers, exported with verification, and its greedy tokens on ONNX Runtime are compared with those of

@@ -1,4 +1,4 @@
-"""Which encoders pass: every encoder class of transformers, tiny and random, from trace to a verified export.
+"""The encoders that pass: every encoder class of transformers, tiny and random, from trace to a verified export.
 
 Each is built from its default configuration with every size set small, run on the inputs of its task, traced, rewritten
 with adapters on all linear layers, exported, and compared with the model on other sizes. Each runs in its own process

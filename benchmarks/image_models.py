@@ -1,4 +1,4 @@
-"""Which models that read images hold: every such class of transformers, tiny and random, from trace to answers.
+"""The models that read images and hold: every such class of transformers, tiny and random, from trace to answers.
 
 Each is exported with verification, and its greedy tokens after prompts with one image, with two and beside a text are
 compared with those of transformers' own generation. Each runs in its own process with a time limit.

@@ -1,4 +1,4 @@
-"""What the site has beside the pages of `docs/`: the README and its neighbours, the examples, the public names.
+"""Pages of the site beside those of `docs/`: the README and its neighbours, the examples, the public names.
 
 mkdocs calls the functions whose names begin with `on_` (mkdocs.yml names this file).
 """

@@ -189,13 +189,13 @@ def arrays(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def expected_of(model: Any, kind: Kind) -> Tensor:
-    """What a model computes from the inputs of a kind, at positions that are not padding."""
+    """Compute what a model gives for the inputs of a kind, at positions that are not padding."""
     inputs = kind.batch()
     return real_positions(model(inputs["x"]).detach() if kind.inputs is None else run(model, inputs), inputs)
 
 
 def output_of(served: OrtModel, kind: Kind, adapter: str | None = None) -> Tensor:
-    """What an export computes from them."""
+    """Compute what an export gives for them."""
     inputs = kind.batch()
     names = served.output_names
     main = next((name for name in ("logits", "last_hidden_state") if name in names), names[0])

@@ -57,7 +57,7 @@ def _environment(name: str, requirements: Path, *options: str) -> Path:
 
 
 def run_client(client: str, *arguments: str) -> Any:
-    """What a client's script prints last, as JSON.
+    """Run a client's script and return what it prints last, as JSON.
 
     Args:
         client: The client.

@@ -1,4 +1,4 @@
-"""What every test shares: threads and workers, which get the files so that both end together; the parity table."""
+"""Settings and fixtures of all tests: threads, workers that end together, the parity table."""
 
 from __future__ import annotations
 

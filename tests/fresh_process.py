@@ -1,4 +1,4 @@
-"""What a fresh interpreter imports and prints at each step, from a tokenizer to a trained model: one process a run."""
+"""Imports and output of a fresh interpreter at each step, from a tokenizer to a trained model: one process a run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ runpy.run_path(example, run_name="__main__")
 
 @dataclass(frozen=True)
 class FreshProcess:
-    """What was found.
+    """The imports and output of a fresh interpreter.
 
     Attributes:
         after_tokenizer: The modules after the tokenizer of a BERT was loaded, which is first.

@@ -35,7 +35,7 @@ def installed_project() -> Path:
 
 
 def run_script(project: Path, *arguments: str) -> Any:
-    """What a script of the project prints last, as JSON."""
+    """Run a script of the project and return what it prints last, as JSON."""
     done = subprocess.run(["node", *arguments], cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -84,7 +84,7 @@ def made_mixed(folder: Path) -> tuple[Path, list[list[Path]], Mapping[int, list[
 
 
 def mixed(folder: Path) -> tuple[Path, list[list[Path]], Mapping[int, list[int]]]:
-    """What `made_mixed` made in a folder."""
+    """Read what `made_mixed` made in a folder."""
     files = [
         [folder / "adapters" / f"a{number}-{version}.onnx_adapter" for version in range(VERSIONS)]
         for number in range(ADAPTERS)
@@ -123,7 +123,7 @@ def made_hybrid(folder: Path) -> tuple[Path, list[list[Path]]]:
 
 
 def hybrid_files(export: Path) -> list[list[Path]]:
-    """Of each adapter of `made_hybrid`, its file and that of the next, which replaces it."""
+    """Return for each adapter of `made_hybrid` its file and that of the next, which replaces it."""
     files = [export / "adapters" / f"{name}.onnx_adapter" for name in HYBRID_ADAPTERS]
     return [[file, files[number - 1]] for number, file in enumerate(files)]
 

@@ -43,7 +43,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def answers(text: str) -> list[str]:
-    """What the comments behind a page's `gralora-fx generate` say that it answers."""
+    """Return the answers in the comments behind a page's `gralora-fx generate`."""
     lines = [line for line in _lines(text) if line.startswith("gralora-fx generate ")]
     return [line.partition("  # ")[2] for line in lines]
 

@@ -18,7 +18,7 @@ from gralora_fx.cli import main
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left."""
+    """The results of a run."""
 
     status: int
     stdout: str

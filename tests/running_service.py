@@ -61,7 +61,7 @@ def permitted(url: str, origin: str) -> tuple[Any, Any]:
 
 
 def post(url: str, body: Any) -> Any:
-    """What a service answers, as JSON."""
+    """Post to a service and return its answer, as JSON."""
     request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urlopen(request, timeout=30) as response:
         return json.load(response)

@@ -1,4 +1,4 @@
-"""Which worker runs which test files, and in which order, so that all workers end together."""
+"""Test files of each worker, and their order, so that all workers end together."""
 
 from __future__ import annotations
 

@@ -34,6 +34,6 @@ NAMES = {module_name(file): file for file in FILES}
 
 
 def faults(files: Iterable[Path], find: Callable[[Path], Iterable[object]]) -> dict[str, list[object]]:
-    """What a rule finds, by module."""
+    """Apply a rule; return the faults that it finds, by module."""
     found = {module_name(file): list(find(file)) for file in files}
     return {name: faulty for name, faulty in found.items() if faulty}

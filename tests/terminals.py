@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 
 def in_terminal(command: Sequence[str], columns: int, **environment: str) -> str:
-    """What a program writes to a terminal, control sequences included; it must succeed.
+    """Run a program in a terminal; return its output, control sequences included; it must succeed.
 
     Args:
         command: The program and its arguments.

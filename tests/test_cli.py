@@ -73,7 +73,7 @@ def merged_export(decoder: Path) -> Path:
 
 
 def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """What a process of the command line prints; it must succeed."""
+    """Run a process of the command line; return its output; it must succeed."""
     command = [sys.executable, "-m", "gralora_fx.cli", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -82,7 +82,7 @@ def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @dataclass(frozen=True)
 class Printed:
-    """What a run of the command line printed."""
+    """The output of a run of the command line."""
 
     stdout: str
     stderr: str

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.quick
 AT_THE_ROOT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
 PAGES = [*AT_THE_ROOT, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("make demo", "make test")
+QUESTIONS = ("What", "Whether", "Which", "Where", "When", "Who", "Why", "How", "Of")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -94,6 +95,19 @@ def test_every_option_of_the_service_is_described() -> None:
         for option in parameter.opts
     }
     assert [option for option in sorted(options) if f"`{option}" not in page] == []
+
+
+@pytest.mark.parametrize("folder", ["gralora_fx", "exporters", "benchmarks", "docs", "examples", "tests"])
+def test_docstrings_say_what_a_thing_is_or_does(folder: str) -> None:
+    """They begin with a noun, a verb or a sentence: "Return the ...", not "What ..." or "Of ..."."""
+    described = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    begun = [
+        f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, described) and (ast.get_docstring(node) or "").partition(" ")[0] in QUESTIONS
+    ]
+    assert begun == []
 
 
 def test_errors_that_are_explained_are_those_of_the_source() -> None:

@@ -1,4 +1,4 @@
-"""What is distributed: the wheel holds the packages of the tree and their files, the source distribution all else."""
+"""Distributions: the wheel holds the packages of the tree and their files, the source distribution all else."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ BAD = {
 
 
 class Made:
-    """What the functions need beside a path."""
+    """The files that the functions need beside a path."""
 
     def __init__(self, folder: Path) -> None:
         network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))

@@ -1,4 +1,4 @@
-"""What public objects print: a line or a table, never the values of a model's weights."""
+"""Public objects print a line or a table, never the values of a model's weights."""
 
 from __future__ import annotations
 

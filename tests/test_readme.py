@@ -31,7 +31,7 @@ def python_blocks() -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the names of the blocks hold after the last one, run in an empty directory with the example's checkpoint."""
+    """Run the blocks in an empty directory with the example's checkpoint; return their names after the last."""
     directory = tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)

@@ -113,6 +113,6 @@ def wav(samples: NDArray[Any], rate: int = RATE) -> bytes:
 
 
 def features(samples: NDArray[Any]) -> torch.Tensor:
-    """What the encoder reads of a recording, `[1, 8, 40]`."""
+    """Return what the encoder reads of a recording, `[1, 8, 40]`."""
     found: torch.Tensor = processor().feature_extractor(samples, sampling_rate=RATE, return_tensors="pt").input_features
     return found

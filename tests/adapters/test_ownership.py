@@ -54,7 +54,7 @@ def adapted(seed: int = 0, dtype: torch.dtype = torch.float32, net: type[Net] = 
 
 
 def outputs(model: GraloraModel, directory: Path) -> dict[str, Tensor]:
-    """What a model computes in every way: as it is, merged, saved and loaded, with its other adapter."""
+    """Compute what a model gives in every way: as it is, merged, saved and loaded, with its other adapter."""
     x = X.to(next(model.traced.graph_module.parameters()).dtype)
     with torch.no_grad():
         results = {"active": model(x), "folded": merge(model)(x)}

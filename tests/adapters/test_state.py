@@ -334,7 +334,7 @@ def _replaced(model: GraloraModel) -> None:
     ],
 )
 def test_a_graph_that_was_kept_computes_with_the_tensors_there_are_now(change: Callable[[GraloraModel], Any]) -> None:
-    """What runs after a change and a switch back is what a copy, whose graphs are all made anew, computes."""
+    """A run after a change and a switch back gives what a copy gives, whose graphs are all made anew."""
     model = adapted()
     model.set_adapter("b")
     change(model)

@@ -45,7 +45,7 @@ _TELLING = frozenset(
 
 @dataclass(frozen=True)
 class Checked:
-    """What an architecture's export gave.
+    """The results of an architecture's export.
 
     Attributes:
         fused: Attention layers that are one `GroupQueryAttention` each.
@@ -70,7 +70,7 @@ class Checked:
 
     @property
     def holds(self) -> bool:
-        """Whether all tokens are the model's."""
+        """True if all tokens are the model's."""
         return self.equal and not self.answers
 
 
@@ -141,7 +141,7 @@ def greedy_tokens(step: DecoderSteps, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def differing_answers(model: PreTrainedModel, directory: Path) -> str:
-    """How answers of an export differ from transformers', which reads each prompt alone; empty if they do not.
+    """Describe where an export's answers differ from transformers', which reads each prompt alone; "" if nowhere.
 
     Args:
         model: The model, with the export's weights.
@@ -202,7 +202,7 @@ def prompts(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _are_the_models(tokens: Tensor, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
-    """Whether tokens are a model's: for all prompts at once, or for each alone where its padding is not neutral."""
+    """Return whether tokens are a model's: of all prompts at once, or of each alone where padding is not neutral."""
     if torch.equal(tokens, generated(model, ids, mask)):
         return True
     rows = zip(ids, mask.bool(), strict=True)

@@ -24,7 +24,7 @@ STAGES = ("build", "run", "trace", "rewrite", "export", "hold")
 
 @dataclass(frozen=True)
 class Checked:
-    """What a class's export gave.
+    """The results of a class's export.
 
     Attributes:
         sites: Linear layers with adapters.
@@ -44,7 +44,7 @@ class Checked:
 
     @property
     def holds(self) -> bool:
-        """Whether its outputs are the model's."""
+        """True if its outputs are the model's."""
         return not self.difference
 
 

@@ -37,7 +37,7 @@ _START, _END = 87, 88  # around an image, for models that look for them
 
 @dataclass(frozen=True)
 class CheckedImages:
-    """What the export of a model that reads images gave.
+    """The results of the export of a model that reads images.
 
     Attributes:
         reason: Why the part that reads pixels is not exported; empty if it is.
@@ -129,7 +129,7 @@ def _differences(served: OrtModel, model: PreTrainedModel) -> Iterator[str]:
 
 
 def _prompt(model: PreTrainedModel, images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What a processor gives of a text with images in it."""
+    """Process a text with images in it."""
     ids = [*_BEFORE]
     for pixels in images:
         ids += [_START, *[IMAGE] * features_of(model, pixels), _END, *_BETWEEN]

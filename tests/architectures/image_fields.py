@@ -1,4 +1,4 @@
-"""What configurations of tiny models that read images have beside the rules on names of fields, by class."""
+"""Fields of configurations of tiny models that read images, beside the rules on names of fields, by class."""
 
 from __future__ import annotations
 

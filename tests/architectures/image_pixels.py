@@ -14,7 +14,7 @@ _GRIDS = ((2, 3), (4, 2))  # height and width in tokens
 
 
 def pixels_of(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
-    """What a processor makes of one image, the first or the second."""
+    """Process one image, the first or the second."""
     generator = torch.Generator().manual_seed(seed)
     vision: Any = model.config.vision_config
     if model.config.model_type == "mllama":
@@ -80,13 +80,13 @@ def _patches(model: PreTrainedModel, generator: torch.Generator, height: int, wi
 
 
 def pixels_of_both(model: PreTrainedModel, images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What a processor makes of all images of a prompt."""
+    """Process all images of a prompt."""
     joined = {name: torch.cat([each[name] for each in images]) for name in images[0]}
     return _of_batch(model, joined)
 
 
 def features_of(model: PreTrainedModel, pixels: dict[str, Tensor]) -> int:
-    """How many tokens a model makes of an image."""
+    """Return the number of tokens that a model makes of an image."""
     if model.config.model_type == "mllama":  # whose layers attend to what it makes of one
         return 1
     with torch.no_grad():
@@ -108,7 +108,7 @@ def _reader(model: Any) -> Any:
 
 
 def _own_inputs(model: PreTrainedModel) -> frozenset[str]:
-    """What a model's own code makes features of."""
+    """Return the tensors of which a model's own code makes features."""
     code = inspect.unwrap(_reader(model))
     names = set(inspect.signature(code).parameters)
     if hasattr(model, "model") and hasattr(model.model, "get_image_features"):

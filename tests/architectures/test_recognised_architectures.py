@@ -1,4 +1,4 @@
-"""Which of transformers' architectures have a norm, a rotary embedding, stochastic depth or attention of known code.
+"""Architectures of transformers with a norm, a rotary embedding, stochastic depth or attention of known code.
 
 A model whose code is not recognised is traced all the same, into more nodes, so that a change in transformers would
 pass unseen: here it fails, by name.
@@ -121,7 +121,7 @@ def own_classes(module: ModuleType) -> Iterator[type[nn.Module]]:
 
 
 def is_in(module: ModuleType, table: Sequence[Recognised]) -> bool:
-    """Whether a Python module has recognised code, as a function or in one of its classes."""
+    """Return whether a Python module has recognised code, as a function or in one of its classes."""
     classes = list(own_classes(module))
     return any(code.is_function_of(module) or any(map(code.is_method_of, classes)) for code in table)
 

@@ -158,7 +158,7 @@ def decoder_classes() -> tuple[str, ...]:
 
 
 def own_fields(name: str) -> dict[str, Any]:
-    """What a class's tiny configuration has beside the rules, for whatever head the architecture has.
+    """Return the fields of a class's tiny configuration beside the rules, for whatever head the architecture has.
 
     Args:
         name: The class, such as `"JambaForCausalLM"` or `"JambaForSequenceClassification"`.

@@ -55,7 +55,7 @@ def encoder_classes() -> tuple[Listed, ...]:
 
 
 def skipped(kind: str) -> str | None:
-    """Why the bare model of a type is left out, or None where it is not.
+    """Return the reason to leave out the bare model of a type, or None.
 
     Args:
         kind: Type of the model, a key of transformers' mappings.

@@ -134,7 +134,7 @@ def test_every_command_that_takes_a_path_is_tried() -> None:
 
 @pytest.fixture
 def places(tmp_path: Path) -> dict[str, Path | str]:
-    """What is right as far as a look at the files tells."""
+    """Make paths that are right as far as a look at the files tells."""
     for folder, name, content in (("model", "config.json", MODEL), ("adapter", "adapter_config.json", ADAPTER)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_text(content)

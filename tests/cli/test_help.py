@@ -48,7 +48,7 @@ def test_no_type_of_the_parser_is_shown(command: str) -> None:
 
 @every_command
 def test_a_thing_has_one_name(command: str) -> None:
-    """What reads an export takes --onnx, what writes takes --output; older names are options still."""
+    """Commands that read an export take --onnx, those that write take --output; older names are options still."""
     params = {param.opts[0]: param for param in COMMANDS[command].params}
     assert ("--onnx" in params) == (
         command in ("export-adapter", "fold", "verify", "serve", "generate", "export-triton")

@@ -1,4 +1,4 @@
-"""What an export is asked for is checked before anything slow is imported, in words of the command line."""
+"""Requests for an export are checked before anything slow is imported, in words of the command line."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_nothing_slow_was_imported(errors: Any) -> None:
 
 
 def test_the_configuration_of_an_adapter_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a hub id, every time is a look-up."""
+    """Each time that a hub id is read is a look-up."""
     places = made(tmp_path)
     (tmp_path / "named").mkdir()
     fields = {"peft_type": "GRALORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(places["base"])}

@@ -15,7 +15,7 @@ from gralora_fx.features.images.image_limits import ServedImages
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ServiceSettings:
-    """What `gralora-fx serve` makes of its options."""
+    """Return the settings that `gralora-fx serve` makes of its options."""
     found: list[ServiceSettings] = []
 
     def seen(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is derived from the declaration of an option: a command's parameters, checks."""
+"""The declaration of an option gives a command's parameters and checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export that takes adapters as data looks like, and what its verification notices."""
+"""The form of exports that take adapters as data, and the faults that their verification notices."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_defaults_of_overridable_tensors_have_rank_0(exports: Exports) -> None:
 
 
 def operators(directory: Path, file: str) -> tuple[Counter[str], Counter[str]]:
-    """How many nodes of each operator a graph with its branches has, and the bodies of its functions; no constants."""
+    """Count the nodes of each operator in a graph with its branches and the bodies of its functions; no constants."""
     model = onnx.load(directory / file, load_external_data=False)
     inside = Counter(node.op_type for function in model.functions for node in function.node)
     nodes = [*model.graph.node]

@@ -1,4 +1,4 @@
-"""Which form adapters have that are data, by a rule that the export reports; several `gralora_k` in one export."""
+"""The form of adapters as data, by a rule that the export reports; several `gralora_k` in one export."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def session_of(path: Path, level: Any) -> onnxruntime.InferenceSession:
 
 
 def differences(base: Path, data: Path, levels: list[Any]) -> list[str]:
-    """Which outputs of two exports differ."""
+    """Return the outputs in which two exports differ."""
     found = []
     for file in sorted(base.glob("*.onnx")):
         for level in levels:
@@ -193,7 +193,7 @@ def compared(
     has_blocks: bool | None = None,
     **options: Any,
 ) -> list[str]:
-    """Which outputs of a data export with adapters at all layers differ from those of the base's."""
+    """Return the outputs in which a data export with adapters at all layers differs from the base's."""
     sites = {site.path for site in traced.sites if site.in_features % 2 == site.out_features % 2 == 0 and site.calls}
     sites -= {site.path for site in traced.sites if site.tied_with}
     sizes = {"r": 2, "gralora_k": 2} if method is GraloraConfig else {"r": 2}

@@ -18,7 +18,7 @@ from gralora_fx.exporters.translation.translate import translate
 
 
 def run(model: ir.Model, path: Path, *inputs: Tensor) -> tuple[Tensor, Counter[str]]:
-    """What ONNX Runtime computes, and the operators it runs."""
+    """Run a model in ONNX Runtime; return its outputs and the operators that it runs."""
     ir.save(model, path / "model.onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -38,7 +38,7 @@ def output(tmp_path: Path) -> Path:
 
 
 def alone(output: Path, text: str = "earlier") -> bool:
-    """Whether an export is whole and nothing is left beside it."""
+    """Return whether an export is whole and nothing is left beside it."""
     return [path.name for path in output.parent.iterdir()] == ["onnx"] and (output / "model.onnx").read_text() == text
 
 

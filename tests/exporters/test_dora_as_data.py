@@ -280,7 +280,7 @@ def test_where_it_cannot_be_it_is_refused_by_name(folder: Path) -> None:
 def test_an_export_can_have_room_for_it_beforehand(
     exports: Exports, name: str, fields: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """What was exported with a plain adapter and `dora=True` takes a DoRA adapter as what was exported with that."""
+    """An export made with a plain adapter and `dora=True` takes a DoRA adapter as one made with that adapter does."""
     kind = KINDS[name]
     targets = kind.targets if options else ["query", "value"]
     saved(kind.make(), tmp_path / "plain", 2, target_modules=targets, **fields)

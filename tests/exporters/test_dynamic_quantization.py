@@ -379,7 +379,7 @@ def test_an_export_without_marks_runs_and_is_verified_once_it_is_exported_again(
 
 
 class Mixed(nn.Module):
-    """What is quantized beside what is not."""
+    """A module of layers that are quantized beside one that is not."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -164,7 +164,7 @@ def test_attention_by_hand(spelling: str, tmp_path: Path) -> None:
 
 
 def masks_of(function: Any) -> tuple[bool, bool]:
-    """Whether a mask has padding, and a rest beside it, of a module that returns `function(attention_mask)`."""
+    """Return whether the mask of a module that returns `function(attention_mask)` has padding, and a rest beside it."""
 
     class Returns(nn.Module):
         def forward(self, attention_mask: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def export(name: str, path: Path) -> Exported:
 
 
 def read(name: str, side: str = "right") -> dict[str, Tensor]:
-    """What the encoder reads: three texts of unequal length, or features."""
+    """Make the encoder's inputs: three texts of unequal length, or features."""
     generator = torch.Generator().manual_seed(1)
     if name == "whisper":
         return {"input_features": torch.randn(3, 8, 40, generator=generator)}

@@ -242,7 +242,7 @@ def test_stored_bits_are_those_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rounding", ["nearest", "searched"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scales_of_half_the_bits_lose_nothing(bits: int, rounding: Any) -> None:
-    """Of any magnitude: bfloat16 has the range of float32, and integers are rounded for the scale as it is stored."""
+    """Scales may have any magnitude: bfloat16 has float32's range, and rounding reads the scale as it is stored."""
     matrix = np.random.default_rng(0).standard_normal((128, 24)).astype(np.float32)
     matrix *= np.logspace(-12, 12, 24, dtype=np.float32)
     matrix[:, 3] = 0

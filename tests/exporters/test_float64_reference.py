@@ -63,7 +63,7 @@ def test_another_model_is_not_excused(tmp_path: Path) -> None:
 
 
 def judged(off: float, turns: float = 3000.0) -> tuple[bool, ToleranceCheck]:
-    """Whether values that are off by a number are accepted, and who said so."""
+    """Judge values that are off by a number; return whether they are accepted, and by which reference."""
     model = traced(turns).eval()
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

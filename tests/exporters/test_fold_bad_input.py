@@ -1,4 +1,4 @@
-"""What a fold refuses, that it leaves nothing behind then, and what it needs."""
+"""Inputs that a fold refuses, leaving nothing behind, and the memory that it needs."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_a_fold_is_an_export_of_the_merged_model(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_half_precision_is_rounded_once(name: str, precision: str, tmp_path: Path) -> None:
-    """Of the stored base and the update: beside a fold of the float weights that is one rounding more at most."""
+    """The sum of stored base and update is rounded once: one rounding more at most than a fold of float weights."""
     task, targets = CASES[name]
     case = Case(tmp_path, fresh_trace(name, task=task), gralora(targets), precision=precision)
     case.fold()
@@ -140,7 +140,7 @@ def test_rows_are_changed_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 
 
 def stored(file: Path, name: str) -> tuple[str, ...]:
-    """Where an initializer's bytes are."""
+    """Return where an initializer's bytes are."""
     model = onnx.load(file, load_external_data=False)
     (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
     return tuple(entry.value for entry in tensor.external_data)

@@ -209,7 +209,7 @@ def test_a_head_and_biases_within_a_wrapper_are_found_as_layers_are(
 
 
 def test_a_file_stands_for_its_export(root: Path, tmp_path: Path) -> None:
-    """Of an export of ours the whole directory; of another file that alone, beside whatever else."""
+    """A file of an export of ours stands for the whole directory, another file for itself alone."""
     report = fold_onnx(root / "onnx" / "model.onnx", root / "lora", tmp_path / "ours")
     assert "gralora_export.json" in report.files
     file = wrapped_export(tmp_path / "foreign")

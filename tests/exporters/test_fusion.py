@@ -1,4 +1,4 @@
-"""What a decoder's layers become on ONNX Runtime: norm, rotary embedding and attention as one operator each."""
+"""A decoder's layers on ONNX Runtime: norm, rotary embedding and attention become one operator each."""
 
 from __future__ import annotations
 

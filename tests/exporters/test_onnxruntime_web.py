@@ -26,7 +26,7 @@ def project() -> Path:
 
 
 def adapter_tensors(served: OrtModel, name: str | None) -> dict[str, np.ndarray]:
-    """What a page feeds for an adapter: its tensors, and tensors of rank 0 at layers that it leaves alone."""
+    """Make a page's inputs for an adapter: its tensors, and tensors of rank 0 at layers that it leaves alone."""
     inputs = served.manifest.adapter_inputs
     assert isinstance(inputs, AdapterInputs)
     shapes = [item for site in inputs.sites for item in site.shapes(inputs.k, 0, 0).items()]

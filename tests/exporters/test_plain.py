@@ -95,7 +95,7 @@ def test_a_convolutional_net_exports(tmp_path: Path) -> None:
 
 
 class Counts(nn.Module):
-    """How many numbers lie in each part of a range: whole numbers as experts have, and others, NaN among them."""
+    """Counts of the numbers in each part of a range: whole numbers as experts have, and others, NaN among them."""
 
     def forward(self, x: Tensor) -> Tensor:
         whole = torch.histc((x * 4).round().clamp(0, 7), bins=8, min=0, max=7)

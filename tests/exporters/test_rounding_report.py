@@ -1,4 +1,4 @@
-"""What quantization costs a decoder's tokens: the figures of the report, with transformers' own model as the oracle."""
+"""The cost of quantization in a decoder's tokens: the report's figures, with transformers' model as the oracle."""
 
 from __future__ import annotations
 

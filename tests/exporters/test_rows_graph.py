@@ -99,7 +99,7 @@ def generated(model: Any, prompt: Sequence[int]) -> list[int]:
 
 
 def stored(file: Path) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Where the weights of a graph lie that are not within it."""
+    """Return where those weights of a graph lie that are not within it."""
     model = onnx.load(file, load_external_data=False)
     return {
         tensor.name: tuple((entry.key, entry.value) for entry in tensor.external_data)

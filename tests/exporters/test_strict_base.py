@@ -206,7 +206,7 @@ def test_adapters_that_a_new_export_does_not_bring_are_not_removed_in_silence(ba
 def test_strictly_a_base_that_is_downloaded_only_then_is_checked_when_it_is_loaded(
     bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the hub's cache holds it already makes no difference."""
+    """A base that is only then downloaded, or already in the hub's cache, is checked when it is loaded."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(loading, "check_model_files", lambda *_, **__: None)
     snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / ("a" * 40)

@@ -100,7 +100,7 @@ def fields_of(case: str, sizes: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def base_logits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tensor]:
-    """What the export of a classifier without adapters computes."""
+    """Compute what the export of a classifier without adapters gives."""
 
     @functools.cache
     def logits(name: str) -> Tensor:

@@ -45,7 +45,7 @@ def project() -> Path:
 
 
 def generated(project: Path, model: Path, class_name: str, **request: Any) -> list[list[int]]:
-    """What transformers.js generates, prompts included."""
+    """Generate with transformers.js; return the tokens, prompts included."""
     text = json.dumps({"model": str(model), "class": class_name, **request})
     tokens: list[list[int]] = run_script(project, "generate.mjs", text)
     return tokens

@@ -1,4 +1,4 @@
-"""What Eigen computes four values at a time, on rows of other widths: elementwise, and sums."""
+"""Eigen's vectors of four values, on rows of other widths: elementwise, and sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much is run to choose bits, to round and to measure the quality, counted rather than timed."""
+"""The work of choosing bits, rounding and measuring the quality, counted rather than timed."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def labels_of(inputs: dict[str, Tensor]) -> Tensor:
 
 
 def gradients(ours: GraloraModel, theirs: peft.PeftModel) -> float:
-    """How far the gradients are apart, relative to the largest."""
+    """Return the largest difference of gradients, relative to the largest."""
     own = checkpoint_parameters(ours.adapter("default"))
     pairs = [(own[n.replace(".default", "")].grad, p.grad) for n, p in theirs.named_parameters() if p.requires_grad]
     assert len(pairs) == len(own)

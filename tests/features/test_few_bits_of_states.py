@@ -66,7 +66,7 @@ def drawn(model: Any) -> torch.Tensor:
 
 
 def logits_of(served: Any, texts: list[list[int]], adapters: list[str | None]) -> Any:
-    """What rows give that are read token by token beside each other, `[rows, LENGTH, vocabulary]`."""
+    """Compute logits of rows that are read token by token beside each other, `[rows, LENGTH, vocabulary]`."""
     decoder = served.decoder(rows=len(texts), capacity=32)
     rows = [decoder.open(adapter) for adapter in adapters]
     steps = []

@@ -33,7 +33,7 @@ def packed(weight: Tensor, quantization: FourBits) -> dict[str, Tensor]:
 
 
 def reference(weight: Tensor, quantization: FourBits) -> Tensor:
-    """What bitsandbytes multiplies by, by its formula: its kernel for AVX-512 needs rows of whole blocks."""
+    """Dequantize by bitsandbytes' formula: its kernel for AVX-512 needs rows of whole blocks."""
     codes, state = bnb.functional.quantize_4bit(
         weight,
         blocksize=quantization.block_size,

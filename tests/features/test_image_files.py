@@ -28,7 +28,7 @@ SMALL = encoded(picture(), "PNG")
 
 
 def by_pillow(data: bytes) -> Image.Image | None:
-    """What Pillow reads, and transformers converts; None for what Pillow does not read."""
+    """Read a file by Pillow, converted as transformers does; None if Pillow does not read it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -40,7 +40,7 @@ class Exported(NamedTuple):
 
 
 def of_one_prompt(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What images put in the place of tokens, without the axis of the batch."""
+    """Return the features that images put in the place of tokens, without the axis of the batch."""
     axes = {"inputs_embeds": 0, "grid_position_ids": 1, "deepstack_embeds": 1}
     return {name: inputs[name].squeeze(axis) for name, axis in axes.items() if name in inputs}
 

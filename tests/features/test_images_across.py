@@ -111,7 +111,7 @@ def test_an_adapter_that_is_merged_answers_as_peft(served: Served, tmp_path: Pat
 
 
 def test_a_row_is_bitwise_that_of_the_row_alone(served: Served) -> None:
-    """Of texts, of the same image, and of one to three; rows with as many images are read in one run."""
+    """Rows of texts, of the same image, and of one to three; rows with as many images are read in one run."""
     prompts = served.model.generation.given_prompts
     assert prompts is not None
     rows = [(number, adapter) for number in (1, 0, 2, 1, 3) for adapter in (None, "lora")]

@@ -1,4 +1,4 @@
-"""What reads pixels beside the rest of an export: its forms and precisions, its adapters, and how images are given."""
+"""Images beside the rest of an export: its forms and precisions, its adapters, and the ways to give images."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_rows_are_verified_without_a_token_of_a_prompt_by_itself(export: Path, t
 
 
 def judged(model: TracedModel, error: float, tolerance: float) -> TokenCheck:
-    """How a verification judges steps after a prompt whose logits are off by a number."""
+    """Verify steps after a prompt whose logits are off by a number; return the verdict."""
 
     def begin(_: PromptBatch) -> Step:
         own = ModelSteps(model, 1)

@@ -1,4 +1,4 @@
-"""What a sentence-transformers directory says of the modules after its transformer, and what is refused of it."""
+"""The modules after the transformer in a sentence-transformers directory, and those that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which base models are sentence encoders, and what their tokenizers take over from the directory."""
+"""Base models that are sentence encoders, and the settings that their tokenizers take from the directory."""
 
 from __future__ import annotations
 

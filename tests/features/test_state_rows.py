@@ -53,7 +53,7 @@ def texts(generator: np.random.Generator) -> list[list[int]]:
 
 
 def alone(model: OrtModel, adapter: str | None, text: list[int], parts: list[int]) -> list[Any]:
-    """What a row gives for the parts of a text, the only row of a decoder."""
+    """Compute what a row gives for the parts of a text, as the only row of a decoder."""
     decoder = model.decoder(rows=1, capacity=32, chunk=8)
     row, at, given = decoder.open(adapter), 0, []
     for part in parts:

@@ -93,7 +93,7 @@ def layer_and_text(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def run(layer: nn.Module, *pieces: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Cache]:
-    """What a layer gives for a text in pieces, and its cache afterwards."""
+    """Run a layer on a text in pieces; return its outputs and its cache afterwards."""
     cache = Cache()
     with torch.no_grad():
         results = [layer(piece, cache=cache, attention_mask=mask) for piece in pieces]

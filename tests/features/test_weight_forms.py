@@ -119,7 +119,7 @@ for name, rounding in ((base, "nf4"), (base, None)):
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What both programs print in one process, without the folders of forms and with one of another."""
+    """Run both programs in one process, without the folders of forms and with one of another; return their output."""
     tree = copy_without(tmp_path_factory.mktemp("forms"), "group_quantized", "llm_int8", "nf4")
     folder = tree / "gralora_fx" / "features" / "whole"
     folder.mkdir()

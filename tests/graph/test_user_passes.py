@@ -35,7 +35,7 @@ def double_the_pooler(graph_module: fx.GraphModule) -> None:
 
 
 def doubled(inputs: dict[str, Tensor], of: Any) -> Tensor:
-    """What a model gives with the pass, computed by hand."""
+    """Compute by hand what a model gives with the pass."""
     return run(of.with_pass(double_the_pooler), inputs)
 
 

@@ -372,14 +372,14 @@ def test_a_base_that_checkpoints_keeps_doing_so(recwarn: pytest.WarningsRecorder
 
 
 def are_close(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Whether gradients are equal but for the order in which a compiler adds up those of one input."""
+    """Return whether gradients are equal but for the order in which a compiler adds up those of one input."""
     return all((gradients[key] - value).abs().max() <= 1e-4 * value.abs().max() for key, value in expected.items())
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("task", ["text-generation", "text-generation-with-past"])
 def test_it_compiles_whole_and_once_for_every_size(task: str, checkpoints: bool) -> None:
-    """Of a trace with a cache in the form without, which is made while it compiles."""
+    """A trace with a cache compiles in the form without, which is made while it compiles."""
     config = GraloraConfig(r=4, target_modules="all-linear", init_weights=False)
     model = rewrite(fresh_trace("llama", task=task), config).train()
     if checkpoints:

@@ -1,4 +1,4 @@
-"""What a traced or rewritten model can be asked, by site and adapter."""
+"""Questions to a traced or rewritten model, by site and adapter."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_tags_are_kept_once_and_reach_the_card_that_peft_writes(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_packed_rows_are_their_texts_apart(name: str) -> None:
-    """Of Gemma with a window of 3 positions, shorter than the texts."""
+    """Packed rows of Gemma, with a window of 3 positions, shorter than the texts."""
     sizes = {"sliding_window": 3} if name == "gemma3" else {}
     model = get_peft_model(tiny_model(name, **sizes), GraloraConfig(r=4, target_modules=["q_proj"], init_weights=False))
     texts = [torch.arange(5, 5 + length).unsqueeze(0) for length in (5, 2, 4)]

@@ -20,7 +20,7 @@ _POSITIONAL = {"args", "update_arg", "insert_arg"}
 
 
 def names_operators(node: ast.AST) -> bool:
-    """Whether some code holds `Attention.target`, or the like."""
+    """Return whether some code holds `Attention.target`, or the like."""
     return any(
         isinstance(part, ast.Attribute)
         and part.attr == "target"

@@ -1,4 +1,4 @@
-"""What holds of every operator: PyTorch's own checks, its decomposition, its shape rule, its calls and ONNX forms."""
+"""Checks of every operator: PyTorch's own, its decomposition, its shape rule, its calls and ONNX forms."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Case:
     options: dict[str, Any]
 
     def reference(self, **arguments: Any) -> Any:
-        """What the operator computes."""
+        """Compute the operator by its reference."""
         return self.operator(**arguments).result()
 
     def arguments(self, batch: int, length: int) -> dict[str, Any]:

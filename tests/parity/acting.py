@@ -1,4 +1,4 @@
-"""Whether every adapter does something: what each adapted layer gives, with its adapter and without."""
+"""Every adapter has an effect: outputs of each adapted layer, with its adapter and without."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Case:
 
     @property
     def starts_at_zero(self) -> bool:
-        """Whether the adapter changes nothing at first."""
+        """True if the adapter changes nothing at first."""
         return bool(self.fields.get("init_weights", self.fields.get("init_lora_weights", False)))
 
     @property

@@ -29,7 +29,7 @@ from gralora_fx.core.methods import DoraConfig
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two computations may be apart, relative to the largest value."""
+    """The largest difference of two computations that is accepted, relative to the largest value."""
 
     logits: float
     gradients: float
@@ -169,7 +169,7 @@ def step(pair: Pair) -> str:
 
 
 def saved(pair: Pair) -> str:
-    """What is saved has PEFT's keys and, bit for bit, the tensors that were loaded."""
+    """Check that saved files have PEFT's keys and, bit for bit, the tensors that were loaded."""
     pair.ours.save_pretrained(pair.directory / "ours")
     actual = load((pair.directory / "ours" / WEIGHTS_NAME).read_bytes())
     if actual.keys() != pair.tensors.keys():
@@ -216,7 +216,7 @@ ASPECTS: dict[str, Callable[[Pair], str]] = {
 
 
 def compare(case: Case, directory: Path) -> dict[str, str]:
-    """What differs from PEFT in each aspect of a case, an empty string where nothing does."""
+    """Return the differences from PEFT in each aspect of a case, an empty string where there are none."""
     with warnings.catch_warnings():  # of names and keys that PEFT ignores in silence
         warnings.filterwarnings("ignore", ".* (finds no numbered layers|applies to no)", UserWarning)
         try:
@@ -245,7 +245,7 @@ def load_in_peft(model: nn.Module, directory: Path) -> peft.PeftModel:
 
 
 def peft_output(theirs: peft.PeftModel, pair: Pair) -> Tensor:
-    """What PEFT computes, or means to compute.
+    """Return what PEFT computes, or means to compute.
 
     `nn.MultiheadAttention` reads the weight of its `out_proj` without calling it, so PEFT's adapter there has no effect
     until it is merged. The oracle of such a model is the base run with W + PEFT's own delta, not PEFT's forward.
@@ -300,7 +300,7 @@ def _our_parameters(pair: Pair) -> dict[str, nn.Parameter]:
 
 
 def _far(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float, floor: float = 0.0) -> str:
-    """Which tensors are further apart than `tolerance` times the largest value (or `floor`), the worst first."""
+    """Name the tensors further apart than `tolerance` times the largest value (or `floor`), the worst first."""
     problems: list[tuple[float, str]] = []
     for key, theirs in expected.items():
         mine, theirs = actual[key].detach(), theirs.detach()

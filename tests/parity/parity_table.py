@@ -19,7 +19,7 @@ def print_table(terminalreporter: Any) -> None:
 
 
 def recorded(reports: Iterable[Any]) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
-    """How often each (architecture, aspect) passed, and how often it was compared."""
+    """Count how often each (architecture, aspect) passed, and how often it was compared."""
     passed: Counter[tuple[str, str]] = Counter()
     compared: Counter[tuple[str, str]] = Counter()
     for report in reports:

@@ -34,7 +34,7 @@ NO_FLOAT64 = ("mixtral",)  # torch's grouped matrix product of the experts takes
 
 
 class Distance(NamedTuple):
-    """How far a gradient is from float64's, relative to its largest value, or to 1e-2 of the largest of all.
+    """The distance of a gradient from float64's, relative to its largest value, or to 1e-2 of the largest of all.
 
     Attributes:
         ours: In this project's graph.
@@ -48,7 +48,7 @@ class Distance(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What PEFT's functions of `compare` take of a pair."""
+    """A model and its adapters, as PEFT's functions of `compare` take a pair."""
 
     theirs: peft.PeftModel
     inputs: Mapping[str, Tensor]

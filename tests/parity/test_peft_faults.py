@@ -1,4 +1,4 @@
-"""What PEFT's GraLoRA does wrong and this package does right; the day that peft is fixed, these tests say so.
+"""Faults of PEFT's GraLoRA that this package does not have; the day that peft is fixed, these tests say so.
 
 Each test holds ours first and PEFT's fault last, so that a fixed peft skips no more than its own half.
 """
@@ -38,7 +38,7 @@ def peft_still(is_faulty: bool, what: str) -> None:
 
 
 def fails(call: Callable[[], object], *errors: type[Exception]) -> bool:
-    """Whether a call raises one of the errors."""
+    """Return whether a call raises one of the errors."""
     try:
         call()
     except errors:
@@ -71,7 +71,7 @@ def both_sides(x: Tensor, tmp_path: Path, model: nn.Module | None = None) -> tup
 
 
 def by_merged_weights(theirs: peft.PeftModel, x: Tensor) -> Tensor:
-    """What PEFT's deltas mean, whatever its forward makes of them."""
+    """Compute by PEFT's deltas, whatever its forward makes of them."""
     with torch.no_grad():
         return torch.func.functional_call(Layers().to(x.dtype), merged_parameters(theirs), (x,))
 

@@ -1,4 +1,4 @@
-"""Which layers a configuration takes: the very ones that PEFT takes."""
+"""Layers that a configuration takes: the very ones that PEFT takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter means, computed without the product: dense updates of the model's weights."""
+"""The meaning of an adapter, computed without the product: dense updates of the model's weights."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def weight_name(site: LinearSite, parameters: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Dense:
-    """What an adapter means: updates `[out, in]` by site path, and copies of parameters by name."""
+    """The meaning of an adapter: updates `[out, in]` by site path, and copies of parameters by name."""
 
     updates: Mapping[str, Tensor]
     copies: Mapping[str, Tensor]
@@ -90,7 +90,7 @@ def text(model: GraloraModel | TracedModel) -> str:
 
 
 def meaning(model: GraloraModel, name: str = "default") -> Any:
-    """What an adapter's plan says of every site."""
+    """Return what an adapter's plan says of every site."""
     applied_plan = model.plans[name]
     sites = {planned.site.path: (planned.sizes, planned.scale) for planned in applied_plan.selected}
     return (

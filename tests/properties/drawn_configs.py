@@ -175,7 +175,7 @@ def trained(model: GraloraModel, adapter_name: str = "default", seed: int = 3) -
 
 
 def compiles(expression: str) -> bool:
-    """Whether it is an expression, by itself and as a part of one."""
+    """Return whether it is an expression, by itself and as a part of one."""
     try:
         re.compile(expression)
         re.compile(f"(?:.*){expression}")

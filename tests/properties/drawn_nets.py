@@ -156,7 +156,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """How far two ways of computing the same may lie apart, relative to the largest value."""
+        """Return the largest difference of two ways of computing the same, relative to the largest value."""
         dtypes = {parameter.dtype for parameter in self.source.parameters()}
         return max({torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype] for dtype in dtypes)
 

@@ -224,7 +224,7 @@ class ChangesOfAdapters(RuleBasedStateMachine):
         assert names == [node.name for node in self.case.traced.graph_module.graph.nodes]
 
     def claims_something_twice(self, names: list[str]) -> bool:
-        """Whether an adapter trains a copy of what another one adapts or copies too."""
+        """Return whether an adapter trains a copy of what another one adapts or copies too."""
         parameters = dict(self.case.source.named_parameters(remove_duplicate=False))
         copied = [base for name in names for base in self.expected[name].copies]
         adapted_elsewhere = [
@@ -247,7 +247,7 @@ class ChangesOfAdapters(RuleBasedStateMachine):
         return names if data.draw(st.booleans()) else data.draw(st.lists(st.sampled_from(pool), max_size=3))
 
     def is_random(self) -> bool:
-        """Whether two runs may differ."""
+        """Return whether two runs may differ."""
         dropouts = [self.model.configs[name].gralora_dropout for name in self.active if name not in self.merged]
         return self.model.training and any(dropouts)
 

@@ -175,7 +175,7 @@ def test_a_saved_adapter_loads_with_every_bit_and_the_same_meaning(
 
 
 def is_for_peft(model: GraloraModel, case: Case) -> bool:
-    """Whether PEFT has everything that an adapter uses."""
+    """Return whether PEFT has everything that an adapter uses."""
     config = model.configs["default"]
     beyond = (config.rank_pattern, config.alpha_pattern, config.gralora_k_pattern)
     kinds = {planned.site.kind for planned in model.adapted_sites()}

@@ -285,7 +285,7 @@ def test_the_fields_that_were_gained_are_those_that_an_export_may_lack(exported:
 def test_the_error_for_an_older_schema_is_a_command_that_makes_it_anew(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the next schema, an export of today is an older one: what it tells is in the command, which replaces it."""
+    """An export of today is an older one to the next schema: its command, which replaces it, tells all."""
     path = folder / "gralora_export.json"
     told = {"task": "text-classification", "adapters_mode": "swappable", "quantization": {"kind": "int8"}}
     path.write_text(json.dumps(json.loads(path.read_text()) | told))

@@ -28,7 +28,7 @@ def client(service: tuple[str, Any]) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many characters tokenizers are given."""
+    """Count the characters that tokenizers are given."""
     sizes: list[int] = []
     for kind in (TextTokenizer, PreTrainedTokenizerFast):
 

@@ -1,4 +1,4 @@
-"""What requests may load: files of adapters within the root, however their paths are spelled."""
+"""Requests may load files of adapters within the root alone, however their paths are spelled."""
 
 from __future__ import annotations
 

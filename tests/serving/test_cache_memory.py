@@ -62,7 +62,7 @@ class Caller:
 
 
 def test_rows_grow_only_as_far_as_all_can_end() -> None:
-    """Of random requests none ever waits for good, and the bound holds."""
+    """No random request ever waits for good, and the bound holds."""
     numbers = random.Random(0)
     rests = 0
     for _ in range(200):

@@ -40,7 +40,7 @@ def model(path: Path) -> OrtModel:
 
 
 def taken(rows: Any) -> int:
-    """How many bytes of the buffers of a decoder's rows are in memory."""
+    """Return how many bytes of the buffers of a decoder's rows are in memory."""
     buffers = rows if isinstance(rows, CacheBuffers) else rows._buffers
     mincore, total = ctypes.CDLL(None).mincore, 0
     for memory, _ in buffers._memory:

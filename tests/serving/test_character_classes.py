@@ -94,7 +94,7 @@ def grammars() -> Grammars:
 
 
 def accepts(grammars: Grammars, kind: Any, form: Any, text: str) -> bool:
-    """Whether a text is an answer in a form."""
+    """Return whether a text is an answer in a form."""
     assert grammars.tokenizer is not None
     tokens, end = grammars.tokenizer(text)["input_ids"], grammars.tokenizer.eos_token_id
     row = grammars.compiled(AnswerForm.of(kind, form)).begin(frozenset({end}), len(tokens) + 1)

@@ -96,7 +96,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def ask(client: TestClient, path: str, **fields: Any) -> int:
-    """How many tokens a prompt has, as the usage says."""
+    """Return how many tokens a prompt has, as the usage says."""
     response = client.post(path, json={"model": "base", **fields})
     assert response.status_code == 200, response.text
     usage = response.json()["usage"]

@@ -198,7 +198,7 @@ def test_a_cache_is_a_buffer_where_attention_alone_reads_it(tmp_path: Path, name
 
 
 def test_a_step_that_fails_changes_no_row(tmp_path: Path, exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an export whose attention is not fused too, where each step gives the next cache."""
+    """After a failed step rows are as before, even where each step gives the next cache (attention not fused)."""
     export_onnx(
         trace(tiny_decoder("MptForCausalLM"), task="text-generation-with-past"), tmp_path / "onnx", verify=False
     )

@@ -60,7 +60,7 @@ def instruction(name: str) -> Any:
 
 
 def options(arguments: list[str]) -> dict[str, str]:
-    """What a command line of `serve` gives for each of its options, read as `gralora-fx` reads it."""
+    """Read the values that a command line of `serve` gives for its options, as `gralora-fx` reads them."""
     command: Any = get_command(app).commands["serve"]  # type: ignore[attr-defined]
     given = command.make_context("serve", list(arguments)).params
     return {name: value for name, value in given.items() if value not in (None, [], ())}

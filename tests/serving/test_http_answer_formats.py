@@ -72,7 +72,7 @@ class Pet(BaseModel):
 
 
 class Person(BaseModel):
-    """What the official client makes a schema of, and reads the answer as."""
+    """A record of which the official client makes a schema, and as which it reads the answer."""
 
     model_config = {"extra": "forbid"}
 

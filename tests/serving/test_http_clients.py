@@ -58,7 +58,7 @@ class Services:
         self.vectors = encoded(encoder, ["a", "a", "b c"]).tolist()
 
     def ask(self, client: str) -> Any:
-        """What a client's script finds, once all that it sent was taken."""
+        """Run a client's script; return its findings, once all that it sent was taken."""
         for watched in self.watched:
             watched.answers.clear()
         found = run_script(installed_project(), client, *self.urls) if "." in client else run_client(client, *self.urls)

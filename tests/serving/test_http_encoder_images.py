@@ -106,7 +106,7 @@ def test_each_row_is_answered_as_by_generate_with_its_image_prompt_and_adapter(s
 
 
 def _count(name: str, path: Path, text: str) -> int:
-    """How many tokens `generate` of transformers reads: of the beginning of an answer, or of the encoder's prompt."""
+    """Count the tokens that transformers' `generate` reads: the beginning of an answer, or the encoder's prompt."""
     processor = AutoProcessor.from_pretrained(path)
     if name == "florence":
         return len(processor(images=[[_IMAGES[0]]], text=[text]).input_ids[0])

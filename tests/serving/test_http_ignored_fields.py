@@ -96,7 +96,7 @@ def asked(request: pytest.FixtureRequest, name: str) -> Any:
 
 
 def answer(response: Any) -> Any:
-    """What an answer says, without ids, times and what is sent back of the request."""
+    """Return an answer without ids, times and what is sent back of the request."""
     body = response.raise_for_status().json()
     if "output" in body:
         return [content["text"] for item in body["output"] for content in item["content"]], body["usage"]

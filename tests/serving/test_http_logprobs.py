@@ -56,7 +56,7 @@ def name(token: int) -> str:
 
 
 def same(found: str, token: int) -> bool:
-    """Whether a completion's name of a token is right: a part of a letter is named by its bytes."""
+    """Return whether a completion's name of a token is right: a part of a letter is named by its bytes."""
     return found == name(token) or (found.startswith("bytes:\\x") and name(token) == "\ufffd")
 
 

@@ -1,4 +1,4 @@
-"""What a service gives for a text depends on no text beside it, whatever its model makes of padding."""
+"""Answers of a service depend on no text beside them, whatever its model makes of padding."""
 
 from __future__ import annotations
 

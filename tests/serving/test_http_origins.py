@@ -40,7 +40,7 @@ def client(exported: Path) -> Iterator[TestClient]:
 
 
 def told(response: Any) -> dict[str, str]:
-    """What an answer tells a browser of other origins."""
+    """Return the headers by which an answer admits other origins."""
     return {name: value for name, value in response.headers.items() if name.startswith("access-control-")}
 
 

@@ -134,11 +134,11 @@ class Page:
         return [message["request"]["url"] for message in sent]
 
     def problems(self) -> list[str]:
-        """What the browser's console says."""
+        """Return the messages of the browser's console."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def is_too_wide(self) -> bool:
-        """Whether the page scrolls sideways."""
+        """Return whether the page scrolls sideways."""
         return bool(self.driver.execute_script("return document.documentElement.scrollWidth > innerWidth"))
 
 

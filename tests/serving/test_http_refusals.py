@@ -1,4 +1,4 @@
-"""What a service says to requests as clients happen to send them: the field, the kind that fits best, the header."""
+"""Refusals of requests as clients happen to send them: the field, the kind that fits best, the header."""
 
 from __future__ import annotations
 

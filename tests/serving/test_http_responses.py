@@ -38,7 +38,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any
 
 
 class Pet(BaseModel):
-    """What an answer is read as."""
+    """A record as which an answer is read."""
 
     model_config = {"extra": "forbid"}
 

@@ -46,7 +46,7 @@ def service(export: Path) -> Iterator[tuple[str, Any]]:
 
 
 def expected(text: str, count: int) -> str:
-    """What transformers' `generate` gives, by the model's own rules."""
+    """Generate with transformers, by the model's own rules."""
     source = fresh("bart", task=TASK, **SPECIAL, **WIDE["bart"])[0]
     source.generation_config.no_repeat_ngram_size = 2
     inputs = tiny_tokenizer()(text, return_tensors="pt", return_token_type_ids=False)

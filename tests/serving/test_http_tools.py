@@ -191,7 +191,7 @@ def test_results_go_back_to_the_model(client: openai.OpenAI, http: TestClient, f
 
 
 class Weather(BaseModel):
-    """What the official client makes a tool of."""
+    """A record of which the official client makes a tool."""
 
     model_config = {"extra": "forbid"}
 

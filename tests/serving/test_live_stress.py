@@ -96,7 +96,7 @@ def test_every_answer_is_wholly_of_one_version(made: Made) -> None:
 
 
 def bad_loads(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """What is wrong with each, and the request."""
+    """Name the faults of each load, with its request."""
     rng = random.Random(0)
     sound = folder / "data" / "adapters" / "wide.onnx_adapter"
     place = folder / "bad"

@@ -60,7 +60,7 @@ class Oracle:
         return float(rows[range(len(ids)), ids].sum()), rows.argmax(-1).tolist() == ids
 
     def expected(self, arguments: list[Any]) -> Any:
-        """What a task finds, by the arguments of its request."""
+        """Return the results of a task, by the arguments of its request."""
         if len(arguments) == 1:
             return self.loglikelihood([self.tokenizer.eos_token_id], self.ids(arguments[0]))[0]
         known = self.ids(arguments[0])

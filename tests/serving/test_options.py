@@ -1,4 +1,4 @@
-"""What `load` is told of the runtime is used as onnxruntime would use it, or refused by name."""
+"""Options of the runtime given to `load` are used as onnxruntime would use them, or refused by name."""
 
 from __future__ import annotations
 

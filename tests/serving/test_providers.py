@@ -219,7 +219,7 @@ def test_the_benchmark_has_a_row_for_each_side_that_opens(classifier: Path) -> N
 
 
 def test_openvino_names_what_it_needs(exported: Path) -> None:
-    """Where it has no device: the package is there, and the machine is not Intel's."""
+    """Without a device OpenVINO's error names what is needed: the package is there, and the machine is not Intel's."""
     pytest.importorskip("onnxruntime_ep_openvino", reason="pip install 'gralora-fx[openvino]'")
     try:
         devices_of(OPENVINO)

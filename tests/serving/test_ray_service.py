@@ -98,7 +98,7 @@ class Replicated:
         return sum(value for key, value, *_ in values if all(word in key for word in words))
 
     def tokens(self, replica: psutil.Process) -> float:
-        """How many tokens a replica has answered with."""
+        """Return how many tokens a replica has answered with."""
         return self.counted(replica, "gralora_fx_tokens_total", "generated")
 
     def ask(self, model: str, *, stream: bool = False, tokens: int = 40) -> tuple[str, str]:
@@ -173,7 +173,7 @@ def service(exported: tuple[Path, dict[str | None, Any]]) -> Iterator[Replicated
 
 @pytest.fixture(scope="module")
 def texts(exported: tuple[Path, dict[str | None, Any]]) -> dict[str, str]:
-    """What each model answers."""
+    """Ask each model and return its answer."""
     tokenizer, oracles = chat_tokenizer(), exported[1]
     prompt = tokenizer("Hello")["input_ids"]
     found = {

@@ -37,7 +37,7 @@ class Host:
         return sorted(self.keys)
 
     def __getitem__(self, key: str) -> Any:
-        """What is loaded under a key."""
+        """Return the model that is loaded under a key."""
         assert key in self.keys
         return SimpleNamespace(size=10)
 

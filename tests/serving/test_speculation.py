@@ -115,7 +115,7 @@ def test_a_wrong_number_is_refused(model: OrtModel, wrong: Any) -> None:
 
 
 def naive(tokens: Sequence[int]) -> int | None:
-    """What followed the last time that the last three tokens occurred."""
+    """Draft what followed the last time that the last three tokens occurred."""
     for end in range(len(tokens) - 1, 2, -1):
         if list(tokens[end - 3 : end]) == list(tokens[-3:]):
             return tokens[end]
@@ -146,7 +146,7 @@ class Clock:
         self.seconds = 0.0
 
     def answer(self, length: int, rows: int = 1) -> float:
-        """How long answers take beside those without drafts; each repeats its prompt, or seems to."""
+        """Compare the times of answers with drafts and without; each repeats its prompt, or seems to."""
         answers = [_Answer(self.accepts, length) for _ in range(rows)]
         self.seconds, plain = 0.0, 0.0
         while going := [answer for answer in answers if answer.left > 0]:

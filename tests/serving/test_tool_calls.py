@@ -134,7 +134,7 @@ REGIONS: dict[str, dict[str, Any]] = {  # of calls, as transformers' templates o
 
 @pytest.mark.parametrize("name", FORMS)
 def test_transformers_parser_tells_no_call_before_its_end(name: str) -> None:
-    """Why calls are read here: a stream begins with a call's name, and one that is cut has what there is of it."""
+    """Calls are read here because its parser tells neither a call whose name alone is there nor one that is cut."""
     form, call = FORMS[name], {"name": "get", "arguments": {"place": "Paris"}}
     field = {**REGIONS[name], "content": "json", "repeats": name not in ("llama3", "json", "mistral", "granite")}
     if "?P<name>" in field.get("open_pattern", ""):

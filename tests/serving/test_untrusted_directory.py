@@ -1,4 +1,4 @@
-"""What an export directory may not bring along: links out of it, and a tokenizer's own code."""
+"""Export directories may bring neither links out of them nor a tokenizer's own code."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def printed(python: Path | str, code: str, paths: tuple[Path, Path], environment
 
 @pytest.fixture(scope="module")
 def without_torch(decoder: Path, encoder: Path) -> list[str]:
-    """What a process prints that cannot import torch."""
+    """Run a process that cannot import torch; return what it prints."""
     return printed(sys.executable, _FORBID + _ASK + _SERVE, (decoder, encoder), _ENVIRONMENT)
 
 

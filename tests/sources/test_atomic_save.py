@@ -64,7 +64,7 @@ def version(number: int) -> GraloraModel:
 
 
 def number_in(directory: Path) -> int:
-    """Which version a directory holds, by both of its files."""
+    """Read by both of its files which version a directory holds."""
     config, tensors = read_adapter(directory)
     (number,) = {float(value) for tensor in tensors.values() for value in tensor.unique()}
     assert number == config.alpha, "tensors of one save beside the configuration of another"

@@ -153,7 +153,7 @@ def test_adapters_within_a_branch_go_in_and_out(within: Callable[[Net, Tensor], 
 
 
 def branches(model: GraloraModel, x: Tensor) -> bool:
-    """Whether an input takes the branch of the layer, with and without the adapter."""
+    """Return whether an input takes the branch of the layer, with and without the adapter."""
     first = model.site("first")
     adapted = first.weight + model.delta_weight("first")
     return bool((x @ first.weight.T + first.bias)[0, 0] > 0 and (x @ adapted.T + first.bias)[0, 0] > 0)

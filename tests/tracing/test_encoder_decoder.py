@@ -42,7 +42,7 @@ def traced(name: str) -> TracedModel:
 
 
 def read(name: str, batch: int = 3, length: int = 9) -> dict[str, Tensor]:
-    """What the encoder reads: texts of unequal length, padded on the right, or features."""
+    """Make the encoder's inputs: texts of unequal length, padded on the right, or features."""
     generator = torch.Generator().manual_seed(batch)
     if name == "whisper":
         return {"input_features": torch.randn(batch, 8, 40, generator=generator)}

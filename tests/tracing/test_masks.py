@@ -1,4 +1,4 @@
-"""What attention sees, as arguments of its one node: padding, windows, and masks of a model's own making."""
+"""Arguments of the one attention node: padding, windows, and masks of a model's own making."""
 
 from __future__ import annotations
 

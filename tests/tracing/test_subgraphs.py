@@ -328,7 +328,7 @@ class FrozenBody(BertForSequenceClassification):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_region_of_a_transformers_model_keeps_gradients_out_as_in_peft(grad: bool, tmp_path: Path) -> None:
-    """Whether or not the caller, too, has turned them off while tracing."""
+    """A region keeps gradients out as in PEFT, whether or not the caller, too, has turned them off while tracing."""
     model = FrozenBody(tiny_model("bert").config).eval()
     fields = {"r": 4, "target_modules": ["query", "classifier"], "init_weights": False}
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.GraloraConfig(**fields)).eval()

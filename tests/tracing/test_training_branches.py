@@ -1,4 +1,4 @@
-"""What a model does in training alone: stochastic depth is part of a trace, any other branch is named in a warning."""
+"""Branches of training alone: stochastic depth is part of a trace, any other branch is named in a warning."""
 
 from __future__ import annotations
 

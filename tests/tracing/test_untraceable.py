@@ -1,4 +1,4 @@
-"""What a graph cannot hold is told in one sentence, with the user's own line and what to do."""
+"""Errors for what a graph cannot hold: one sentence, with the user's own line and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is given in the place of a traced model is named, with the call that is missing."""
+"""Errors for what is given in the place of a traced model: its name, and the call that is missing."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _asked(draft: Draft) -> ImageSize:
 
 
 def _why_fixed(draft: Draft) -> str | None:
-    """Why height and width cannot vary, as far as that is known without running the model."""
+    """Return why height and width cannot vary, as far as that is known without running the model."""
     if not draft.dynamic:
         return "it was traced with dynamic=False"
     if _asked(draft) not in (None, DYNAMIC):
