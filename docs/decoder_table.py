@@ -47,13 +47,13 @@ def _rows_that_do_not() -> Iterator[str]:
 
 
 def _waiting() -> str:
-    """The classes that are to be checked yet, in a sentence."""
+    """Return the classes that are to be checked yet, in a sentence."""
     names = [f"`{entry['architecture']}`" for entry in entries() if entry["result"] == WAITING]
     return f"{_WAITING}{', '.join(names) or 'none'}.\n"
 
 
 def _reason(entry: Mapping[str, Any]) -> str:
-    """The reason of an error, without its type and the name of the class."""
+    """Return the reason of an error, without its type and the name of the class."""
     text = re.sub(r"^\w+Error: ", "", entry["result"])
     return text.removeprefix(f"{entry['architecture']} ").removeprefix(f"cannot trace {entry['architecture']} ")
 
@@ -63,7 +63,7 @@ def _cell(text: str) -> str:
 
 
 def with_tables(page: str) -> str:
-    """A page with the tables and the count as they were found."""
+    """Return a page with the tables and the count as they were found."""
     page = _COUNT.sub(f"{len(holding())} of the {len(entries())}", page)
     for head, rows in ((_HOLDS, _rows_that_hold()), (_REFUSED, _rows_that_do_not())):
         table = "".join(rows)

@@ -37,7 +37,7 @@ class TextClassifier(nn.Module):
 
 
 def classifier() -> GraloraModel:
-    """A classifier with an adapter at two layers; its head trains whole."""
+    """Return a classifier with an adapter at two layers; its head trains whole."""
     torch.manual_seed(0)
     traced = trace(TextClassifier().eval(), (torch.randint(100, (1, 7)),))
     config = GraloraConfig(
@@ -52,7 +52,7 @@ def classifier() -> GraloraModel:
 
 
 def two_adapters() -> GraloraModel:
-    """A decoder of four layers, drawn as one, with an adapter that is active and one that waits."""
+    """Return a decoder of four layers, drawn as one, with an adapter that is active and one that waits."""
     torch.manual_seed(0)
     sizes = LlamaConfig(
         hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, vocab_size=200
@@ -96,7 +96,7 @@ digraph {
 
 
 def flow() -> str:
-    """The stages, in blue, and what each takes and gives."""
+    """Return the stages, in blue, and what each takes and gives."""
     return lay_out(FLOW)
 
 

@@ -44,14 +44,14 @@ def _whole(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _reason(entry: Mapping[str, Any]) -> str:
-    """The reason of an error, without its type and the name of the class."""
+    """Return the reason of an error, without its type and the name of the class."""
     text = re.sub(r"^\w+Error: ", "", entry["why"])
     text = " ".join(text.split())
     return text.removeprefix(f"{entry['architecture']} ").replace(f"cannot trace {entry['architecture']} ", "")
 
 
 def with_tables(page: str) -> str:
-    """A page with the tables and the count as they were found."""
+    """Return a page with the tables and the count as they were found."""
     whole = [entry for entry in entries() if entry["result"] == "whole"]
     page = _COUNT.sub(f"{len(whole)} of the {len(entries())} classes", page)
     for result, head in _HEADS.items():

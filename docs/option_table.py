@@ -15,7 +15,7 @@ _HEAD = "| command line | `export_onnx` | default | meaning |\n|---|---|---|---|
 
 
 def rows() -> Iterator[str]:
-    """A row for each option that the command line has too: its names, its default, its text."""
+    """Yield a row for each option that the command line has too: its names, its default, its text."""
     for declared in declared_options(ExportOptions):
         if text := Message(declared.option.help).removesuffix("."):
             value = "" if declared.is_flag else f" {declared.metavar}".replace("|", "\\|")
@@ -24,7 +24,7 @@ def rows() -> Iterator[str]:
 
 
 def with_table(page: str) -> str:
-    """A page with the table as it is declared."""
+    """Return a page with the table as it is declared."""
     return re.sub(rf"(?<={re.escape(_HEAD)})(\|.*\n)*", lambda _: "".join(rows()), page)
 
 

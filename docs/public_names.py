@@ -18,7 +18,7 @@ _ENTRY = re.compile(r"^    \*{0,2}(\w+)(?: \([^)]*\))?:", re.MULTILINE)
 
 
 def public_names(module: str) -> list[str]:
-    """The names that a module's page describes: those of its `__all__`; of `errors`, its errors and warnings."""
+    """Return the names that a module's page describes: those of its `__all__`; of `errors`, its errors and warnings."""
     if module != errors.__name__:
         return list(importlib.import_module(module).__all__)
     found = [value for value in vars(errors).values() if isinstance(value, type)]
@@ -83,6 +83,6 @@ def _of_function(place: str, function: Any) -> Iterator[str]:
 
 
 def _entries(text: str, title: str) -> list[str]:
-    """The names that a section of a docstring describes."""
+    """Return the names that a section of a docstring describes."""
     section = re.search(_SECTION.format(title), inspect.cleandoc(text) + "\n", re.MULTILINE)
     return _ENTRY.findall(section[1]) if section else []

@@ -54,7 +54,7 @@ _LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]*)(?=[)#])")
 
 
 def pages() -> dict[str, str]:
-    """The pages that are made, by their path in the site."""
+    """Return the pages that are made, by their path in the site."""
     made = {name: site_text(source) for source, name in AT_THE_ROOT.items()}
     made["license.md"] = f"# Licence\n\n```text\n{(ROOT / 'LICENSE').read_text(encoding='utf-8')}```\n"
     made |= {f"api/{module}.md": reference(module) for module in MODULES}
@@ -62,28 +62,28 @@ def pages() -> dict[str, str]:
 
 
 def examples() -> list[Path]:
-    """The files of `examples/`: scripts, and those of a deployment."""
+    """Return the files of `examples/`: scripts, and those of a deployment."""
     return sorted((ROOT / "examples").glob("*.py")) + sorted((ROOT / "examples").glob("deploy/*"))
 
 
 def example_page(path: Path) -> str:
-    """The page of an example in the site."""
+    """Return the page of an example in the site."""
     return f"{path.relative_to(ROOT).as_posix().removesuffix('.py')}.md"
 
 
 def reference(module: str) -> str:
-    """The page of a module: its purpose, then each public name."""
+    """Return the page of a module: its purpose, then each public name."""
     about = importlib.import_module(module).__doc__
     return "\n\n".join([f"# {module}", str(about), *(f"::: {module}.{name}" for name in public_names(module))]) + "\n"
 
 
 def example(path: Path) -> str:
-    """The page of an example: its text."""
+    """Return the page of an example: its text."""
     return f"# {path.name}\n\n```{_LANGUAGES.get(path.suffix, '')}\n{path.read_text(encoding='utf-8')}```\n"
 
 
 def site_text(source: str) -> str:
-    """A page of the repository as the site has it: without comments, its links to pages of the site.
+    """Return a page of the repository as the site has it: without comments, its links to pages of the site.
 
     Args:
         source: Its path from the repository's root, such as `README.md` or `docs/export.md`.
@@ -105,7 +105,7 @@ def site_link(link: str, source: str) -> str:
 
 
 def navigation(pages: list[str]) -> list[dict[str, Any]]:
-    """The menu.
+    """Return the menu.
 
     Args:
         pages: The pages of `docs/`; those that `GUIDES` does not name come after the others.
@@ -144,6 +144,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """A page of `docs/` as the site has it."""
+    """Return a page of `docs/` as the site has it."""
     source: Mapping[str, Any] | str | None = page.file.abs_src_path
     return site_text(f"docs/{page.file.src_uri}") if source and Path(str(source)).is_relative_to(DOCS) else markdown

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def loudest_layer(model: PreTrainedModel, ids: Tensor) -> tuple[str, Tensor, Tensor]:
-    """The linear layer with the loudest input channel, its input, and the gradient of the loss by its output."""
+    """Return the linear layer with the loudest input channel, its input, and the gradient of the loss by its output."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(path: str) -> Any:
@@ -119,7 +119,7 @@ def loudest_layer(model: PreTrainedModel, ids: Tensor) -> tuple[str, Tensor, Ten
 
 
 def first_update(x: Tensor, g: Tensor, factors: Factors) -> Tensor:
-    """The update `[out, in]` of a step of gradient descent with rate 1 from a fresh adapter, whose B is zero."""
+    """Return the update `[out, in]` of a step of gradient descent with rate 1 from a fresh adapter, whose B is zero."""
     B = factors.B.clone().requires_grad_()
     accumulate(torch.zeros_like(g), project(x, factors.A), B, 1.0).backward(g)
     assert B.grad is not None
@@ -127,7 +127,7 @@ def first_update(x: Tensor, g: Tensor, factors: Factors) -> Tensor:
 
 
 def share_that_grows(x: Tensor, quiet: Tensor, g: Tensor, loud: Tensor, sizes: GraloraSizes) -> float:
-    """The share of the other channels whose columns of the update more than double by the loud ones."""
+    """Return the share of the other channels whose columns of the update more than double by the loud ones."""
     torch.manual_seed(0)
     factors = initial_factors(x.shape[1], g.shape[1], sizes)
     return grown_columns(first_update(x, g, factors), first_update(quiet, g, factors), loud)

@@ -123,7 +123,7 @@ def log(path: Path, *, step: int, **figures: float) -> None:
 
 
 def mean_of(loss: Tensor, world: int) -> float:
-    """The mean of a value over the processes."""
+    """Return the mean of a value over the processes."""
     if world > 1:
         dist.all_reduce(loss)
     return float(loss) / world

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def base() -> LlamaForCausalLM:
-    """A small decoder with random weights, the same each time, in place of your own."""
+    """Return a small decoder with random weights, the same each time, in place of your own."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     return LlamaForCausalLM(LlamaConfig(vocab_size=100, max_position_embeddings=64, **sizes)).eval()

@@ -64,7 +64,7 @@ class Kind:
     inputs: str | None = "bert"
 
     def batch(self) -> dict[str, Tensor]:
-        """Inputs, with padding where the model's own outputs at other positions do not depend on it."""
+        """Return inputs, with padding where the model's own outputs at other positions do not depend on it."""
         generator = torch.Generator().manual_seed(5)
         if self.inputs is None:
             return {"x": torch.randn(3, 5, 32, generator=generator)}
@@ -76,7 +76,7 @@ class Kind:
         return inputs
 
     def trace(self, model: Any) -> TracedModel:
-        """A trace of the model."""
+        """Return a trace of the model."""
         return trace(model, (torch.randn(2, 3, 32),)) if self.inputs is None else trace(model, task=self.task)
 
 
@@ -118,7 +118,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def fields_of(name: str, kind: Kind, k: int) -> dict[str, Any]:
-    """An adapter's configuration for a model."""
+    """Return an adapter's configuration for a model."""
     fields: dict[str, Any] = {**ADAPTERS[name], "target_modules": kind.targets}
     if fields.pop("some", False):
         fields["target_modules"] = [kind.first]
@@ -128,7 +128,7 @@ def fields_of(name: str, kind: Kind, k: int) -> dict[str, Any]:
 
 
 def saved(kind: Kind, directory: Path, **fields: Any) -> peft.PeftModel:
-    """The model adapted by PEFT, and its checkpoint in a directory."""
+    """Return the model adapted by PEFT, and its checkpoint in a directory."""
     wrapped = peft_model(kind.make(), **fields)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a tied head, whose weight PEFT adds to the file
@@ -144,7 +144,7 @@ class Exports:
     models: dict[str, OrtModel] = field(default_factory=dict)
 
     def adapted(self, name: str, k: int, mode: Any = "data", **options: Any) -> OrtModel:
-        """An export that takes adapters as data, with a new adapter `default` of its own that is zero."""
+        """Return an export that takes adapters as data, with a new adapter `default` of its own that is zero."""
         key = f"{name}-{k}-{mode}-{'-'.join(map(str, options.values()))}"
         if key not in self.models:
             kind = KINDS[name]
@@ -155,7 +155,7 @@ class Exports:
         return self.models[key]
 
     def base(self, name: str, **options: Any) -> OrtModel:
-        """The export of the model without adapters."""
+        """Return the export of the model without adapters."""
         key = f"{name}-base-{'-'.join(map(str, options.values()))}"
         if key not in self.models:
             kind = KINDS[name]
@@ -184,7 +184,7 @@ def add(served: OrtModel, kind: Kind, directory: Path, name: str, **fields: Any)
 
 
 def arrays(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Inputs as arrays."""
+    """Return inputs as arrays."""
     return {name: value.numpy() for name, value in inputs.items()}
 
 

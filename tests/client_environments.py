@@ -18,7 +18,7 @@ DEPLOY, CONSTRAINTS = ROOT / "examples" / "deploy", ROOT / "docs" / "constraints
 
 
 def environment(client: str) -> Path:
-    """The interpreter of a client's environment, made once for each state of its lock file, by one process at a time.
+    """Return the interpreter of a client's environment, made once a state of its lock file, by one process at a time.
 
     Args:
         client: The client, as its lock file is called.
@@ -27,7 +27,7 @@ def environment(client: str) -> Path:
 
 
 def runtime() -> Path:
-    """The interpreter of an environment with the project and what its runtime alone needs, as the image has them."""
+    """Return the interpreter of an environment with the project and its runtime's needs, as the image has them."""
     python = _environment("runtime", DEPLOY / "runtime.txt", "--constraint", str(CONSTRAINTS))
     with tempfile.TemporaryDirectory() as folder:
         for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):

@@ -56,7 +56,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupSchedul
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options of `make test` and `make test-slow`."""
+    """Add the options of `make test` and `make test-slow`."""
     parser.addoption("--sample", action="store_true", help="leave out much of what takes long (sampled.toml)")
     parser.addoption("--sample-slow", action="store_true", help="only what takes longest, and of grids a sample")
 
@@ -119,7 +119,7 @@ def own_garbage() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def openvino() -> Any:
-    """The device of OpenVINO's plug-in; it has none on a processor that is not Intel's."""
+    """Return the device of OpenVINO's plug-in; it has none on a processor that is not Intel's."""
     pytest.importorskip("onnxruntime_ep_openvino", reason="pip install 'gralora-fx[openvino]'")
     from gralora_fx.errors import ServingError
     from gralora_fx.run.sessions.plugins import devices_of
@@ -135,7 +135,7 @@ def openvino() -> Any:
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Exports that take adapters as data, each made once in a process: `adapters_as_data.Exports`."""
+    """Return exports that take adapters as data, each made once in a process: `adapters_as_data.Exports`."""
     from adapters_as_data import Exports
 
     return Exports(tmp_path_factory.mktemp("exports"))

@@ -21,12 +21,12 @@ CACHED = "text-generation-with-past"
 
 
 def gralora(targets: Any, **options: Any) -> GraloraConfig:
-    """A configuration of a random adapter."""
+    """Return a configuration of a random adapter."""
     return GraloraConfig(**{"r": 4, "alpha": 8, "target_modules": targets, "init_weights": False, **options})
 
 
 def adapted(traced: TracedModel, config: Any) -> GraloraModel:
-    """A model with a small random adapter."""
+    """Return a model with a small random adapter."""
     torch.manual_seed(3)
     model = rewrite(traced, config)
     with torch.no_grad():

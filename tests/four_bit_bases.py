@@ -58,7 +58,7 @@ METHODS = {
 
 
 def bnb_config(quantization: FourBits) -> Any:
-    """Transformers' configuration of a quantization, whose block size it cannot say."""
+    """Return transformers' configuration of a quantization, whose block size it cannot say."""
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.kind,
@@ -69,7 +69,7 @@ def bnb_config(quantization: FourBits) -> Any:
 
 
 def float_base(directory: Path, name: str) -> Path:
-    """A random model, saved in float32."""
+    """Return a random model, saved in float32."""
     config, sizes, _ = BASES[name]
     torch.manual_seed(0)
     model = getattr(transformers, name)(getattr(transformers, config)(**sizes))
@@ -78,7 +78,7 @@ def float_base(directory: Path, name: str) -> Path:
 
 
 def in_four_bits(base: Path, quantization: FourBits) -> PreTrainedModel:
-    """The model as bitsandbytes quantizes it, in float32 products on every processor."""
+    """Return the model as bitsandbytes quantizes it, in float32 products on every processor."""
     bnb = pytest.importorskip("bitsandbytes")
     name = transformers.AutoConfig.from_pretrained(base).architectures[0]
     model = getattr(transformers, name).from_pretrained(
@@ -102,7 +102,7 @@ def in_four_bits(base: Path, quantization: FourBits) -> PreTrainedModel:
 
 
 def in_eight_bits(base: Path) -> PreTrainedModel:
-    """The model as bitsandbytes quantizes it with `load_in_8bit`."""
+    """Return the model as bitsandbytes quantizes it with `load_in_8bit`."""
     pytest.importorskip("bitsandbytes")
     name = transformers.AutoConfig.from_pretrained(base).architectures[0]
     how = transformers.BitsAndBytesConfig(load_in_8bit=True)
@@ -113,7 +113,7 @@ def in_eight_bits(base: Path) -> PreTrainedModel:
 
 
 def trained(model: PreTrainedModel, method: str, directory: Path) -> Any:
-    """An adapter that PEFT made on a model and trained one step, saved; the result is PEFT's model."""
+    """Return an adapter that PEFT made on a model and trained one step, saved; the result is PEFT's model."""
     targets = BASES[type(model).__name__][2]
     torch.manual_seed(1)
     wrapped = peft.get_peft_model(model, METHODS[method](targets))

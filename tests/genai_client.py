@@ -17,7 +17,7 @@ def genai_tokens(
     adapter: str | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The greedy tokens after a prompt, up to an end token.
+    """Return the greedy tokens after a prompt, up to an end token.
 
     Args:
         directory: The export.
@@ -50,7 +50,7 @@ def genai_tokens(
 
 
 def genai_answer(directory: Path, text: str, images: Sequence[Path], count: int) -> tuple[list[int], Mapping[str, Any]]:
-    """The greedy tokens after a text with places of images, and what onnxruntime-genai's own processor made of both."""
+    """Return the greedy tokens after a text with images, and what onnxruntime-genai's own processor made of both."""
     model = onnxruntime_genai.Model(str(directory))
     opened = onnxruntime_genai.Images.open(*map(str, images)) if images else None
     inputs = model.create_multimodal_processor()(text, images=opened)

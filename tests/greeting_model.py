@@ -15,7 +15,7 @@ _NEXT = {" ": "H", "\n": "H", "o": "H", "H": "i", "i": ".", ".": _END, '"': "g",
 
 
 def greeting_model(tokenizer: PreTrainedTokenizerBase, **sizes: Any) -> PreTrainedModel:
-    """A tiny Llama that answers a prompt that ends in a space, a newline or an o with `GREETING`.
+    """Return a tiny Llama that answers a prompt that ends in a space, a newline or an o with `GREETING`.
 
     Nothing attends, so the last token alone says what follows: the token of `_NEXT` by far, where the form of the
     answer permits it, else each with about the same probability.

@@ -20,7 +20,7 @@ needs_node = pytest.mark.skipif(
 
 
 def installed_project() -> Path:
-    """The project with its packages, installed once for each state of its lock file, by one process at a time."""
+    """Return the project with its packages, installed once a state of its lock file, by one process at a time."""
     BUILD.mkdir(parents=True, exist_ok=True)
     wanted, installed = (SOURCE / "package-lock.json").read_text(), BUILD / "installed.json"
     with (BUILD / "lock").open("w") as lock:

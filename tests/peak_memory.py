@@ -10,14 +10,14 @@ from pathlib import Path
 
 
 def resident() -> int:
-    """The bytes of this process's memory."""
+    """Return the bytes of this process's memory."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
 
 
 @contextmanager
 def peak() -> Iterator[list[int]]:
-    """The most bytes that the process takes within the block beyond those that it had, as a list's item afterwards."""
+    """Yield a list that gets the most bytes that the process takes within the block beyond those that it had."""
     before, most, ended = resident(), [0], threading.Event()
 
     def watch() -> None:

@@ -19,7 +19,7 @@ from gralora_fx import GraloraModel, trace
 
 
 def peft_model(model: PreTrainedModel, seed: int = 1, *, method: str = "GRALORA", **fields: Any) -> peft.PeftModel:
-    """A model that PEFT wrapped in place, its `B` drawn at random so that the adapter does something."""
+    """Return a model that PEFT wrapped in place, its `B` drawn at random so that the adapter does something."""
     config = peft.GraloraConfig if method == "GRALORA" else peft.LoraConfig
     if method == "DORA":
         fields = {"use_dora": True, **fields}
@@ -34,7 +34,7 @@ def peft_model(model: PreTrainedModel, seed: int = 1, *, method: str = "GRALORA"
 def saved_by_peft(
     name: str, directory: Path, *, sizes: Mapping[str, Any] | None = None, **fields: Any
 ) -> peft.PeftModel:
-    """A tiny model (of other `sizes`) adapted by PEFT, and its checkpoint in `directory`."""
+    """Return a tiny model (of other `sizes`) adapted by PEFT, and its checkpoint in `directory`."""
     wrapped = peft_model(tiny_model(name, **(sizes or {})), **fields)
     perturb_saved_modules(wrapped)
     wrapped.save_pretrained(str(directory))
@@ -51,7 +51,7 @@ def perturb_saved_modules(wrapped: peft.PeftModel) -> None:
 
 
 def adapted_paths(wrapped: peft.PeftModel) -> set[str]:
-    """Module paths that PEFT put an adapter at."""
+    """Return module paths that PEFT put an adapter at."""
     paths = {name for name, module in wrapped.named_modules() if isinstance(module, (GraloraLayer, LoraLayer))}
     return {name.removeprefix("base_model.model.") for name in paths}
 
@@ -68,7 +68,7 @@ def trainable_gradients(wrapped: peft.PeftModel) -> dict[str, torch.Tensor]:
 def same_adapter(
     model: PreTrainedModel, directory: Path, *, task: str | None = None, **fields: Any
 ) -> tuple[GraloraModel, peft.PeftModel]:
-    """A model of ours and one of PEFT's over copies of one base, with the same adapter."""
+    """Return a model of ours and one of PEFT's over copies of one base, with the same adapter."""
     base = copy.deepcopy(model)
     wrapped = peft_model(model, **{"r": 4, "gralora_k": 2, "alpha": 8, "target_modules": "all-linear", **fields})
     wrapped.save_pretrained(str(directory))

@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = {
 
 
 def made(folder: Path) -> tuple[Path, list[list[Path]]]:
-    """An export of a tiny Llama, and for each of some adapters the files of its versions."""
+    """Return an export of a tiny Llama, and for each of some adapters the files of its versions."""
     model, _ = adapted("llama", folder, CACHED, **SIZES)
     export_onnx(model, folder / "onnx", adapters="data", verify=False, tokenizer=chat_tokenizer())
     files = []
@@ -58,7 +58,7 @@ def made(folder: Path) -> tuple[Path, list[list[Path]]]:
 
 
 def made_mixed(folder: Path) -> tuple[Path, list[list[Path]], Mapping[int, list[int]]]:
-    """An export that takes DoRA, files of adapters of every method, and the tokens from which some of them act.
+    """Return an export that takes DoRA, files of adapters of every method, and the tokens from which some of them act.
 
     The versions of an adapter differ in method too: what one of them has in a layer, the next must not find there.
     """
@@ -105,7 +105,7 @@ def saved(model: Any, directory: Path, seed: int, **fields: Any) -> Any:
 
 
 def made_hybrid(folder: Path) -> tuple[Path, list[list[Path]]]:
-    """An export of a tiny Falcon-H1, with states beside keys and values, and for each adapter the files of versions."""
+    """Return an export of a tiny Falcon-H1, with states beside keys and values, and each adapter's versions."""
     sizes = {"mamba_d_state": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
     model = tiny_decoder("FalconH1ForCausalLM", eos_token_id=END, max_position_embeddings=CONTEXT, **sizes)
     traced = trace(model, task=CACHED)
@@ -259,7 +259,7 @@ class Interleavings:
         self._models.change(load_it).result(20)
 
     def _answer(self, version: str | None, request: TextRequest) -> list[int]:
-        """The tokens of an answer to a prompt alone, read cold."""
+        """Return the tokens of an answer to a prompt alone, read cold."""
         key = version, request.prompt, request.max_new_tokens, request.options.sampling.seed
         if key not in self._known:
             start, left = self._cold.start_of(version, request.prompt), list(request.prompt)

@@ -31,7 +31,7 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
 
 def codes_of(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The codes of rows of words, in the same way."""
+    """Return the codes of rows of words, in the same way."""
     rows = []
     for row in packed.tolist():
         number = sum((word & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(row))

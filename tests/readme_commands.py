@@ -25,7 +25,7 @@ DEFAULTS = {"BASE": "base", "MODEL": "base", "ADAPTER": "adapter", "OUTPUT": "on
 
 
 def commands(text: str) -> list[list[str]]:
-    """The arguments of every line of a page's shell blocks that runs `gralora-fx`, variables replaced.
+    """Return the arguments of every line of a page's shell blocks that runs `gralora-fx`, variables replaced.
 
     Args:
         text: The page. A variable has the value that a line of its blocks gives it, else that of `DEFAULTS`.
@@ -61,14 +61,14 @@ def run(command: list[str]) -> str:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The lines of the shell blocks; one that ends in a backslash goes on."""
+    """Yield the lines of the shell blocks; one that ends in a backslash goes on."""
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         if language in _SHELL:
             yield from block.replace("\\\n", " ").splitlines()
 
 
 def inputs(command: list[str]) -> Iterator[tuple[str, str]]:
-    """The local directories that a command reads, each with what it is: `"base"` or `"adapter"`."""
+    """Yield the local directories that a command reads, each with what it is: `"base"` or `"adapter"`."""
     kinds = {"--model": "base", "--base": "base", "--adapter": "adapter"}
     for option, value in itertools.pairwise(command):
         if option in kinds and not value.endswith(".onnx_adapter"):

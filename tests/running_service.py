@@ -21,7 +21,7 @@ from gralora_fx.service.server import bind, limited
 
 @contextmanager
 def serving(app: Any, limits: ConnectionLimits | None = None, log: Any = None) -> Iterator[tuple[str, int]]:
-    """The address of a service while it runs."""
+    """Yield the address of a service while it runs."""
     protocol = limited(limits or ConnectionLimits(), log)
     server = uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", log_level="error"))
     sockets = bind("127.0.0.1", 0)
@@ -42,14 +42,14 @@ def serving(app: Any, limits: ConnectionLimits | None = None, log: Any = None) -
 
 @contextmanager
 def running(settings: ServiceSettings) -> Iterator[tuple[str, Any]]:
-    """The URL of a service of an export, which ends in a slash, and its app."""
+    """Yield the URL of a service of an export, which ends in a slash, and its app."""
     app = create_app(settings)
     with serving(app) as (host, port):
         yield f"http://{host}:{port}/", app
 
 
 def permitted(url: str, origin: str) -> tuple[Any, Any]:
-    """The origins that may ask and read, as a service tells a browser: before a request without a key, and after."""
+    """Return the origins that may ask and read, as a service tells a browser before a request and after."""
     question = {"Origin": origin, "Access-Control-Request-Method": "POST"}
     with urlopen(Request(url, headers=question, method="OPTIONS"), timeout=30) as before:
         asked = before.headers.get_all("Access-Control-Allow-Origin")

@@ -181,12 +181,12 @@ class GroupScheduling(LoadFileScheduling):
 
 
 def rank(item: pytest.Item) -> int:
-    """The place of a test's file in the order: groups and long files first, the others after them as they come."""
+    """Return the place of a test's file: groups and long files first, the others after them as they come."""
     return _RANK.get(item.nodeid.split("::")[0], len(_RANK))
 
 
 def sampled(items: Iterable[pytest.Item], *, slow: bool = False) -> list[pytest.Item]:
-    """The tests that `make test` runs, or `make test-slow`."""
+    """Return the tests that `make test` runs, or `make test-slow`."""
     seen: Counter[str] = Counter()
     kept = []
     for item in items:

@@ -23,7 +23,7 @@ TEXTS = ["a", "A rather longer text, with which the others are padded", "two wor
 
 
 def save_transformer(name: str, directory: Path, *, padding_side: str = "right", **overrides: Any) -> Path:
-    """A tiny model of one layer without its head, and a tokenizer, as transformers saves them."""
+    """Return a tiny model of one layer without its head, and a tokenizer, as transformers saves them."""
     layers = {"distilbert": "n_layers", "t5": "num_layers"}.get(name, "num_hidden_layers")
     model = tiny_model(name, pad_token_id=0, **{layers: 1, **overrides})
     (model if name == "t5" else model.base_model).save_pretrained(directory)
@@ -36,7 +36,7 @@ def save_transformer(name: str, directory: Path, *, padding_side: str = "right",
 def save_encoder(
     name: str, directory: Path, modes: Any, *modules: Any, padding_side: str = "right", **overrides: Any
 ) -> Path:
-    """A tiny sentence encoder: a transformer, a pooling of these modes, and further modules."""
+    """Return a tiny sentence encoder: a transformer, a pooling of these modes, and further modules."""
     base = save_transformer(name, directory / "transformer", padding_side=padding_side, **overrides)
     encoder = SentenceTransformer(modules=[Transformer(str(base)), Pooling(HIDDEN, modes), *modules], device="cpu")
     encoder.save_pretrained(str(directory / "encoder"), create_model_card=False)
@@ -44,7 +44,7 @@ def save_encoder(
 
 
 def encoded(directory: Path | SentenceTransformer, texts: list[str] | None = None) -> NDArray[Any]:
-    """The embeddings of sentence-transformers, `[batch, size]`."""
+    """Return the embeddings of sentence-transformers, `[batch, size]`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = SentenceTransformer(str(directory), device="cpu") if isinstance(directory, Path) else directory
@@ -53,7 +53,7 @@ def encoded(directory: Path | SentenceTransformer, texts: list[str] | None = Non
 
 
 def embedded(export: Path, texts: list[str] | None = None) -> NDArray[Any]:
-    """The embeddings of an export, by a plain session and the tokenizer beside it, `[batch, size]`."""
+    """Return the embeddings of an export, by a plain session and the tokenizer beside it, `[batch, size]`."""
     session = onnxruntime.InferenceSession(export / "model.onnx")
     names = [value.name for value in session.get_inputs()]
     tokens = AutoTokenizer.from_pretrained(export)(texts or TEXTS, padding=True, truncation=True, return_tensors="np")
@@ -63,6 +63,6 @@ def embedded(export: Path, texts: list[str] | None = None) -> NDArray[Any]:
 
 
 def gap(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    """The largest difference, relative to the largest value."""
+    """Return the largest difference, relative to the largest value."""
     assert actual.shape == expected.shape
     return float(np.abs(actual - expected).max() / np.abs(expected).max())

@@ -22,12 +22,12 @@ def lora(name: str = "llama", seed: int = 5, **sizes: Any) -> Any:
 
 
 def load(client: TestClient, name: str, path: str, **fields: Any) -> Any:
-    """The response to a load."""
+    """Return the response to a load."""
     return client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path, **fields})
 
 
 def unload(client: TestClient, name: str) -> Any:
-    """The response to an unload."""
+    """Return the response to an unload."""
     return client.post("/v1/unload_lora_adapter", json={"lora_name": name})
 
 
@@ -38,7 +38,7 @@ def loaded(client: TestClient, name: str, path: str, **fields: Any) -> None:
 
 
 def complete(client: TestClient, model: str, prompt: str) -> str:
-    """A greedy answer."""
+    """Return a greedy answer."""
     body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": COUNT}
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
@@ -46,13 +46,13 @@ def complete(client: TestClient, model: str, prompt: str) -> str:
 
 
 def expected(oracle: Any, prompt: str) -> str:
-    """The answer of transformers and PEFT."""
+    """Return the answer of transformers and PEFT."""
     tokenizer = chat_tokenizer()
     return str(tokenizer.decode(greedy(oracle, tokenizer(prompt)["input_ids"], COUNT), skip_special_tokens=True))
 
 
 def metric(client: TestClient, name: str, **labels: str) -> float:
-    """A value of `/metrics`."""
+    """Return a value of `/metrics`."""
     families = text_string_to_metric_families(client.get("/metrics").text)
     (value,) = [s.value for family in families for s in family.samples if s.name == name and s.labels == labels]
     return float(value)

@@ -29,7 +29,7 @@ _TEMPLATE = (
 
 
 def chat_tokenizer() -> PreTrainedTokenizerBase:
-    """The tiny tokenizer with a template for chats."""
+    """Return the tiny tokenizer with a template for chats."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = _TEMPLATE
     return tokenizer
@@ -38,7 +38,7 @@ def chat_tokenizer() -> PreTrainedTokenizerBase:
 def adapted(
     name: str, folder: Path, task: str | None = None, targets: Any = "all-linear", **sizes: Any
 ) -> tuple[GraloraModel, dict[str | None, Any]]:
-    """A model with both adapters active, and the oracles by adapter; None is the base."""
+    """Return a model with both adapters active, and the oracles by adapter; None is the base."""
     oracles = _oracles(name, targets, **sizes)
     for adapter in ADAPTERS:
         oracles[adapter].save_pretrained(str(folder / adapter))
@@ -58,7 +58,7 @@ def _oracles(name: str, targets: Any = "all-linear", **sizes: Any) -> dict[str |
 
 
 def decoders(folder: Path, *modes: Any) -> tuple[dict[str, Path], dict[str | None, Any]]:
-    """Copies of exports of a tiny Llama by how they hold adapters, beside both adapters, and the oracles."""
+    """Return copies of exports of a tiny Llama by how they hold adapters, beside both adapters, and the oracles."""
     for mode in modes:
         made = made_once(f"decoder-{mode}", functools.partial(_export_decoder, mode))
         shutil.copytree(made, folder, dirs_exist_ok=True)
@@ -71,7 +71,7 @@ def _export_decoder(mode: Any, folder: Path) -> None:
 
 
 def greedy(oracle: Any, prompt: list[int], count: int) -> list[int]:
-    """The tokens of transformers' `generate`, without the end token."""
+    """Return the tokens of transformers' `generate`, without the end token."""
     ids = torch.tensor([prompt])
     new = oracle.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
     tokens = new[0, len(prompt) :].tolist()

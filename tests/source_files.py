@@ -13,7 +13,7 @@ FILES = sorted({file.resolve() for folder in ("gralora_fx", "exporters") for fil
 
 @cache
 def parsed(file: Path) -> ast.Module:
-    """The syntax tree of a file."""
+    """Return the syntax tree of a file."""
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
@@ -24,7 +24,7 @@ def nodes(file: Path) -> tuple[ast.AST, ...]:
 
 
 def module_name(file: Path) -> str:
-    """A module's name without the package's; empty for the package itself."""
+    """Return a module's name without the package's; empty for the package itself."""
     parts = list(file.relative_to(ROOT).with_suffix("").parts)
     parts = parts if parts[0] == "exporters" else parts[1:]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

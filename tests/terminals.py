@@ -42,5 +42,5 @@ def in_terminal(command: Sequence[str], columns: int, **environment: str) -> str
 
 
 def plain_lines(shown: str) -> list[str]:
-    """The lines that a terminal was sent, without control sequences; what is drawn again is there again."""
+    """Return the lines that a terminal was sent, without control sequences; what is drawn again is there again."""
     return [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line).rstrip() for line in re.split(r"[\r\n]+", shown)]

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The models that were captured, in order."""
+    """Return a list that gets the models that are captured, in order."""
     original, made = capture.capture, list[nn.Module]()
 
     def noted(draft: Draft) -> Captured:

@@ -54,7 +54,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with a tokenizer, and an adapter of it that PEFT saved."""
+    """Return a base with a tokenizer, and an adapter of it that PEFT saved."""
     folder = tmp_path_factory.mktemp("decoder")
     model = tiny_model("llama", **LLAMA)
     model.save_pretrained(folder / "base")
@@ -66,7 +66,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def merged_export(decoder: Path) -> Path:
-    """An export of the base with the adapter merged, for tests to copy."""
+    """Return an export of the base with the adapter merged, for tests to copy."""
     given = ("--model", decoder / "base", "--adapter", decoder / "adapter", "--output", decoder / "merged")
     run("export", *given, "--no-verify")
     return decoder / "merged"
@@ -89,7 +89,7 @@ class Printed:
 
 
 def run(*arguments: object, expect: int = 0) -> Printed:
-    """The same in this process, which has imported PyTorch already; `expect` is the exit status."""
+    """Return the same in this process, which has imported PyTorch already; `expect` is the exit status."""
     out, err = io.StringIO(), io.StringIO()
     handler = signal.getsignal(signal.SIGTERM)
     argv = patch.object(sys, "argv", ["gralora-fx", *map(str, arguments)])
@@ -554,7 +554,7 @@ def test_an_adapter_is_merged_into_files(decoder: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def as_data(decoder: Path) -> Path:
-    """An export that takes adapters as data."""
+    """Return an export that takes adapters as data."""
     path = decoder / "data"
     given = ("--model", decoder / "base", "--adapter", decoder / "adapter", "--output", path)
     assert "adapters/default.onnx_adapter" in run("export", *given, "--adapters", "data", "-v").stdout
@@ -562,7 +562,7 @@ def as_data(decoder: Path) -> Path:
 
 
 def lora(folder: Path, targets: list[str], **fields: Any) -> Path:
-    """A LoRA adapter of the decoder that PEFT saved."""
+    """Return a LoRA adapter of the decoder that PEFT saved."""
     config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, **fields)
     peft.get_peft_model(tiny_model("llama", **LLAMA), config).save_pretrained(str(folder))
     return folder

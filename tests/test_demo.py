@@ -68,7 +68,7 @@ def test_demo_writes_adapter_export_and_report(
 
 
 def check_lines(output: str) -> None:
-    """A log has each stage, steps with loss and time left, the plan as one line, and no line twice without news."""
+    """Check that a log has each stage, steps with loss and time left, the plan as one line, and no line twice."""
     assert {"trace ...", "train adapter ...", "train base ..."} <= set(output.splitlines())
     steps = re.findall(r"^train: \d+/\d+(?:, loss \d+\.\d\d)?(?:, about \d+ s left)?$", output, re.MULTILINE)
     assert any("loss" in line for line in steps)
@@ -118,7 +118,7 @@ def test_steps_come_at_least_every_fifteen_seconds() -> None:
 
 
 def answers_in_the_service(export: Path) -> None:
-    """Base and adapter, asked at once over HTTP, each answer as alone."""
+    """Return base and adapter, asked at once over HTTP, each answer as alone."""
     model = load(export)
     alone = [model.generate("England", max_new_tokens=8, adapter=name) for name in (None, "sports")]
     with running(ServiceSettings(export)) as (url, _), ThreadPoolExecutor(2) as pool:

@@ -93,7 +93,7 @@ except SystemExit as end:
 
 
 def run_without(module: str, *arguments: object, **environment: str) -> tuple[list[Any], str]:
-    """The status of a command where a module is missing, with the heavy packages that it imported, and its stderr."""
+    """Return a command's status where a module is missing, the heavy packages that it imported, and its stderr."""
     command = [sys.executable, "-c", PROGRAM, module, *map(str, arguments)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     return json.loads(ran.stdout), ran.stderr
@@ -101,7 +101,7 @@ def run_without(module: str, *arguments: object, **environment: str) -> tuple[li
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, an adapter that was trained on it in four bits, and directories that say that they are exports."""
+    """Return a base, an adapter that was trained on it in four bits, and directories that say that they are exports."""
     folder = tmp_path_factory.mktemp("extras")
     tiny_model("llama").save_pretrained(folder / "base")
     saved_by_peft("llama", folder / "adapter", r=4, target_modules=["q_proj"])

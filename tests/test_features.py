@@ -60,7 +60,7 @@ def test_few_files_outside_its_folder_name_a_feature(feature: str) -> None:
 
 
 def points_asked_for(file: Path) -> Iterator[str]:
-    """The points of a module's calls of `parts`."""
+    """Yield the points of a module's calls of `parts`."""
     imports = [
         node for node in nodes(file) if isinstance(node, ast.ImportFrom) and node.module == "gralora_fx.base.features"
     ]

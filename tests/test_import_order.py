@@ -125,7 +125,7 @@ def test_no_module_imports_a_later_one() -> None:
 
 
 def circles(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules each of which imports all the others, directly or not."""
+    """Return groups of modules each of which imports all the others, directly or not."""
     reached: dict[str, set[str]] = {}
     for name in imports:
         found, waiting = set(), [name]

@@ -44,7 +44,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def run(*commands: Sequence[object]) -> list[tuple[int, list[str]]]:
-    """The status of each command in one process, and which heavy packages are imported after it."""
+    """Return the status of each command in one process, and which heavy packages are imported after it."""
     program = [sys.executable, "-c", _PROGRAM, json.dumps([[str(word) for word in words] for words in commands])]
     result = subprocess.run(program, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.stdout, result.stderr
@@ -53,7 +53,7 @@ def run(*commands: Sequence[object]) -> list[tuple[int, list[str]]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base in bfloat16, adapters of it, and two exports of it."""
+    """Return a base in bfloat16, adapters of it, and two exports of it."""
     folder: Path = tmp_path_factory.mktemp("light")
     for name, fields in ADAPTERS.items():
         saved_by_peft("llama", folder / name, **fields)

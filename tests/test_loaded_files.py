@@ -18,7 +18,7 @@ MOST = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
-    """The files that each job loads; the last one reads what the one before it wrote."""
+    """Return the files that each job loads; the last one reads what the one before it wrote."""
     export = tmp_path_factory.mktemp("loaded") / "export"
     return {job.name: loaded(job.program, export) for job in JOBS if job.name in MOST}
 

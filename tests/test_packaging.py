@@ -35,7 +35,7 @@ def files_of_packages() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the source distribution, built from a copy without what git ignores."""
+    """Return a folder with the wheel and the source distribution, built from a copy without what git ignores."""
     tree, built = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("built")
     for path in ROOT.iterdir():
         if path.is_file():

@@ -24,7 +24,7 @@ CHATTER = re.compile(r"FutureWarning|DeprecationWarning|UserWarning|\[transforme
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and adapters of it that peft saved: GraLoRA's from the example, a hybrid one, LoRA and rsLoRA."""
+    """Return a base, and adapters of it that peft saved: GraLoRA's from the example, a hybrid one, LoRA and rsLoRA."""
     folder: Path = tmp_path_factory.mktemp("made") / "adapters"
     copy_checkpoint(tmp_path_factory, folder)
     (folder / "adapter").rename(folder / "GraLoRA")

@@ -25,7 +25,7 @@ def names() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def site() -> Any:
-    """The module that makes the site's pages."""
+    """Return the module that makes the site's pages."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(DOCS), *sys.path])
         return importlib.import_module("site_pages")
@@ -98,7 +98,7 @@ def test_comments_that_set_a_page_up_are_not_in_the_site(site: Any) -> None:
 
 
 def leaves(entry: Any) -> list[str]:
-    """The pages of a menu's entry."""
+    """Return the pages of a menu's entry."""
     if isinstance(entry, str):
         return [entry]
     inner = entry.values() if isinstance(entry, dict) else entry

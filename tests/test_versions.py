@@ -218,7 +218,7 @@ CONSTRAINTS = (ROOT / "docs" / "constraints" / f"{PROJECT['version']}.txt").read
 
 
 def environment(requirements: list[str]) -> dict[str, SpecifierSet]:
-    """The direct dependencies of an installation of the project, those of the extras that it names included."""
+    """Return the direct dependencies of an installation of the project, those of the extras that it names included."""
     own = [
         extra
         for text in requirements

@@ -20,7 +20,7 @@ _CHAT = (
 
 
 def tiny_processor(model: PreTrainedModel) -> Any:
-    """The processor of a model that `tiny_image_model` made."""
+    """Return the processor of a model that `tiny_image_model` made."""
     kind, vision = model.config.model_type, model.config.vision_config
     if kind.startswith("qwen"):
         return _qwen(kind, vision)
@@ -123,7 +123,7 @@ def _gemma_tokenizer() -> Any:
 
 
 def named_tokenizer(names: dict[str, str]) -> Any:
-    """A tokenizer that has attributes for its special tokens; the first is that of an image."""
+    """Return a tokenizer that has attributes for its special tokens; the first is that of an image."""
     plain = tiny_tokenizer(dict(zip(range(IMAGE, IMAGE - len(names), -1), names.values(), strict=True)))
     special = {name: getattr(plain, name) for name in ("pad_token", "bos_token", "eos_token")}
     return PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer, **special, extra_special_tokens=names)
@@ -337,5 +337,5 @@ _OTHERS = {
 
 
 def drawn_image(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A random picture in RGB."""
+    """Return a random picture in RGB."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))

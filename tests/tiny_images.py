@@ -43,7 +43,7 @@ IMAGE_MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def image_model(make: Callable[[], nn.Module]) -> Any:
-    """A model in evaluation mode whose outputs depend on all of the image."""
+    """Return a model in evaluation mode whose outputs depend on all of the image."""
     torch.manual_seed(0)
     model = make().eval()
     for parameter in model.parameters():  # transformers' initial values vanish in deep models

@@ -115,7 +115,7 @@ WIDE: dict[str, dict[str, float]] = {
 
 
 def tiny_model(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A randomly initialised tiny model of the architecture `name`, in evaluation mode."""
+    """Return a randomly initialised tiny model of the architecture `name`, in evaluation mode."""
     config_class, sizes, model_class = {**TINY, **MORE_ENCODER_DECODERS}[name]
     config = getattr(transformers, config_class)(**{**sizes, **overrides})
     torch.manual_seed(seed)

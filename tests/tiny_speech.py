@@ -56,7 +56,7 @@ RULES: dict[str, Any] = {
 
 
 def tiny_whisper(**rules: Any) -> PreTrainedModel:
-    """A random Whisper that reads a second of sound.
+    """Return a random Whisper that reads a second of sound.
 
     Args:
         rules: Fields of its generation configuration beside `RULES`, or instead of them.
@@ -69,7 +69,7 @@ def tiny_whisper(**rules: Any) -> PreTrainedModel:
 
 @functools.cache
 def traced_whisper() -> TracedModel:
-    """A trace of it with a cache, made once a process, to be exported as it is."""
+    """Return a trace of it with a cache, made once a process, to be exported as it is."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "layerdrop is not part of a trace")  # of training alone
         return trace(tiny_whisper(), task="automatic-speech-recognition-with-past")
@@ -94,7 +94,7 @@ def processor() -> WhisperProcessor:
 
 
 def sound(seed: int = 0, seconds: float = 0.8, rate: int = RATE) -> NDArray[np.float32]:
-    """Some tones and noise, `[samples]`."""
+    """Return some tones and noise, `[samples]`."""
     random = np.random.default_rng(seed)
     times = np.arange(round(seconds * rate)) / rate
     tones = [np.sin(2 * np.pi * random.uniform(100, 3000) * times + random.uniform(0, 6)) for _ in range(3)]
@@ -102,7 +102,7 @@ def sound(seed: int = 0, seconds: float = 0.8, rate: int = RATE) -> NDArray[np.f
 
 
 def wav(samples: NDArray[Any], rate: int = RATE) -> bytes:
-    """A WAV file of 16 bits; `[samples]`, or `[samples, channels]`."""
+    """Return a WAV file of 16 bits; `[samples]`, or `[samples, channels]`."""
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setnchannels(samples.shape[1] if samples.ndim == 2 else 1)

@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[str, dict[str, bool]]] = {
 
 
 def byte_tokenizer(template: str, tokens: dict[str, bool]) -> PreTrainedTokenizerFast:
-    """A tokenizer of ASCII and é as bytes, with a newline, a template of chats, and more tokens.
+    """Return a tokenizer of ASCII and é as bytes, with a newline, a template of chats, and more tokens.
 
     Args:
         template: The template.
@@ -61,5 +61,5 @@ def byte_tokenizer(template: str, tokens: dict[str, bool]) -> PreTrainedTokenize
 
 
 def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family."""
+    """Return the tokenizer of a family."""
     return byte_tokenizer(*FAMILIES[name])

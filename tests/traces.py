@@ -22,13 +22,13 @@ TEXT_MODELS = tuple(name for name in TINY if name not in ("vit", "whisper"))
 
 @functools.cache
 def source(name: str) -> PreTrainedModel:
-    """The model that `traced(name)` was made from."""
+    """Return the model that `traced(name)` was made from."""
     return tiny_model(name)
 
 
 @functools.cache
 def traced(name: str) -> TracedModel:
-    """A trace of a tiny model in evaluation mode, to be read only; making it warns of nothing."""
+    """Return a trace of a tiny model in evaluation mode, to be read only; making it warns of nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         result = trace(source(name))
@@ -41,7 +41,7 @@ def _key(name: str, *sizes: Any, task: str | None = None, dtype: torch.dtype = t
 
 
 def fresh(name: str, *sizes: Any, task: str | None = None, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A tiny model and its trace over the same parameters, for a test to change: copies of a pair made once.
+    """Return a tiny model and its trace over the same parameters, for a test to change: copies of a pair made once.
 
     Args:
         name: Name of a tiny model.
@@ -61,13 +61,13 @@ def fresh(name: str, *sizes: Any, task: str | None = None, dtype: torch.dtype = 
 
 
 def fresh_trace(name: str, *sizes: Any, **options: Any) -> TracedModel:
-    """The trace of `fresh`, for a test to change."""
+    """Return the trace of `fresh`, for a test to change."""
     traced: TracedModel = fresh(name, *sizes, **options)[1]
     return traced
 
 
 def inputs_of(name: str, batch: int = 3, length: int = 9, padding: str = "right") -> dict[str, Tensor]:
-    """Inputs of a tiny model, of other sizes than it was traced with."""
+    """Return inputs of a tiny model, of other sizes than it was traced with."""
     generator = torch.Generator().manual_seed(17)
     if name == "vit":
         return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
@@ -79,7 +79,7 @@ def inputs_of(name: str, batch: int = 3, length: int = 9, padding: str = "right"
 
 
 def main_output(outputs: Any) -> Tensor:
-    """The tensor that a model is run for: its logits, or the first output of a bare model."""
+    """Return the tensor that a model is run for: its logits, or the first output of a bare model."""
     for name in ("logits", "text_embeds", "last_hidden_state"):
         if getattr(outputs, name, None) is not None:
             tensor: Tensor = getattr(outputs, name)
@@ -88,7 +88,7 @@ def main_output(outputs: Any) -> Tensor:
 
 
 def run(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-    """A model's main output, without gradients."""
+    """Return a model's main output, without gradients."""
     with torch.no_grad():
         return main_output(model(**inputs))
 
@@ -101,7 +101,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def real_positions(outputs: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """The rows of per-token outputs whose token is not padding; other outputs as they are."""
+    """Return the rows of per-token outputs whose token is not padding; other outputs as they are."""
     mask = inputs.get("attention_mask")
     is_per_token = mask is not None and outputs.ndim == 3 and outputs.shape[:2] == mask.shape
     return outputs[mask.bool()] if is_per_token and "decoder_input_ids" not in inputs else outputs

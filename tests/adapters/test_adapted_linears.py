@@ -74,7 +74,7 @@ def test_a_layer_that_the_loss_does_not_read_gets_no_gradient() -> None:
 
 
 def nodes_of(model: GraloraModel) -> list[list[str]]:
-    """The layers of every node that computes adapted ones, of what runs."""
+    """Return the layers of every node that computes adapted ones, of what runs."""
     modules = [module for module in model._state.current.running.modules() if isinstance(module, fx.GraphModule)]
     found = [node for module in modules for node in module.graph.find_nodes(op="call_function", target=adapted_linears)]
     return [[str(weight.target) for weight in node.args[2]] for node in found]

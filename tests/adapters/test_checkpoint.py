@@ -28,7 +28,7 @@ SIZES = {
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, read whole: a mapped file must not be written over."""
+    """Return the tensors of a file, read whole: a mapped file must not be written over."""
     return load(path.read_bytes())
 
 
@@ -248,7 +248,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def damaged(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to damage."""
+    """Return a copy of the checkpoint, to damage."""
     return Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
 
 

@@ -42,7 +42,7 @@ class Checked(Net):
 
 
 def adapted(seed: int = 0, dtype: torch.dtype = torch.float32, net: type[Net] = Net) -> GraloraModel:
-    """A model whose adapter works, trains a copy of a module, and has another waiting beside it."""
+    """Return a model whose adapter works, trains a copy of a module, and has another waiting beside it."""
     torch.manual_seed(seed)
     base = trace(net().to(dtype).eval(), (X.to(dtype),))
     model = rewrite(base, GraloraConfig(r=4, target_modules=["first"], modules_to_save=["last"], init_weights=False))

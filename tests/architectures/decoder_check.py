@@ -131,7 +131,7 @@ def check_decoder(model: PreTrainedModel, directory: Path) -> Checked:
 
 
 def greedy_tokens(step: DecoderSteps, ids: Tensor, mask: Tensor) -> Tensor:
-    """The new tokens of a batch padded on the left, as a plain session gives them."""
+    """Return the new tokens of a batch padded on the left, as a plain session gives them."""
     outputs: list[Tensor] = []
     for _ in range(NEW_TOKENS):
         ids = step(ids, mask)[:, -1:].argmax(-1)
@@ -190,7 +190,7 @@ def _difference(answer: Scored, reference: tuple[list[int], list[float]]) -> str
 
 
 def prompts(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
-    """A batch of prompts of unequal length, padded on the left, and a single one."""
+    """Yield a batch of prompts of unequal length, padded on the left, and a single one."""
     size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(2)
     for lengths in ((9, 4, 6), (7,)):

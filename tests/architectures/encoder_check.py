@@ -101,7 +101,7 @@ def _run(model: PreTrainedModel, task: str) -> None:
 
 
 def _rewritten(traced: TracedModel, model: PreTrainedModel) -> GraloraModel | TracedModel:
-    """The trace with adapters on all linear layers but shared weights; the trace itself where there are none."""
+    """Return the trace with adapters on all linear layers but shared weights; the trace itself where there are none."""
     head = model.get_output_embeddings()
     shared = shared_sites(traced.graph_module, traced.sites)
     paths = {
@@ -119,7 +119,7 @@ def _rewritten(traced: TracedModel, model: PreTrainedModel) -> GraloraModel | Tr
 
 
 def _weighted_sums(nodes: Sequence[onnx.NodeProto]) -> list[str]:
-    """The softmaxes whose result is the first operand of a product: attention in several operators."""
+    """Return the softmaxes whose result is the first operand of a product: attention in several operators."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in nodes:
         for name in node.input:

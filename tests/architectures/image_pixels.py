@@ -56,7 +56,7 @@ def pixels_of(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
 
 
 def _patches(model: PreTrainedModel, generator: torch.Generator, height: int, width: int) -> dict[str, Tensor]:
-    """An image of so many tokens as patches, in the shape that the model's code takes."""
+    """Return an image of so many tokens as patches, in the shape that the model's code takes."""
     vision: Any = model.config.vision_config
     found = (getattr(vision, name, None) for name in ("spatial_merge_size", "merge_size", "merge_kernel_size"))
     merge = next((value for value in found if value), 1)

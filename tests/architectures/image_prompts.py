@@ -20,14 +20,14 @@ IMAGE, _BEFORE, _AFTER = 90, [5, 6], [7, 8, 9]  # the token of an image, and the
 
 
 def image_classes() -> tuple[str, ...]:
-    """The class of every model of transformers that makes text of images and text."""
+    """Return the class of every model of transformers that makes text of images and text."""
     return tuple(
         sorted({name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() if hasattr(transformers, name)})
     )
 
 
 def tiny_image_model(name: str, **fields: Any) -> PreTrainedModel:
-    """A tiny random model that reads images beside a text.
+    """Return a tiny random model that reads images beside a text.
 
     Args:
         name: Its class.
@@ -63,7 +63,7 @@ def wide_image_model(name: str, vocabulary: int = 128) -> PreTrainedModel:
 
 
 def image_prompt(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs of a model: a prompt of two tokens, an image and three tokens, and the image's pixels."""
+    """Return inputs of a model: a prompt of two tokens, an image and three tokens, and the image's pixels."""
     torch.manual_seed(2)
     vision = model.config.vision_config
     if hasattr(vision, "spatial_merge_size"):  # Qwen's: patches one after the other
@@ -88,7 +88,7 @@ def image_prompt(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def image_inputs_of(model: PreTrainedModel, prompt: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """A model's logits of a prompt, and what an export takes of the same prompt.
+    """Return a model's logits of a prompt, and what an export takes of the same prompt.
 
     What the model's own code hands to its decoder of texts is noted, which is all that it knows of the image.
     """

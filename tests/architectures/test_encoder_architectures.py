@@ -44,12 +44,12 @@ OF_SPEECH = {
 
 @cache
 def tasks() -> dict[str, str]:
-    """The task of every class, which looks all of transformers through."""
+    """Return the task of every class, which looks all of transformers through."""
     return {entry.name: entry.task for entry in encoder_classes()}
 
 
 def task_of(name: str) -> str | None:
-    """The task to trace a class for."""
+    """Return the task to trace a class for."""
     task = tasks().get(name)
     return None if task == "audio-classification" else task
 

@@ -35,7 +35,7 @@ def test_experts_are_one_operator_a_layer(tmp_path: Path, name: str) -> None:
 
 
 def _with_experts() -> list[str]:
-    """The classes of which the documentation says that experts are operators, as the survey of all decoders found."""
+    """Return the classes whose experts are operators by the documentation, as the survey of all decoders found."""
     pages = Path(__file__).parents[2] / "docs" / "decoders.md"
     return re.findall(r"^\| `(\w+)` .*\b\d MoE\b", pages.read_text(encoding="utf-8"), re.MULTILINE)
 

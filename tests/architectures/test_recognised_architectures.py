@@ -101,7 +101,7 @@ _TELLING = (
 
 @cache
 def modeling_modules() -> dict[str, ModuleType]:
-    """Transformers' modules that may have such code, by architecture; without those that need packages not here."""
+    """Return transformers' modules that may have such code, by architecture, if their packages are here."""
     modules = {}
     for file in sorted(Path(transformers.models.__path__[0]).glob("*/modeling_*.py")):
         if any(word in file.read_text() for word in _TELLING):
@@ -114,7 +114,7 @@ def modeling_modules() -> dict[str, ModuleType]:
 
 
 def own_classes(module: ModuleType) -> Iterator[type[nn.Module]]:
-    """The classes of `nn.Module` that a Python module defines."""
+    """Yield the classes of `nn.Module` that a Python module defines."""
     for kind in vars(module).values():
         if inspect.isclass(kind) and issubclass(kind, nn.Module) and kind.__module__ == module.__name__:
             yield kind

@@ -62,7 +62,7 @@ _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_
 
 
 def small_fields(config: PreTrainedConfig, *, is_decoder: bool, layers: int = _LAYERS) -> dict[str, Any]:
-    """The fields of a configuration that are sizes, set small; the parts it has likewise.
+    """Return the fields of a configuration that are sizes, set small; the parts it has likewise.
 
     Args:
         config: The default configuration.
@@ -94,7 +94,7 @@ def small_fields(config: PreTrainedConfig, *, is_decoder: bool, layers: int = _L
 
 
 def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A randomly initialised model in float32 and evaluation mode.
+    """Return a randomly initialised model in float32 and evaluation mode.
 
     Args:
         model_class: Its class.
@@ -111,7 +111,7 @@ def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, see
 
 
 def _cap(rules: tuple[tuple[str, int], ...], name: str, layers: int) -> int | None:
-    """The most that a field may be by the first rule that matches its name, or None."""
+    """Return the most that a field may be by the first rule that matches its name, or None."""
     cap = next((cap for pattern, cap in rules if re.fullmatch(pattern, name)), None)
     return layers if cap == _LAYERS and rules is _CAPS and re.fullmatch(_LAYER_COUNTS, name) else cap
 

@@ -150,7 +150,7 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def decoder_classes() -> tuple[str, ...]:
-    """The class of every causal language model of transformers."""
+    """Return the class of every causal language model of transformers."""
     classes: set[str] = set()
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         classes |= {name} if isinstance(name, str) else set(name)
@@ -169,7 +169,7 @@ def own_fields(name: str) -> dict[str, Any]:
 
 
 def tiny_decoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
-    """A randomly initialised tiny model, in evaluation mode.
+    """Return a randomly initialised tiny model, in evaluation mode.
 
     Args:
         name: Its class, such as `"LlamaForCausalLM"`.
@@ -195,7 +195,7 @@ def _without_vision() -> Iterator[None]:
 
 
 def tiny_config(model_class: type[PreTrainedModel], **fields: Any) -> PreTrainedConfig:
-    """The default configuration of a model with every size set small.
+    """Return the default configuration of a model with every size set small.
 
     Args:
         model_class: The model.

@@ -81,7 +81,7 @@ def skipped(kind: str) -> str | None:
 
 
 def skipped_types() -> dict[str, list[str]]:
-    """The types whose bare model is left out, by the reason."""
+    """Return the types whose bare model is left out, by the reason."""
     types: dict[str, list[str]] = {}
     for kind in modeling_auto.MODEL_MAPPING_NAMES:
         reason = skipped(kind)
@@ -97,7 +97,7 @@ _DECODING = (
 
 
 def tiny_encoder(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
-    """A randomly initialised tiny model, in evaluation mode.
+    """Return a randomly initialised tiny model, in evaluation mode.
 
     Args:
         name: Its class, such as `"BertForMaskedLM"`.

@@ -150,7 +150,7 @@ def places(tmp_path: Path) -> dict[str, Path | str]:
 
 
 def arguments(command: str, option: str, path: Path | str, places: dict[str, Path | str]) -> list[str]:
-    """A command line that is right but for one path; `--adapter` of what serves is a pair."""
+    """Return a command line that is right but for one path; `--adapter` of what serves is a pair."""
     params = {param.opts[0]: param for param in COMMANDS[command].params}
     needed = [name for name, param in params.items() if param.required or name in ("--onnx", "--model")]
     chosen = {name: places[name] for name in needed if name in places} | {option: path}

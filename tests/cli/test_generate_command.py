@@ -25,7 +25,7 @@ PROMPT, COUNT = "rates rose", 9
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Path], Mapping[str | None, Any]]:
-    """Exports by how they hold adapters, of "merged" the adapter `small`; models of PEFT by adapter."""
+    """Return exports by how they hold adapters, of "merged" the adapter `small`; models of PEFT by adapter."""
     folder = tmp_path_factory.mktemp("generate")
     directories, oracles = decoders(folder, "data", "inputs")
     sizes = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
@@ -144,7 +144,7 @@ def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoder-decoder."""
+    """Return an encoder-decoder."""
     folder = tmp_path_factory.mktemp("pair") / "t5"
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     traced = fresh("t5", task="text2text-generation-with-past", num_layers=1, **special, **WIDE["t5"])[1]

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A T5, a Whisper and a recording."""
+    """Return a T5, a Whisper and a recording."""
     folder = tmp_path_factory.mktemp("pairs")
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     traced = fresh("t5", task="text2text-generation-with-past", num_layers=1, **special, **WIDE["t5"])[1]

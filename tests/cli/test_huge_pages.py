@@ -15,7 +15,7 @@ ARGUMENTS = ["serve", "--onnx", "there"]
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
-    """A program started by arguments on a system with huge pages; what replaces it."""
+    """Return a program started by arguments on a system with huge pages; what replaces it."""
     replaced: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(huge_pages, "_on_request", lambda: True)
     monkeypatch.setattr(huge_pages.os, "execv", lambda *call: replaced.append(call))

@@ -95,7 +95,7 @@ def made(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[int, str]], str, dict[str, Path]]:
-    """The status and stderr of each case, all run in one process, and which slow libraries that imported."""
+    """Return the status and stderr of each case, all run in one process, and which slow libraries that imported."""
     folder = tmp_path_factory.mktemp("request")
     places = made(folder)
     lines = []

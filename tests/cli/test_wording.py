@@ -71,7 +71,7 @@ SERVICE = ("cli", "demo", "errors", "service")
 
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:
-    """The texts of a file, with a placeholder for each value; docstrings and parts of other texts left out."""
+    """Yield the texts of a file, with a placeholder for each value; docstrings and parts of other texts left out."""
     skipped = {
         id(node.body[0].value)
         for node in nodes(file)
@@ -93,13 +93,13 @@ def texts(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def remedies(file: Path) -> list[ast.Call]:
-    """The calls that name an option, a function or another remedy."""
+    """Return the calls that name an option, a function or another remedy."""
     calls = [node for node in nodes(file) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     return [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in REMEDIES]
 
 
 def placed(part: ast.expr) -> str:
-    """A part of an f-string."""
+    """Return a part of an f-string."""
     if isinstance(part, ast.Constant):
         return str(part.value)
     assert isinstance(part, ast.FormattedValue)

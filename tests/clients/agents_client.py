@@ -28,7 +28,7 @@ class Weather(BaseModel):
 
 @function_tool
 def get_weather(city: Literal["Rome", "Paris"]) -> str:
-    """The weather in a city."""
+    """Return the weather in a city."""
     return f"sunny in {city}"
 
 

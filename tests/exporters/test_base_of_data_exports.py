@@ -46,7 +46,7 @@ DTYPES = {
 
 
 def shaken(model: Any) -> Any:
-    """A model whose biases and norms are what training makes of them, and not zeros and ones."""
+    """Return a model whose biases and norms are what training makes of them, and not zeros and ones."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,7 +81,7 @@ PLAIN: dict[str, tuple[Callable[[Layers, Tensor], Tensor], int, bool, int]] = {
 
 
 def plain(name: str, dynamic: bool = True) -> TracedModel:
-    """A trace of a module that is none of transformers'."""
+    """Return a trace of a module that is none of transformers'."""
     function, width, bias, axes = PLAIN[name]
     torch.manual_seed(2)
     sample = torch.randn(2, 5, width) if axes == 3 else torch.randn(2, width)
@@ -89,12 +89,12 @@ def plain(name: str, dynamic: bool = True) -> TracedModel:
 
 
 def tiny(name: str, task: str | None = None, **sizes: Any) -> TracedModel:
-    """A trace of a tiny model."""
+    """Return a trace of a tiny model."""
     return trace(shaken(tiny_model(name, **sizes)), task=task)
 
 
 def sentence_encoder(directory: Path) -> TracedModel:
-    """A trace of a sentence encoder."""
+    """Return a trace of a sentence encoder."""
     path = save_encoder("bert", directory, "mean")
     return trace(shaken(load_model(path, "sentence-similarity")))
 
@@ -122,7 +122,7 @@ FAMILIES: dict[str, Callable[[Path], TracedModel]] = {
 
 
 def feeds(session: onnxruntime.InferenceSession, past: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs of a session by their names and types; tensors of adapters have rank 0, those of rows one row."""
+    """Return inputs of a session by their names and types; tensors of adapters have rank 0, those of rows one row."""
     generator = np.random.default_rng(past)
     batch = 1 if past else 2  # several new positions after a cache need a batch of one
     sizes = {"batch_size": batch, "past_sequence_length": past, "total_sequence_length": past + 5}
@@ -157,7 +157,7 @@ def feeds(session: onnxruntime.InferenceSession, past: int) -> dict[str, np.ndar
 
 
 def session_of(path: Path, level: Any) -> onnxruntime.InferenceSession:
-    """A session of one thread, whose order of sums depends on the graph alone."""
+    """Return a session of one thread, whose order of sums depends on the graph alone."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level, options.log_severity_level = level, 4
     options.intra_op_num_threads = 1

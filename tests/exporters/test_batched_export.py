@@ -35,7 +35,7 @@ CONFIGS = {
 def adapted(
     name: str, directory: Path, *, task: str | None = None, **overrides: Any
 ) -> tuple[GraloraModel, dict[str, Any]]:
-    """A model of ours with two adapters that PEFT made, and PEFT's models by adapter; None for the base."""
+    """Return a model of ours with two adapters that PEFT made, and PEFT's models by adapter; None for the base."""
     oracles: dict[str, Any] = {"None": tiny_model(name, **overrides)}
     model: GraloraModel | None = None
     for seed, (adapter, sizes) in enumerate(CONFIGS.items()):
@@ -58,7 +58,7 @@ def stack_of(path: Path) -> Stack:
 
 
 def run_rows(path: Path, inputs: dict[str, torch.Tensor], ids: list[int]) -> list[np.ndarray[Any, Any]]:
-    """A plain session on stacked tensors and ids."""
+    """Return a plain session on stacked tensors and ids."""
     session = onnxruntime.InferenceSession(str(path / "model_rows.onnx"))
     names = {value.name for value in session.get_inputs()}
     feed = {name: value.numpy() for name, value in inputs.items() if name in names}

@@ -31,7 +31,7 @@ def write(folder: Path, text: str) -> None:
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    """An earlier export."""
+    """Return an earlier export."""
     with staged(tmp_path / "onnx") as folder:
         write(folder, "earlier")
     return tmp_path / "onnx"

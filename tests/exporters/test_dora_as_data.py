@@ -46,7 +46,7 @@ def written(kind: Kind, folder: Path, **options: Any) -> tuple[peft.PeftModel, G
 
 
 def exported(kind: Kind, folder: Path, **options: Any) -> tuple[OrtModel, peft.PeftModel]:
-    """The export of a model with PEFT's DoRA adapter `dora`, and PEFT's model."""
+    """Return the export of a model with PEFT's DoRA adapter `dora`, and PEFT's model."""
     wrapped, _ = written(kind, folder, **options)
     return load(folder / "onnx"), wrapped
 
@@ -219,7 +219,7 @@ def test_the_file_is_the_same_from_a_model_and_from_a_directory(tmp_path: Path) 
 
 
 def make_export(folder: Path) -> None:
-    """An export of a tiny Llama that takes DoRA at some layers."""
+    """Return an export of a tiny Llama that takes DoRA at some layers."""
     model = tiny_model("llama", num_hidden_layers=1)
     saved(model, folder / "dora", 1, target_modules=["q_proj", "v_proj"], **DORA)
     traced = fresh_trace("llama", task=CACHED, num_hidden_layers=1)

@@ -49,7 +49,7 @@ def exported(module: nn.Module, example: tuple[Tensor, ...], path: Path, **optio
 
 
 def unmeasured() -> Any:
-    """Exports whose formats are not chosen by what the model computes."""
+    """Return exports whose formats are not chosen by what the model computes."""
     return mock.patch.object(choice, "choose_formats", lambda conversion, _: conversion.plan)
 
 

@@ -113,7 +113,7 @@ def names(values: Any) -> dict[str, list[Any]]:
 
 
 def greedy_tokens(session: EncoderDecoderSession, source: Mapping[str, Tensor], start: Tensor, steps: int) -> Tensor:
-    """The tokens of a whole batch, as a plain session runs it: padded."""
+    """Return the tokens of a whole batch, as a plain session runs it: padded."""
     feed = {name: value.numpy() for name, value in source.items()}
     hidden, ids, past = session.encode(feed), start.numpy(), None
     found = []

@@ -32,7 +32,7 @@ SIZES = {"t5": {"num_layers": 1}}
 
 
 def count_nodes(model: ir.Model) -> PassResult[ir.Model]:
-    """A pass that changes nothing."""
+    """Change nothing."""
     return PassResult(0, summary=len(model.graph))
 
 

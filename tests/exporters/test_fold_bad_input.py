@@ -27,7 +27,7 @@ from gralora_fx.format.manifest import read_manifest
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A small export and an adapter; tests copy what they change."""
+    """Return a small export and an adapter; tests copy what they change."""
     return Case(tmp_path_factory.mktemp("small"), fresh_trace("llama", task=CACHED), gralora(["q_proj", "down_proj"]))
 
 

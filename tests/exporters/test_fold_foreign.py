@@ -48,7 +48,7 @@ def build(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama, its exports by onnxruntime-genai's builder and by transformers, and an adapter that PEFT saved."""
+    """Return a tiny Llama, its exports by onnxruntime-genai's builder and by transformers, and PEFT's adapter."""
     root = tmp_path_factory.mktemp("foreign")
     model = tiny_model("llama", hidden_size=64, head_dim=16, intermediate_size=96)
     model.save_pretrained(root / "model")

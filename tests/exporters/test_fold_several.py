@@ -33,7 +33,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, its export, and adapters of three methods that PEFT saved."""
+    """Return a base, its export, and adapters of three methods that PEFT saved."""
     root = tmp_path_factory.mktemp("several")
     tiny_model("llama").save_pretrained(root / "base")
     for name, fields in ADAPTERS.items():
@@ -163,7 +163,7 @@ class Wrapper(nn.Module):
 
 
 def wrapped_export(directory: Path) -> Path:
-    """A foreign export of a BERT in another module, by torch's own exporter; beside it a tokenizer and other files."""
+    """Return an export of a BERT in another module by torch's own exporter, beside a tokenizer and other files."""
     directory.mkdir()
     inputs = text_batch()
     file = directory / "model.onnx"

@@ -73,7 +73,7 @@ def classifier() -> Any:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The model's export, and its checkpoint."""
+    """Return the model's export, and its checkpoint."""
     root, model = tmp_path_factory.mktemp("torchscript"), classifier()
     (root / "onnx").mkdir()
     (root / "base").mkdir()
@@ -89,7 +89,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def adapter(directory: Path, **fields: Any) -> peft.PeftModel:
-    """The model as PEFT adapts it, what trains moved, and its checkpoint."""
+    """Return the model as PEFT adapts it, what trains moved, and its checkpoint."""
     wrapped = peft_model(classifier(), **{"r": 4, "gralora_k": 2, "alpha": 8, **fields})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

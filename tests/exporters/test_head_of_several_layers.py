@@ -19,7 +19,7 @@ REPEATED = "base_model.model.classifier.original_module.dense.bias"
 
 
 def saved_adapter(directory: Path) -> peft.PeftModel:
-    """An adapter of the tiny RoBERTa; PEFT repeats the base's values of its head in the file."""
+    """Return an adapter of the tiny RoBERTa; PEFT repeats the base's values of its head in the file."""
     wrapped = peft_model(tiny_model("roberta"), target_modules=["query"], task_type="SEQ_CLS", bias="all", r=8)
     perturb_saved_modules(wrapped)
     wrapped.save_pretrained(str(directory))

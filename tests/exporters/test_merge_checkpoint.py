@@ -29,14 +29,14 @@ LORA: dict[str, Any] = {"method": "LORA", "r": 4, "lora_alpha": 6, "target_modul
 def saved(
     name: str, directory: Path, dtype: torch.dtype = torch.float32, shards: str | None = "20KB", **sizes: Any
 ) -> Path:
-    """A tiny model in several shards, or in one file."""
+    """Return a tiny model in several shards, or in one file."""
     limit = {} if shards is None else {"max_shard_size": shards}
     tiny_model(name, **sizes).to(dtype).save_pretrained(directory / "base", **limit)
     return directory / "base"
 
 
 def adapter(base: Path, directory: Path, **fields: Any) -> Path:
-    """An adapter of a saved model, trained in float32 by PEFT."""
+    """Return an adapter of a saved model, trained in float32 by PEFT."""
     wrapped = peft_model(loaded(base), **fields)
     perturb_saved_modules(wrapped)
     with warnings.catch_warnings():
@@ -46,7 +46,7 @@ def adapter(base: Path, directory: Path, **fields: Any) -> Path:
 
 
 def loaded(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-    """A saved model, in which transformers misses nothing."""
+    """Return a saved model, in which transformers misses nothing."""
     config = transformers.AutoConfig.from_pretrained(directory)
     model_class = getattr(transformers, config.architectures[0])
     model, info = model_class.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)

@@ -21,7 +21,7 @@ pytestmark = needs_node
 
 @pytest.fixture(scope="module")
 def project() -> Path:
-    """The Node project with its packages."""
+    """Return the Node project with its packages."""
     return installed_project()
 
 
@@ -50,7 +50,7 @@ def encoded(feed: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def in_web(project: Path, served: OrtModel, output: str, feeds: list[dict[str, np.ndarray]], folder: Path) -> Any:
-    """The outputs of an export in onnxruntime-web."""
+    """Return the outputs of an export in onnxruntime-web."""
     request = {
         "model": str(served.directory / "model.onnx"),
         "data": {"name": "model.onnx_data", "path": str(served.directory / "model.onnx_data")},

@@ -26,7 +26,7 @@ def save_base(directory: Path) -> None:
 
 @pytest.fixture
 def base() -> Path:
-    """A model, and its export in memory."""
+    """Return a model, and its export in memory."""
     return made_once("resumed", save_base)
 
 

@@ -90,7 +90,7 @@ def run(session: Any, feed: Mapping[str, Any], caches: Mapping[str, Any]) -> np.
 
 
 def generated(model: Any, prompt: Sequence[int]) -> list[int]:
-    """Transformers' greedy tokens of one prompt alone."""
+    """Return transformers' greedy tokens of one prompt alone."""
     ids = torch.tensor([list(prompt)])
     options = {"do_sample": False, "max_new_tokens": STEPS, "min_new_tokens": STEPS, "pad_token_id": 0}
     with torch.no_grad():

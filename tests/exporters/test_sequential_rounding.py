@@ -33,7 +33,7 @@ class Twice(nn.Module):
 
 
 def rounded(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    """A layer's weight, rounded for inputs `[positions, in]`."""
+    """Return a layer's weight, rounded for inputs `[positions, in]`."""
     products = InputProducts((inputs.T @ inputs / len(inputs))[None])
     matrix = np.ascontiguousarray(layer.weight.detach().T.numpy())
     return torch.from_numpy(dequantize_blocks(quantize_blocks(matrix, FORM, products), 4, len(matrix)))

@@ -31,7 +31,7 @@ NAMES = ("first", "second", "third")
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraloraModel, ExportReport]:
-    """An export that takes three adapters as data, its model and its report."""
+    """Return an export that takes three adapters as data, its model and its report."""
     folder = tmp_path_factory.mktemp("reports")
     traced = fresh_trace("llama", task="text-generation-with-past")
     model = rewrite(traced, GraloraConfig(r=4, target_modules=["q_proj"]), adapter_name=NAMES[0])
@@ -46,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraloraMod
 
 
 def fast(report: ExportReport) -> ExportReport:
-    """The same of a machine on which nothing took long."""
+    """Return the same of a machine on which nothing took long."""
     return dataclasses.replace(report, seconds=dict.fromkeys(report.seconds, 0.1))
 
 

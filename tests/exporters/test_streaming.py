@@ -38,7 +38,7 @@ ADAPTER = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="a
 def saved(
     name: str, directory: Path, config: AdapterConfig | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[str, str]:
-    """A tiny model in several shards and an adapter of it."""
+    """Return a tiny model in several shards and an adapter of it."""
     model = tiny_model(name).to(dtype)
     model.save_pretrained(directory / "base", max_shard_size="20KB")
     rewrite(fresh_trace(name, task=CACHED), config or ADAPTER).save_pretrained(directory / "adapter")

@@ -38,7 +38,7 @@ def _traced(base: Path) -> TracedModel:
 
 
 def traced(base: Path) -> TracedModel:
-    """A trace of a base that knows where it comes from, for a test to change."""
+    """Return a trace of a base that knows where it comes from, for a test to change."""
     return copy.deepcopy(_traced(base))
 
 

@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {"r": 4, "gralora_k": 2, "alpha": 6, "target_modules": "
 
 
 def loaded_by_peft(name: str, directory: Path, model: PreTrainedModel | None = None) -> peft.PeftModel:
-    """A tiny base with an adapter that PEFT loads; what PEFT warns of fails."""
+    """Return a tiny base with an adapter that PEFT loads; what PEFT warns of fails."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")

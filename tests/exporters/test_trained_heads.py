@@ -43,7 +43,7 @@ def classifier(name: str, labels: int = 3) -> Callable[[], Any]:
 
 
 def trained(make: Callable[[], Any], directory: Path, seed: int = 1, **fields: Any) -> peft.PeftModel:
-    """A model that PEFT adapted, whose head and biases moved as in training, and its checkpoint."""
+    """Return a model that PEFT adapted, whose head and biases moved as in training, and its checkpoint."""
     wrapped = peft_model(make(), seed, **fields)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -60,12 +60,12 @@ def traced_once(make: Callable[[], Any], task: str | None) -> TracedModel:
 
 
 def traced(make: Callable[[], Any], task: str | None = None) -> TracedModel:
-    """A trace for a test to change."""
+    """Return a trace for a test to change."""
     return copy.deepcopy(traced_once(make, task))
 
 
 def exported(make: Callable[[], Any], folder: Path, task: str | None = None, **options: Any) -> GraloraModel:
-    """The model with the adapter `folder / "a"`, exported to `folder / "onnx"`."""
+    """Return the model with the adapter `folder / "a"`, exported to `folder / "onnx"`."""
     model = GraloraModel.from_pretrained(traced(make, task), folder / "a", adapter_name="a")
     export_onnx(model, folder / "onnx", **options)
     return model

@@ -40,7 +40,7 @@ def tokenizer(padding_side: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def project() -> Path:
-    """The Node project with its packages."""
+    """Return the Node project with its packages."""
     return installed_project()
 
 

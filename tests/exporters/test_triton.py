@@ -50,7 +50,7 @@ class Triton:
             assert self._shape(entry) == self._sizes(value)
 
     def _shape(self, entry: Any) -> list[int]:
-        """The model's shape of a tensor, as the configuration says it."""
+        """Return the model's shape of a tensor, as the configuration says it."""
         dims = list(entry.reshape.shape) if entry.HasField("reshape") else list(entry.dims)
         return [-1, *dims] if self.is_batching else dims
 
@@ -59,7 +59,7 @@ class Triton:
         return [size if isinstance(size, int) else -1 for size in value.shape]
 
     def infer(self, **request: Any) -> dict[str, Any]:
-        """The outputs for arrays in the shapes that a client gives."""
+        """Return the outputs for arrays in the shapes that a client gives."""
         feed = {}
         for entry in self.config.input:
             if entry.optional and entry.name not in request:
@@ -79,7 +79,7 @@ class Triton:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | None, Any]]:
-    """A folder with an export in each mode, and the oracles by adapter."""
+    """Return a folder with an export in each mode, and the oracles by adapter."""
     folder = tmp_path_factory.mktemp("triton")
     model, oracles = adapted("bert", folder, targets=["query", "value", "dense"], **SIZES)
     for mode in MODES:
@@ -100,7 +100,7 @@ def numpy_batch() -> dict[str, Any]:
 
 
 def request_of(triton: Triton) -> dict[str, Any]:
-    """A batch with every text input that the model takes."""
+    """Return a batch with every text input that the model takes."""
     batch = numpy_batch()
     batch.setdefault("token_type_ids", np.zeros_like(batch["input_ids"]))
     return {entry.name: batch[entry.name] for entry in triton.config.input if entry.name in batch}

@@ -121,7 +121,7 @@ def test_prompts_need_a_cache(tmp_path: Path) -> None:
 
 
 def damaged(export: Path, copy: Path, damage: Any) -> Path:
-    """An export whose graph was edited after it was verified."""
+    """Return an export whose graph was edited after it was verified."""
     shutil.copytree(export, copy)
     model = ir.load(copy / "model.onnx")
     damage(model)

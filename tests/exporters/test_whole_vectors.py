@@ -14,7 +14,7 @@ ROWS = 5
 
 
 def model_of(operators: list[str], width: int) -> ir.Model:
-    """A model of operators that all read `x [rows, width]`."""
+    """Return a model of operators that all read `x [rows, width]`."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 20}, name="graph")
     build, x = Builder(graph), add_input(graph, "x", ir.DataType.FLOAT, ["rows", width])
     for operator in operators:

@@ -72,7 +72,7 @@ def gralora_from_invocations(wrapped: peft.PeftModel, ids: Tensor) -> Iterator[N
 def pair(
     name: str, directory: Path, method: str = "LORA", task: str | None = CACHED
 ) -> tuple[GraloraModel, peft.PeftModel, PreTrainedModel]:
-    """A model of ours and PEFT's with one activated adapter, and their base."""
+    """Return a model of ours and PEFT's with one activated adapter, and their base."""
     if name in OTHERS:
         model = tiny_decoder(name)
         traced = trace(copy.deepcopy(model), task=task)
@@ -93,7 +93,7 @@ def far(actual: Tensor, expected: Tensor) -> float:
 
 
 def labels_of(inputs: dict[str, Tensor]) -> Tensor:
-    """The ids as labels, without those of padding and those that follow it."""
+    """Return the ids as labels, without those of padding and those that follow it."""
     mask = inputs["attention_mask"].bool()
     counts = mask & torch.nn.functional.pad(mask, (1, 0), value=False)[:, :-1]
     return torch.where(counts, inputs["input_ids"], -100)

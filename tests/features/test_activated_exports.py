@@ -47,7 +47,7 @@ def oracle() -> peft.PeftModel:
 
 
 def adapted(folder: Path, task: str | None = CACHED) -> GraloraModel:
-    """A model with PEFT's adapter, a GraLoRA that is activated by other tokens, and a plain LoRA."""
+    """Return a model with PEFT's adapter, a GraLoRA that is activated by other tokens, and a plain LoRA."""
     oracle().save_pretrained(str(folder / "peft"))
     model = GraloraModel.from_pretrained(
         fresh_trace("llama", task=task, **LLAMA), folder / "peft", adapter_name="judge"
@@ -80,7 +80,7 @@ def expected(place: str, count: int = 6) -> list[int]:
 
 
 def read(decoder: Decoder, row: int, prompt: list[int], chunk: int) -> np.ndarray[Any, Any]:
-    """The logits after a prompt that a row reads in pieces."""
+    """Return the logits after a prompt that a row reads in pieces."""
     for at in range(0, len(prompt), chunk):
         logits = decoder.step({row: prompt[at : at + chunk]})[row]
     return logits

@@ -39,7 +39,7 @@ def _traced() -> TracedModel:
 
 
 def _exported(path: Path) -> None:
-    """An export that takes adapters, and one with an adapter in it, which the command makes of a checkpoint."""
+    """Return an export that takes adapters, and one with an adapter in it, which the command makes of a checkpoint."""
     for name, config in _CONFIGS.items():
         adapted = peft.get_peft_model(tiny_captioner(), config)
         torch.manual_seed(3)
@@ -66,7 +66,7 @@ def captioner() -> Path:
 
 
 def _expected(model: Any, pixels: Tensor, beginning: Sequence[int] = ()) -> list[list[int]]:
-    """The new tokens of transformers' answers, given what its processor makes of a text."""
+    """Return the new tokens of transformers' answers, given what its processor makes of a text."""
     options = {"input_ids": torch.tensor([[START, *beginning, 2]] * len(pixels))} if beginning else {}
     tokens = model.generate(pixel_values=pixels, max_new_tokens=_NEW, do_sample=False, **options)
     rows = [row[1 + len(beginning) :] for row in tokens.tolist()]

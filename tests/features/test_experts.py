@@ -76,14 +76,14 @@ class Mixture(nn.Module):
 
 
 def exported(model: nn.Module, directory: Path, **options: Any) -> tuple[Any, list[str]]:
-    """The report of a verified export, and its operators."""
+    """Return the report of a verified export, and its operators."""
     size = model.router.in_features
     report = export_onnx(trace(model.eval(), (torch.randn(7, size),)), directory, **options)
     return report, [node.op_type for node in ir.load(directory / "model.onnx").graph.all_nodes()]
 
 
 def _routed(kind: type[nn.Module]) -> nn.Module:
-    """A layer of experts of a class, and a router that gives each token two of them."""
+    """Return a layer of experts of a class, and a router that gives each token two of them."""
 
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -120,7 +120,7 @@ def test_experts_in_float32_have_a_function_for_the_cpu_which_layers_of_one_form
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opened(module: nn.Module, **options: Any) -> tuple[list[str], int]:
-        """The operators of experts once the export is opened, and the number of its functions."""
+        """Return the operators of experts once the export is opened, and the number of its functions."""
         report = export_onnx(
             trace(module.eval(), (torch.randn(7, 32),)), tmp_path / "onnx", overwrite=True, verify=False, **options
         )

@@ -62,7 +62,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def exported(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of the base in four bits, that takes adapters as data."""
+    """Return an export of the base in four bits, that takes adapters as data."""
     output = tmp_path_factory.mktemp("exported") / "data"
     model = load_traced(str(llama.packed), str(llama.adapter), None)
     export_onnx(model, output, adapters="data", verify=False)

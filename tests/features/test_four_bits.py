@@ -22,7 +22,7 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 
 def packed(weight: Tensor, quantization: FourBits) -> dict[str, Tensor]:
-    """A weight as bitsandbytes stores it, by the ends of its keys."""
+    """Return a weight as bitsandbytes stores it, by the ends of its keys."""
     codes, state = bnb.functional.quantize_4bit(
         weight,
         blocksize=quantization.block_size,
@@ -105,7 +105,7 @@ def test_a_weight_is_turned_for_conv1d(tmp_path: Path) -> None:
 
 
 def changed(tensors: dict[str, Tensor], **fields: Any) -> dict[str, Tensor]:
-    """Stored tensors with some fields of the state changed; None takes one out."""
+    """Return stored tensors with some fields of the state changed; None takes one out."""
     state = json.loads(bytes(tensors[f"a.weight.{STATE}"].tolist())) | fields
     text = json.dumps({name: value for name, value in state.items() if value is not None}).encode()
     return {**tensors, f"a.weight.{STATE}": torch.tensor(list(text), dtype=torch.uint8)}

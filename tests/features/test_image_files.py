@@ -43,7 +43,7 @@ def by_pillow(data: bytes) -> Image.Image | None:
 
 
 def refusal(data: bytes) -> str | None:
-    """The error of a file, which is one clear line; None for one that is read as Pillow does."""
+    """Return the error of a file, which is one clear line; None for one that is read as Pillow does."""
     expected = by_pillow(data)
     try:
         found = read_image(data, LIMITS)
@@ -239,7 +239,7 @@ paths: list[str] = []
 
 @pytest.fixture
 def host() -> Iterator[str]:
-    """A host that has images."""
+    """Yield a host that has images."""
     paths.clear()
     with HTTPServer(("127.0.0.1", 0), Images) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

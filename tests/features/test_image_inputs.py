@@ -46,7 +46,7 @@ def of_one_prompt(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def answer(model: PreTrainedModel, prompt: dict[str, Tensor]) -> list[int]:
-    """The greedy tokens of transformers."""
+    """Return the greedy tokens of transformers."""
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     tokens: list[int] = model.generate(**prompt, max_new_tokens=NEW, do_sample=False)[0].tolist()
     return tokens[prompt["input_ids"].shape[1] :]

@@ -36,7 +36,7 @@ class Exported(NamedTuple):
     processor: Any
 
     def expected(self, text: str, images: list[Image.Image]) -> tuple[list[int], Any]:
-        """The tokens of transformers, and what its processor made of both."""
+        """Return the tokens of transformers, and what its processor made of both."""
         inputs = self.processor(text=[text], images=images or None, return_tensors="pt")
         with torch.no_grad():
             tokens = self.source.generate(**inputs, max_new_tokens=_NEW, do_sample=False)

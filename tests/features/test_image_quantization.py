@@ -37,7 +37,7 @@ def _export(source: PreTrainedModel, directory: Path, **options: Any) -> ExportR
 
 
 def _error(directory: Path, source: PreTrainedModel) -> float:
-    """The relative error of features of random tiles, beside the model's own code."""
+    """Return the relative error of features of random tiles, beside the model's own code."""
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(7))
     (found,) = (
         load(directory).companion_session("vision_encoder").run(["image_features"], {"pixel_values": pixels.numpy()})

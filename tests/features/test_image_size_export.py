@@ -45,7 +45,7 @@ def model_of(name: str) -> Any:
 
 
 def exported(name: str, directory: Path, image_size: Any = None) -> tuple[Any, dict[str, Any], Any]:
-    """A model, the constants of its trace, and the report of its export."""
+    """Return a model, the constants of its trace, and the report of its export."""
     model = model_of(name)
     size = getattr(model.config, "image_size", 64)
     traced = trace(model, {"pixel_values": torch.randn(1, 3, size, size)}, image_size=image_size)

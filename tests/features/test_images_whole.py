@@ -35,7 +35,7 @@ class Whole(NamedTuple):
     processor: Any  # as it was saved beside the export
 
     def expected(self, chat: Any, images: list[Image.Image]) -> str:
-        """The answer of transformers to a chat with images."""
+        """Return the answer of transformers to a chat with images."""
         text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         inputs = self.processor(text=[text], images=[images], return_tensors="pt")
         with torch.no_grad():

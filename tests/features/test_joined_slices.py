@@ -15,7 +15,7 @@ SIZE = 7
 
 
 def sliced(axis: int, pieces: list[tuple[int, int, int]]) -> ir.Model:
-    """A model of `x [2, 7, 7]`, of which each output is a piece: start, end and step along an axis."""
+    """Return a model of `x [2, 7, 7]`, of which each output is a piece: start, end and step along an axis."""
     floats = ir.TensorType(ir.DataType.FLOAT)
     x = ir.Value(name="x", shape=ir.Shape([2, SIZE, SIZE]), type=floats)
     graph = ir.Graph([x], [], nodes=[], opset_imports={"": OPSET}, name="one")

@@ -50,7 +50,7 @@ def distance(expected: Tensor, actual: Tensor) -> float:
 
 
 def stored_codes(parts: Parts, method: str, bits: int) -> tuple[Tensor, Tensor]:
-    """The integers `[out, in]` and the zero points `[out, groups]` of a checkpoint's layer, word by word."""
+    """Return the integers `[out, in]` and the zero points `[out, groups]` of a checkpoint's layer, word by word."""
     if method == "awq":
         place = torch.tensor(AWQ_ORDER).argsort()
         codes, zeros = (
@@ -75,7 +75,7 @@ class Exported:
         self.manifest = read_manifest(folder)
 
     def layer(self, path: str) -> tuple[dict[str, int], Tensor, Tensor, Tensor]:
-        """The attributes, the integers `[out, in]`, the zero points and the scales of the groups of each input."""
+        """Return attributes, integers `[out, in]`, and the zero points and scales of the groups of each input."""
         assert self.manifest.weights is not None
         entry, *rest = self.manifest.weights[path]
         assert all(other.initializer == entry.initializer for other in rest)  # of the graph of rows
@@ -96,7 +96,7 @@ class Exported:
         return flags, codes.long(), zero_points.long(), steps
 
     def product(self, path: str) -> onnx.NodeProto:
-        """The node that multiplies by a layer's weight."""
+        """Return the node that multiplies by a layer's weight."""
         assert self.manifest.weights is not None
         return self.products[self.manifest.weights[path][0].initializer]
 
@@ -202,7 +202,7 @@ def test_those_of_llm_int8_are_kept_in_conv1d_too(packed: bool, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of GPTQ in groups of 128 in an order of its own, and an adapter of PEFT beside it."""
+    """Return a checkpoint of GPTQ in groups of 128 in an order of its own, and an adapter of PEFT beside it."""
     folder = tmp_path_factory.mktemp("base")
     floats = checkpoint(folder, "gptq of 128 in an order of its own", **WIDE)
     theirs = peft_model(floats, method="LORA", r=4, lora_alpha=1, target_modules=["q_proj", "down_proj"])

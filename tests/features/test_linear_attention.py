@@ -48,7 +48,7 @@ def step_by_step(
     state: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The definition."""
+    """Return the definition."""
     heads, results = value.shape[2], []
     key = key.repeat_interleave(heads // key.shape[2], 2)
     query = query.repeat_interleave(max(1, heads // query.shape[2]), 2)

@@ -59,7 +59,7 @@ def prompts() -> list[list[int]]:
 
 @cache
 def expected(family: str, scaling: str) -> list[list[int]]:
-    """Transformers' answers, each prompt alone."""
+    """Return transformers' answers, each prompt alone."""
     answers = []
     for prompt in prompts():
         ids = torch.tensor([prompt])

@@ -236,7 +236,7 @@ DAMAGES: dict[str, tuple[str, str, Any, str]] = {
 
 @pytest.fixture(scope="module")
 def stored(bases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of bitsandbytes in each form."""
+    """Return a checkpoint of bitsandbytes in each form."""
     found = {how: tmp_path_factory.mktemp(how) for how in ("nf4", "int8")}
     in_four_bits(bases("LlamaForCausalLM"), FourBits()).save_pretrained(found["nf4"])
     in_eight_bits(bases("LlamaForCausalLM")).save_pretrained(found["int8"])

@@ -26,7 +26,7 @@ _IMAGES = [drawn_image(70, 50), drawn_image(40, 90, seed=1)]
 
 
 def _exported(path: Path) -> None:
-    """A TrOCR that takes adapters, and one of encoder, projection and decoder."""
+    """Return a TrOCR that takes adapters, and one of encoder, projection and decoder."""
     adapted = peft.get_peft_model(tiny_pixel_writer("trocr"), _CONFIG)
     torch.manual_seed(3)
     for key, value in adapted.named_parameters():
@@ -51,7 +51,7 @@ def trocr() -> Path:
 
 
 def _expected(model: Any, pixels: torch.Tensor, beginning: Sequence[int] = ()) -> list[list[int]]:
-    """The new tokens of transformers' answers."""
+    """Return the new tokens of transformers' answers."""
     options = {"decoder_input_ids": torch.tensor([beginning] * len(pixels))} if beginning else {}
     with torch.no_grad():
         tokens = model.generate(pixel_values=pixels, max_new_tokens=_NEW, do_sample=False, **options)

@@ -55,7 +55,7 @@ def florence() -> Path:
 
 
 def _expected(model: Any, processor: Any, image: Any = None, prompt: str = _PROMPT) -> str:
-    """The answer of transformers to a prompt with an image, or to a text as the tokenizer has it."""
+    """Return the answer of transformers to a prompt with an image, or to a text as the tokenizer has it."""
     options = {"text": [prompt], "return_tensors": "pt"}
     read = processor.tokenizer(**options) if image is None else processor(images=[[image]], **options)
     known = {name: value for name, value in read.items() if name != "token_type_ids"}

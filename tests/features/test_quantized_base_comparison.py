@@ -20,7 +20,7 @@ WIDE = FourBits(block_size=128)
 
 @pytest.fixture(scope="module", params=["LlamaForCausalLM", "GPT2LMHeadModel"])
 def bases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A float base, what bitsandbytes saved of it, and another base."""
+    """Return a float base, what bitsandbytes saved of it, and another base."""
     folder = tmp_path_factory.mktemp("bases")
     base = float_base(folder / "float", request.param)
     for name, quantization in (("nf4", NF4), ("wide", WIDE)):

@@ -35,7 +35,7 @@ CASES = [
 
 
 def distance(model: Any, case: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
-    """The largest difference of a model's logits from others, relative to the largest of these."""
+    """Return the largest difference of a model's logits from others, relative to the largest of these."""
     with torch.no_grad():
         return float((model.eval()(**case).logits - expected).abs().max() / expected.abs().max())
 

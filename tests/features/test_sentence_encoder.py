@@ -33,13 +33,13 @@ def bert() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with two poolings, a Dense and a Normalize."""
+    """Return a directory with two poolings, a Dense and a Normalize."""
     dense = oracle.Dense(2 * HIDDEN, 24, activation_function=nn.GELU())
     return save_encoder("bert", tmp_path_factory.mktemp("bert"), ("mean", "max"), dense, oracle.Normalize())
 
 
 def expected(directory: Path, batch: dict[str, Tensor]) -> Tensor:
-    """The embeddings of sentence-transformers for token ids."""
+    """Return the embeddings of sentence-transformers for token ids."""
     with torch.no_grad():
         result: Tensor = SentenceTransformer(str(directory), device="cpu").eval()(dict(batch))["sentence_embedding"]
     return result

@@ -44,7 +44,7 @@ def manifest(export: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT with two poolings, a Dense and a Normalize, and prompts."""
+    """Return a BERT with two poolings, a Dense and a Normalize, and prompts."""
     modules = (Dense(2 * HIDDEN, HIDDEN), Normalize())
     directory = save_encoder("bert", tmp_path_factory.mktemp("bert"), ("mean", "cls"), *modules)
     model = SentenceTransformer(str(directory), device="cpu", prompts={"query": "query: "})
@@ -127,7 +127,7 @@ def test_other_precisions(encoder: Path, tmp_path: Path, options: dict[str, Any]
 
 
 def adapted_encoder(encoder: Path, config: Any, directory: Path) -> SentenceTransformer:
-    """A sentence encoder whose transformer PEFT adapted in place, and the adapter's checkpoint in `directory`."""
+    """Return a sentence encoder whose transformer PEFT adapted in place, and its checkpoint in `directory`."""
     model = SentenceTransformer(str(encoder), device="cpu")
     torch.manual_seed(1)
     peft.get_peft_model(model[0].model, config).eval().save_pretrained(directory)

@@ -22,7 +22,7 @@ OLD, NEW = "sentence_transformers.models.", "sentence_transformers.sentence_tran
 
 
 def write(directory: Path, files: dict[str, Any]) -> Path:
-    """A directory of JSON files; a text is written as it is."""
+    """Return a directory of JSON files; a text is written as it is."""
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def write(directory: Path, files: dict[str, Any]) -> Path:
 
 
 def entries(*kinds: str, package: str = OLD) -> list[dict[str, str]]:
-    """A `modules.json` of these module classes."""
+    """Return a `modules.json` of these module classes."""
     return [
         {"type": f"{package}{kind}", "path": f"{index}_{kind}" if index else "", "name": str(index)}
         for index, kind in enumerate(kinds)

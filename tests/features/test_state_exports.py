@@ -66,7 +66,7 @@ COUNTS = (5, 1, 0, 2)
 
 
 def operators(by_rows: bool) -> Any:
-    """A session over a convolution and linear attention: of `[batch, length]`, or of the tokens that count."""
+    """Return a session over a convolution and linear attention: of `[batch, length]`, or of the tokens that count."""
     batch, length = ir.SymbolicDim("batch"), ir.SymbolicDim("length")
     width, float32 = HEADS * SIZE, ir.DataType.FLOAT
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 23, "com.microsoft": 1})

@@ -30,7 +30,7 @@ def run(session: onnxruntime.InferenceSession, **tensors: Tensor) -> list[Tensor
 
 
 def convolution(channels: int, *, silu: bool = True) -> tuple[ir.Model, dict[str, Tensor]]:
-    """A model of `x [batch, length, channels]` and `state`, and the weight and bias in it."""
+    """Return a model of `x [batch, length, channels]` and `state`, and the weight and bias in it."""
     torch.manual_seed(0)
     weights = {"weight": torch.randn(channels, 1, KERNEL), "bias": torch.randn(channels)}
     floats = ir.TensorType(ir.DataType.FLOAT)

@@ -27,7 +27,7 @@ from tests.features.test_linear_attention import RULES, arguments
 
 
 def model_of(kind: type[DomainNode], given: dict[str, Any]) -> ir.Model:
-    """A model of one operator, whose inputs are its tensors; batch and length may be any.
+    """Return a model of one operator, whose inputs are its tensors; batch and length may be any.
 
     Args:
         kind: The operator.
@@ -52,7 +52,7 @@ def model_of(kind: type[DomainNode], given: dict[str, Any]) -> ir.Model:
 
 
 def session_of(kind: type[DomainNode], given: dict[str, Any], operator: str) -> onnxruntime.InferenceSession:
-    """A session of a model of one operator, which becomes one of the runtime's."""
+    """Return a session of a model of one operator, which becomes one of the runtime's."""
     model = model_of(kind, given)
     assert lower_state_operators(model).changed == 1
     assert [node.op_type for node in model.graph if node.domain] == [operator]
@@ -188,6 +188,6 @@ def test_a_decay_of_the_gated_delta_rule_is_one_operator_and_a_small_beta_exact(
 
 
 def initializer(name: str, value: Tensor) -> ir.Value:
-    """A weight of a model."""
+    """Return a weight of a model."""
     tensor = ir.tensor(value.numpy(), name=name)
     return ir.Value(name=name, shape=ir.Shape(value.shape), type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)

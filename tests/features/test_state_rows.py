@@ -128,7 +128,7 @@ def test_such_rows_are_not_set_back(model: OrtModel) -> None:
 
 
 def read(decoder: Decoder, row: int, prompt: list[int]) -> tuple[Any, int]:
-    """The logits after a prompt, and how many of its tokens were taken over."""
+    """Return the logits after a prompt, and how many of its tokens were taken over."""
     filled = at = decoder.fill(row, prompt)
     logits: Any = None
     while at < len(prompt):
@@ -139,7 +139,7 @@ def read(decoder: Decoder, row: int, prompt: list[int]) -> tuple[Any, int]:
 
 
 def ask(decoder: Decoder, prompt: list[int], adapter: str | None, count: int = 1) -> tuple[list[Any], int]:
-    """The logits after each token of an answer in a row of its own, and how many tokens were taken over."""
+    """Return the logits after each token of an answer in a row of its own, and how many tokens were taken over."""
     row = decoder.open(adapter)
     logits, filled = read(decoder, row, prompt)
     given = [logits]

@@ -24,7 +24,7 @@ CLASSIFIER = "text-classification"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bare encoder, its classifier, and an adapter that holds a classifier's head of its own."""
+    """Return a bare encoder, its classifier, and an adapter that holds a classifier's head of its own."""
     folder = tmp_path_factory.mktemp("bases")
     model = tiny_model("bert", num_labels=3, num_hidden_layers=1)
     model.bert.save_pretrained(folder / "encoder")

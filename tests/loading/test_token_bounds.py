@@ -63,7 +63,7 @@ def with_byte_fallback() -> Tokenizer:
 
 
 def with_spaces_written_late() -> Tokenizer:
-    """The same, but that spaces are written where a text is split."""
+    """Return the same, but that spaces are written where a text is split."""
     own = with_byte_fallback()
     own.normalizer, own.pre_tokenizer = normalizers.NFC(), pre_tokenizers.Metaspace(split=False)
     own.add_tokens(["▁" * 9])

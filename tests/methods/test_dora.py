@@ -357,7 +357,7 @@ def test_merged_exports_are_verified_and_what_takes_plain_lora_refuses(tmp_path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with a tokenizer, and a DoRA and a LoRA adapter of it that PEFT saved."""
+    """Return a base with a tokenizer, and a DoRA and a LoRA adapter of it that PEFT saved."""
     folder = tmp_path_factory.mktemp("dora")
     model = tiny_model("llama", bos_token_id=1, eos_token_id=2, num_hidden_layers=1)
     model.save_pretrained(folder / "base")

@@ -38,7 +38,7 @@ BIT_EQUAL = {
 
 
 def step(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The first output of a training step, and the gradients by PEFT's keys."""
+    """Return the first output of a training step, and the gradients by PEFT's keys."""
     model.zero_grad()
     torch.manual_seed(3)
     output = model(**inputs)[0]
@@ -54,14 +54,14 @@ def _key(name: str) -> str:
 
 
 def distance(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The norm of a difference over that of what was expected."""
+    """Return the norm of a difference over that of what was expected."""
     squares = [((actual[k].double() - e.double()).norm() ** 2, e.double().norm() ** 2) for k, e in expected.items()]
     return float((sum(a for a, _ in squares) / sum(b for _, b in squares)) ** 0.5)
 
 
 @functools.cache
 def _half(name: str) -> Any:
-    """A tiny model and its trace, converted by way of the trace."""
+    """Return a tiny model and its trace, converted by way of the trace."""
     source, traced = fresh(name)
     assert traced.to(BF16) is traced
     assert source.dtype == traced.dtype == BF16  # what shares the tensors is converted too

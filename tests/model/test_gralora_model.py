@@ -23,7 +23,7 @@ QUERY = {"r": 8, "target_modules": ["query"], "init_weights": False}
 
 
 def adapted(name: str = "bert", seed: int = 1, **fields: Any) -> GraloraModel:
-    """A rewritten tiny model whose adapter does something."""
+    """Return a rewritten tiny model whose adapter does something."""
     torch.manual_seed(seed)
     return rewrite(traced(name), GraloraConfig(**{**QUERY, "target_modules": "all-linear", **fields}))
 
@@ -33,7 +33,7 @@ def text(model: GraloraModel | TracedModel) -> str:
 
 
 def structure(model: GraloraModel) -> list[tuple[str, str, str]]:
-    """A graph without the names of its nodes, which count on when an adapter goes out and in again."""
+    """Return a graph without the names of its nodes, which count on when an adapter goes out and in again."""
     numbers: dict[Any, str] = {}
     entries = []
     for node in model.graph_module.graph.nodes:

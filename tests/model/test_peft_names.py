@@ -27,7 +27,7 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a tiny Llama."""
+    """Return the directory of a tiny Llama."""
     directory = tmp_path_factory.mktemp("base")
     tiny_model("llama", num_hidden_layers=1).save_pretrained(directory)
     return directory

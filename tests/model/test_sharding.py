@@ -32,7 +32,7 @@ def trained(output: Path, processes: int, adapters: Path) -> dict[str, Any]:
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest relative difference of the tensors of two adapters, whose configurations must be equal."""
+    """Return the largest relative difference of the tensors of two adapters, whose configurations must be equal."""
     assert (one / "adapter_config.json").read_text() == (other / "adapter_config.json").read_text()
     first, second = load_file(one / "adapter_model.safetensors"), load_file(other / "adapter_model.safetensors")
     assert first.keys() == second.keys()

@@ -98,7 +98,7 @@ def logged(trainer: Trainer, name: str = "loss") -> list[float]:
 
 @pytest.fixture(scope="module")
 def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[GraloraModel, peft.PeftModel]]:
-    """Copies of one pair of models for each kind, ours and PEFT's with the same adapter."""
+    """Return copies of one pair of models for each kind, ours and PEFT's with the same adapter."""
     pairs: dict[str, tuple[GraloraModel, peft.PeftModel]] = {}
 
     def pair(kind: str) -> tuple[GraloraModel, peft.PeftModel]:

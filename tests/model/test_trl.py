@@ -56,7 +56,7 @@ def pair(directory: Path, **fields: Any) -> tuple[PeftModel, peft.PeftModel]:
 
 
 def trained(kind: str, model: Any, directory: Path, rows: Any, **settings: Any) -> Any:
-    """A trainer of TRL's that has run three steps."""
+    """Return a trainer of TRL's that has run three steps."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE

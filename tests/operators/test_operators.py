@@ -58,7 +58,7 @@ class Case:
         return {field.name: given[field.name] for field in fields(self.operator)}
 
     def of_tensors(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A function of the operator's arguments as one of its tensors alone."""
+        """Return a function of the operator's arguments as one of its tensors alone."""
         names = list(self.tensors(1, 1))
         return lambda *tensors: function(**dict(zip(names, tensors, strict=True)), **self.options)
 
@@ -68,7 +68,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def padding(batch: int, length: int) -> Tensor:
-    """A mask over three past positions and the new ones; the last row has two positions of padding."""
+    """Return a mask over three past positions and the new ones; the last row has two positions of padding."""
     mask = torch.ones(batch, 3 + length, dtype=torch.long)
     mask[-1, :2] = 0
     return mask
@@ -126,7 +126,7 @@ EXPERTS = {"activation": "silu", "layout": "halves", "alpha": 1.0, "offset": 0.0
 
 
 def four_bits(count: int, block_size: int) -> dict[str, Tensor]:
-    """A weight of `count` values in four bits."""
+    """Return a weight of `count` values in four bits."""
     scales = torch.rand(-(-count // block_size)).view(torch.int32)
     codes = torch.randint(256, (-(-count // 2),), dtype=torch.uint8)
     return {"codes": codes, "scales": scales, "table": torch.linspace(-1, 1, 16).view(torch.int32)}

@@ -259,12 +259,12 @@ def _base(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def base_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model of the architecture, for a test to change."""
+    """Return a model of the architecture, for a test to change."""
     return copy.deepcopy(_base(name, dtype))
 
 
 def model_inputs(name: str, dtype: torch.dtype = torch.float32, rank: int = 3) -> dict[str, Tensor]:
-    """Inputs of an architecture; those of a plain model have `rank` dimensions."""
+    """Return inputs of an architecture; those of a plain model have `rank` dimensions."""
     if name in PLAIN:
         shape = (3, 16) if rank == 2 else (3, 5, 16)
         inputs = {"x": torch.randn(shape, generator=torch.Generator().manual_seed(17))}
@@ -275,7 +275,7 @@ def model_inputs(name: str, dtype: torch.dtype = torch.float32, rank: int = 3) -
 
 @functools.cache
 def base_trace(name: str, dtype: torch.dtype = torch.float32, rank: int = 3) -> TracedModel:
-    """A trace of the architecture, to be read only."""
+    """Return a trace of the architecture, to be read only."""
     # what trace() makes from a configuration is float32, which such a model does not take
     needs_inputs = name in PLAIN or (name in ("vit", "whisper") and dtype != torch.float32)
     inputs: Mapping[str, Tensor] | None = model_inputs(name, dtype, rank) if needs_inputs else None

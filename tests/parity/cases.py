@@ -44,7 +44,7 @@ class Case:
         return float(self.fields.get("gralora_dropout", self.fields.get("lora_dropout", 0.0)))
 
     def __str__(self) -> str:
-        """The id of the case."""
+        """Return the id of the case."""
         return f"{self.architecture}-{self.name}"
 
 
@@ -72,7 +72,7 @@ def _sizes(arch: Architecture) -> dict[str, dict[str, Any]]:
 
 
 def _targets(arch: Architecture) -> dict[str, dict[str, Any]]:
-    """The ways to name modules and layers."""
+    """Return the ways to name modules and layers."""
     two, last = list(arch.attention), arch.layers - 1
     targets: dict[str, dict[str, Any]] = {
         "paths": {"target_modules": list(arch.paths), **SMALL},
@@ -270,7 +270,7 @@ GROUPS = {
 
 
 def cases_of(group: str) -> list[Any]:
-    """The cases of a group as parameters of a test."""
+    """Return the cases of a group as parameters of a test."""
     return as_parameters([case for case in GRID if case.architecture in GROUPS[group]])
 
 

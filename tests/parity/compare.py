@@ -86,7 +86,7 @@ class Pair:
 
 
 def sites(pair: Pair) -> str:
-    """The adapted modules are those that PEFT adapted, for the configuration as given and as PEFT saved it."""
+    """Return the adapted modules are those that PEFT adapted, for the configuration as given and as PEFT saved it."""
     expected = adapted_paths(pair.theirs)
     if not expected:
         return "PEFT adapted nothing, so nothing is compared"
@@ -108,7 +108,7 @@ def count(pair: Pair) -> str:
 
 
 def logits(pair: Pair) -> str:
-    """The outputs with PEFT's tensors are PEFT's, and the adapter has a part in them."""
+    """Return the outputs with PEFT's tensors are PEFT's, and the adapter has a part in them."""
     with torch.no_grad():
         expected = peft_output(pair.theirs, pair)
         base = main_output(pair.ours.traced(**pair.inputs))
@@ -227,7 +227,7 @@ def compare(case: Case, directory: Path) -> dict[str, str]:
 
 
 def _outcome(aspect: Callable[[Pair], str], pair: Pair) -> str:
-    """An error in one aspect is its outcome, so that the others are compared all the same."""
+    """Return an error in one aspect is its outcome, so that the others are compared all the same."""
     try:
         return aspect(pair)
     except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
@@ -238,7 +238,7 @@ def _outcome(aspect: Callable[[Pair], str], pair: Pair) -> str:
 
 
 def load_in_peft(model: nn.Module, directory: Path) -> peft.PeftModel:
-    """A base that PEFT adapts from a directory."""
+    """Return a base that PEFT adapts from a directory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fan_in_fan_out, which PEFT corrects by itself
         return peft.PeftModel.from_pretrained(model, str(directory)).eval()
@@ -258,7 +258,7 @@ def peft_output(theirs: peft.PeftModel, pair: Pair) -> Tensor:
 
 
 def merged_parameters(theirs: peft.PeftModel) -> dict[str, Tensor]:
-    """The base's parameters by their own names, with PEFT's deltas and trained copies, open to autograd."""
+    """Return the base's parameters by their own names, with PEFT's deltas and trained copies, open to autograd."""
     parameters: dict[str, Tensor] = {}
     for name, parameter in theirs.named_parameters():
         if not _ADAPTERS.search(name) and "original_module" not in name and _MAGNITUDE not in name:

@@ -32,7 +32,7 @@ def recorded(reports: Iterable[Any]) -> tuple[Counter[tuple[str, str]], Counter[
 
 
 def table(reports: Iterable[Any]) -> list[str]:
-    """The lines of the table; none where nothing was compared."""
+    """Return the lines of the table; none where nothing was compared."""
     passed, compared = recorded(reports)
     if not compared:
         return []

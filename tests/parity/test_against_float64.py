@@ -63,7 +63,7 @@ class Named(NamedTuple):
 
 
 def with_values(traced: TracedModel, model: nn.Module) -> TracedModel:
-    """A trace with the parameters of another model of its architecture."""
+    """Return a trace with the parameters of another model of its architecture."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             traced.tree.parameters[name].copy_(parameter)
@@ -78,7 +78,7 @@ def gradients(output: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[st
 def distances(
     name: str, model: nn.Module, traced: TracedModel, targets: Any, seed: int, directory: Path
 ) -> list[Distance]:
-    """The distances of all tensors of an adapter."""
+    """Return the distances of all tensors of an adapter."""
     inputs = model_inputs(name)
     theirs = peft_model(copy.deepcopy(model), seed=seed, target_modules=targets, **FIELDS)
     theirs.save_pretrained(str(directory))
@@ -102,12 +102,12 @@ def distances(
 
 
 def ratio(found: list[Distance]) -> float:
-    """The geometric mean of how much further off ours are than PEFT's."""
+    """Return the geometric mean of how much further off ours are than PEFT's."""
     return statistics.geometric_mean([(entry.ours + 1e-12) / (entry.theirs + 1e-12) for entry in found])
 
 
 def seeded(name: str, seed: int) -> nn.Module:
-    """A base with other initial values."""
+    """Return a base with other initial values."""
     if name in PLAIN:
         torch.manual_seed(seed)
         return Plain(PLAIN[name]).eval()

@@ -13,7 +13,7 @@ def parsed(svg: str) -> Element:
 
 
 def boxes(svg: str) -> dict[str, Element]:
-    """The groups of boxes and frames by path."""
+    """Return the groups of boxes and frames by path."""
     return {path: group for group in parsed(svg).iter(f"{SVG}g") if (path := group.get("data-path")) is not None}
 
 

@@ -36,7 +36,7 @@ CONTAINERS = {
 
 
 def attention(name: str) -> list[str]:
-    """Ends of the paths of a model's query layers."""
+    """Return ends of the paths of a model's query layers."""
     if name in ATTENTION:
         return ATTENTION[name]
     ends = {site.path.rpartition(".")[2] for site in traced(name).sites}

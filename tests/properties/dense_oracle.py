@@ -17,7 +17,7 @@ from gralora_fx.core.methods.gralora import Factors
 
 
 def output(model: Callable[..., Any], case: Case) -> Tensor:
-    """A model's output; its inputs are copied, for a model may write into them."""
+    """Return a model's output; its inputs are copied, for a model may write into them."""
     return run(model, {name: value.clone() for name, value in case.inputs.items()})
 
 
@@ -31,7 +31,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def dense(factors: Factors, scale: float) -> Tensor:
-    """The update `[out, in]` of an adapter, block by block as the paper writes it."""
+    """Return the update `[out, in]` of an adapter, block by block as the paper writes it."""
     A, B = factors.A.detach().double(), factors.B.detach().double()
     k, s = A.shape[0], A.shape[2] // A.shape[0]
     rows = []
@@ -71,7 +71,7 @@ class Dense:
 
 
 def with_dense(case: Case, adapters: Iterable[Dense]) -> Callable[..., Any]:
-    """The source of a case with copies in place of its parameters, and updates added to its weights."""
+    """Return the source of a case with copies in place of its parameters, and updates added to its weights."""
     parameters = dict(case.source.named_parameters(remove_duplicate=False))
     dense = {name: parameter.detach().double() for name, parameter in parameters.items()}
     for adapter in adapters:

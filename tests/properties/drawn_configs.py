@@ -15,12 +15,12 @@ from gralora_fx import GraloraConfig, GraloraModel, LinearSite, TracedModel, pla
 
 
 def names_for(site: LinearSite, base: TracedModel) -> list[str]:
-    """The names by which a configuration can name a site in full."""
+    """Return the names by which a configuration can name a site in full."""
     return [site.path, *(base.tree.names_of(site.weight) if site.kind == "functional" else ())]
 
 
 def ends(path: str) -> list[str]:
-    """A path and what follows each of its dots."""
+    """Return a path and what follows each of its dots."""
     parts = path.split(".")
     return [".".join(parts[index:]) for index in range(len(parts))]
 
@@ -55,7 +55,7 @@ def targets(draw: st.DrawFn, base: TracedModel) -> tuple[set[str] | str, list[st
 
 
 def counting_key(keys: Iterable[str], names: list[str]) -> str | None:
-    """The key that counts for a site: one of its names, else the first that matches the end of one."""
+    """Return the key that counts for a site: one of its names, else the first that matches the end of one."""
     for name in names:
         if name in keys:
             return name
@@ -135,7 +135,7 @@ def savable(base: TracedModel, kept: list[str]) -> list[str]:
 def configs(
     draw: st.DrawFn, base: TracedModel, *, with_copies: bool = True, within_peft: bool = False
 ) -> GraloraConfig:
-    """A valid configuration for a model, of PEFT's fields alone if wanted."""
+    """Return a valid configuration for a model, of PEFT's fields alone if wanted."""
     named, paths = draw(targets(base), label="targets")
     excluded, kept = (None, paths) if within_peft else draw(exclusions(paths), label="excluded and kept")
     fields: dict[str, Any] = {"target_modules": named, "exclude_modules": excluded}
@@ -161,7 +161,7 @@ def configs(
 
 @st.composite
 def adapted(draw: st.DrawFn, case: Case, within_peft: bool = False) -> GraloraModel:
-    """A rewritten model whose adapter and copies differ from their initial values."""
+    """Return a rewritten model whose adapter and copies differ from their initial values."""
     return trained(rewrite(case.traced, draw(configs(case.traced, within_peft=within_peft), label="config")))
 
 

@@ -24,7 +24,7 @@ SHARE = 2 if "SAMPLE_EXAMPLES" in os.environ else 1  # `make test` draws half of
 
 
 def examples(committed: int, **options: Any) -> settings:
-    """Settings of a property that draws so many examples in a usual run."""
+    """Return settings of a property that draws so many examples in a usual run."""
     return settings(
         max_examples=EXAMPLES or committed // SHARE,
         derandomize=not EXAMPLES,
@@ -163,7 +163,7 @@ class Case:
 
 @functools.lru_cache(maxsize=64)
 def built(spec: NetSpec) -> tuple[Net, TracedModel]:
-    """The net of a spec and its trace, to be read only."""
+    """Return the net of a spec and its trace, to be read only."""
     torch.manual_seed(0)
     net = Net(spec.layers).to(spec.dtype).eval()
     example = {"x": torch.randn(*[3, 2, 4][: spec.rank - 1], spec.layers[0].inputs, dtype=spec.dtype)}
@@ -186,7 +186,7 @@ def layer_lists(draw: st.DrawFn) -> tuple[Layer, ...]:
 
 @st.composite
 def net_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> Case:
-    """A plain net and an input of one to four axes, with empty ones and transposed ones among them."""
+    """Return a plain net and an input of one to four axes, with empty ones and transposed ones among them."""
     layers = draw(layer_lists())
     is_one_value = layers[0].inputs == 1  # as an input of one axis: `trace` takes it for a batch of one and widens it
     rank = draw(st.integers(2 if is_one_value else 1, 4))

@@ -237,7 +237,7 @@ class ChangesOfAdapters(RuleBasedStateMachine):
         return len(copied) > len(set(copied)) or any(adapted_elsewhere)
 
     def draw_name(self, data: st.DataObject, sensible: set[str]) -> str:
-        """A name of which a change is to be made; now and then one of which it cannot be."""
+        """Return a name of which a change is to be made; now and then one of which it cannot be."""
         pool = sorted(sensible) if sensible and data.draw(st.integers(0, 7)) else list(NAMES_OF_ADAPTERS)
         return data.draw(st.sampled_from(pool))
 

@@ -24,7 +24,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def snapshot(exported: Path, repository: Path) -> Path:
-    """The export as huggingface_hub lays out a repository that it has downloaded."""
+    """Return the export as huggingface_hub lays out a repository that it has downloaded."""
     folder, blobs = repository / "snapshots" / "abc", repository / "blobs"
     folder.mkdir(parents=True)
     blobs.mkdir()

@@ -13,7 +13,7 @@ from gralora_fx.run.sessions.ort_values import as_tensor, run_values
 
 @pytest.fixture
 def session() -> InferenceSession:
-    """A session over `y = x + x`."""
+    """Return a session over `y = x + x`."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "twice", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)

@@ -15,13 +15,13 @@ from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 
 @pytest.fixture
 def http(service: tuple[str, Any]) -> TestClient:
-    """A client of the app, without a network."""
+    """Return a client of the app, without a network."""
     return TestClient(service[1])
 
 
 @pytest.fixture
 def client(service: tuple[str, Any]) -> Iterator[openai.OpenAI]:
-    """The official client, at the address."""
+    """Yield the official client, at the address."""
     with openai.OpenAI(base_url=f"{service[0]}v1", api_key="none", max_retries=0, timeout=60) as made:
         yield made
 

@@ -54,7 +54,7 @@ def export(tmp_path: Path) -> Path:
 
 
 def answer(decoder: Decoder, prompt: list[int], adapter: str | None, count: int = 6) -> tuple[list[int], int, Any]:
-    """A row's greedy answer, how many tokens of its prompt it took over, and the logits after the prompt."""
+    """Return a row's greedy answer, how many tokens of its prompt it took over, and the logits after the prompt."""
     start = decoder.start_of(adapter, prompt)
     row = decoder.open(adapter, start=start)
     filled = at = decoder.fill(row, prompt)

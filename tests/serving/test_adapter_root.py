@@ -21,7 +21,7 @@ from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with PEFT's `wide` and the export `data`."""
+    """Return a directory with PEFT's `wide` and the export `data`."""
     folder = tmp_path_factory.mktemp("root")
     decoders(folder, "data")
     return folder
@@ -84,7 +84,7 @@ def test_paths_that_lead_out_are_refused(root: Path, made: Path, tmp_path: Path,
 
 
 def linked(link: Callable[[Path, Path], None], name: str) -> Callable[[Path, Path], None]:
-    """Makes a file of the adapter a link to one outside."""
+    """Make a file of the adapter a link to one outside."""
 
     def change(root: Path, outside: Path) -> None:
         (root / name).rename(outside / "file")

@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answering(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Decoders by mode, and the oracles of the forms."""
+    """Return decoders by mode, and the oracles of the forms."""
     (folder / "llama").mkdir()
     decoders(folder / "llama", *MODES)
     return folder / "llama", saved("llama", folder / "llama", LLAMA)
@@ -143,7 +143,7 @@ def test_replicas_have_one_conversion(answering: tuple[Path, dict[str, Any]]) ->
 
 @pytest.fixture
 def damaged(answering: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
-    """A root of adapters that cannot be served."""
+    """Return a root of adapters that cannot be served."""
     source = answering[0] / "lora"
     for name in ("no-tensors", "no-config", "cut", "huge", "wider", "method", "files"):
         shutil.copytree(source, tmp_path / name)

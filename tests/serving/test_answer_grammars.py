@@ -52,7 +52,7 @@ TREE = {
 
 
 def _union(*tags: str | None) -> dict[str, Any]:
-    """A schema as pydantic writes one of a discriminated union, some of whose tags may be missing."""
+    """Return a schema as pydantic writes one of a discriminated union, some of whose tags may be missing."""
     kinds: list[Any] = [{"type": "string"} if tag is None else {"const": tag, "default": tag} for tag in tags]
     defs = {
         f"d{n}": {"type": "object", "properties": {"kind": kind, "x": {"enum": [n]}}, "additionalProperties": False}
@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with exports of a tiny Llama, and adapters of two more methods for them."""
+    """Return a folder with exports of a tiny Llama, and adapters of two more methods for them."""
     made = tmp_path_factory.mktemp("grammars")
     model, _ = adapted("llama", made, CACHED, **SIZES)
     export_onnx(model, made / "data", adapters="data", verify=False, tokenizer=chat_tokenizer())

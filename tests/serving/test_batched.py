@@ -21,7 +21,7 @@ ADAPTERS = ("small", "wide")
 
 
 def exported(name: str, folder: Path, task: str | None = None, **options: Any) -> tuple[Path, dict[str | None, Any]]:
-    """An export with two adapters of PEFT's, of other ranks, and PEFT's models by adapter."""
+    """Return an export with two adapters of PEFT's, of other ranks, and PEFT's models by adapter."""
     oracles: dict[str | None, Any] = {None: tiny_model(name)}
     model: GraloraModel | None = None
     for seed, (adapter, rank) in enumerate(zip(ADAPTERS, (2, 6), strict=True)):
@@ -51,7 +51,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | 
 
 
 def expected(oracle: Any, tokens: list[int]) -> np.ndarray[Any, Any]:
-    """The last logits of a text that is read alone."""
+    """Return the last logits of a text that is read alone."""
     with torch.no_grad():
         logits: np.ndarray[Any, Any] = oracle(torch.tensor([tokens])).logits[0, -1].numpy()
     return logits
@@ -131,7 +131,7 @@ def test_an_export_without_rows_takes_no_adapter_by_row(tmp_path: Path) -> None:
 
 
 def cached(model: Any, row: int) -> NDArray[Any]:
-    """A copy of all keys and values of a row."""
+    """Return a copy of all keys and values of a row."""
     return np.stack(list(model.cached(row).values()))
 
 

@@ -51,7 +51,7 @@ class Caller:
         self.events: queue.Queue[Any] = queue.Queue()
 
     def text(self) -> str:
-        """The whole answer."""
+        """Return the whole answer."""
         text, ending = "", None
         while ending is None:
             piece = self.events.get(timeout=60)
@@ -166,7 +166,7 @@ def test_a_request_that_is_given_up_leaves_no_shortage(model: OrtModel) -> None:
 
 
 def answers(decoder: Any, requests: Sequence[TextRequest]) -> tuple[list[str], list[int], bool]:
-    """The texts, what caches held at each step, and whether a row was ever free while a request waited."""
+    """Return the texts, what caches held at each step, and whether a row was ever free while a request waited."""
     held: list[int] = []
     waited = False
     step = decoder.step

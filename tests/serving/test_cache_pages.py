@@ -126,7 +126,7 @@ def test_a_prompt_takes_no_more_ahead_than_the_bound_lets_it(model: OrtModel) ->
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A system other than Linux, as far as memory goes."""
+    """Yield a system other than Linux, as far as memory goes."""
     monkeypatch.setattr(paged_memory, "sys", SimpleNamespace(platform="darwin"))
     kept_reason.cache_clear()
     yield

@@ -33,7 +33,7 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="Node is ne
 
 @cache
 def let_in(expression: str) -> set[str]:
-    """The characters that an expression lets in as it is written out; `regex` reads Rust's syntax."""
+    """Return the characters that an expression lets in as it is written out; `regex` reads Rust's syntax."""
     return set(regex.findall(portable(expression), "".join(EVERY), regex.VERSION1))
 
 

@@ -41,7 +41,7 @@ CALLS = [("call_1", "get_weather", {"city": "Rome"}), ("call_2", "say", {"city":
 
 
 def as_sent() -> list[dict[str, Any]]:
-    """A chat as OpenAI's clients send it."""
+    """Return a chat as OpenAI's clients send it."""
     calls = [
         {"id": key, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
         for key, name, arguments in CALLS
@@ -55,7 +55,7 @@ def as_sent() -> list[dict[str, Any]]:
 
 
 def as_given() -> list[dict[str, Any]]:
-    """The same as users of transformers give it to a template."""
+    """Return the same as users of transformers give it to a template."""
     calls = [{"type": "function", "function": {"name": name, "arguments": given}} for _, name, given in CALLS]
     results = [{"role": "tool", "name": name, "content": f"sunny {key}"} for key, name, _ in CALLS]
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -63,7 +63,7 @@ def as_given() -> list[dict[str, Any]]:
 
 
 def as_items() -> list[dict[str, Any]]:
-    """The same as the input of a response."""
+    """Return the same as the input of a response."""
     calls = [
         {"type": "function_call", "call_id": key, "name": name, "arguments": json.dumps(arguments)}
         for key, name, arguments in CALLS
@@ -84,7 +84,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that are tokenized."""
+    """Return a list that gets the texts that are tokenized."""
     texts: list[str] = []
     own = TextTokenizer.__call__
     monkeypatch.setattr(

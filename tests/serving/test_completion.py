@@ -116,7 +116,7 @@ def test_characters_come_whole_and_as_soon_as_they_are() -> None:
 
 
 def letters(text: str, stop: list[str]) -> Completion:
-    """An answer that was given a text letter by letter."""
+    """Return an answer that was given a text letter by letter."""
     tokenizer = tiny_tokenizer()
     answer = Completion(tokenizer, NO_ENDS, stop)
     for letter in text:

@@ -89,7 +89,7 @@ def flip(suffix: str, seed: int) -> Damage:
 
 
 def cut(suffix: str, share: float) -> Damage:
-    """The beginning of a file."""
+    """Return the beginning of a file."""
 
     def damage(file: Path) -> None:
         path = file.with_suffix(suffix)
@@ -159,7 +159,7 @@ def altered_tensors(sound: Sound) -> Iterator[Damage]:
 
 
 def altered_records(sound: Sound) -> Iterator[Damage]:
-    """Records of another base, other blocks, other layers, or of no meaning."""
+    """Yield records of another base, other blocks, other layers, or of no meaning."""
     text = read_record(sound.file)
     keep: Callable[[Tensors], object] = lambda tensors: None  # noqa: E731
     wrong: list[dict[str, Any]] = [

@@ -54,7 +54,7 @@ exec setpriv --reuid {user} --regid {user} --clear-groups --no-new-privs --bound
 
 
 def instruction(name: str) -> Any:
-    """The arguments of the Dockerfile's last instruction of a name, in the exec form."""
+    """Return the arguments of the Dockerfile's last instruction of a name, in the exec form."""
     lines = re.findall(rf"^ *{name} (.*)$", DOCKERFILE.replace("\\\n", ""), re.MULTILINE)
     return json.loads(lines[-1][lines[-1].index("[") :])
 
@@ -146,14 +146,14 @@ def test_the_image_is_built_from_what_is_there() -> None:
 
 
 def health_check() -> str:
-    """The program of the Dockerfile's health check."""
+    """Return the program of the Dockerfile's health check."""
     (found,) = re.findall(r'HEALTHCHECK [^\n]*\n *CMD \["python", "-c", "(.*)"\]', DOCKERFILE.replace("\\\n", "\n"))
     return str(found)
 
 
 @pytest.fixture
 def confined() -> Iterator[tuple[Path, list[str]]]:
-    """A folder that every user may read, and the command line that runs another one as a container would.
+    """Yield a folder that every user may read, and the command line that runs another one as a container would.
 
     Its own folder `tmp` is the only place that can be written.
     """

@@ -42,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> OrtModel:
 
 
 def read(decoder: Decoder, row: int, count: int, others: Mapping[int, Sequence[int]] | None = None) -> NDArray[Any]:
-    """The logits after each token of a text, of which some are read in a step; other rows read with each."""
+    """Return the logits after each token of a text, of which some are read in a step; other rows read with each."""
     decoder.rewind(row, len(PROMPT))
     found = []
     for start in range(0, len(TEXT), count):

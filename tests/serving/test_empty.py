@@ -31,7 +31,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def arrays(served: OrtModel) -> dict[str, Any]:
-    """A valid call without a past."""
+    """Return a valid call without a past."""
     result = {}
     for value in served.session.get_inputs():
         shape = [SIZES.get(axis, axis) if isinstance(axis, str) else axis for axis in value.shape]

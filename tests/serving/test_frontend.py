@@ -63,7 +63,7 @@ class Replicas:
 
 @contextmanager
 def frontend(replicas: Replicas, folder: Path, **settings: Any) -> Iterator[HTTPConnection]:
-    """A connection to a frontend, which stays open between requests."""
+    """Yield a connection to a frontend, which stays open between requests."""
     made = Frontend(replicas, ServiceSettings(folder, **settings), ("small",), folder, folder / "access.log")
     with serving(made.__serve_build_asgi_app__()) as address:
         connection = HTTPConnection(*address, timeout=20)

@@ -38,7 +38,7 @@ def decoder(name: str) -> PreTrainedModel:
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "opt", "gemma3", "phi3", "qwen3", "mistral"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, OrtModel]:
-    """A merged model in PyTorch, and its export."""
+    """Return a merged model in PyTorch, and its export."""
     name = request.param
     torch.manual_seed(0)
     traced = trace(decoder(name), task="text-generation-with-past")
@@ -235,7 +235,7 @@ def test_an_attention_that_cannot_be_fused_is_plain_and_named(tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def speaking(tmp_path_factory: pytest.TempPathFactory) -> OrtModel:
-    """An export with a tokenizer."""
+    """Return an export with a tokenizer."""
     path = tmp_path_factory.mktemp("speaking") / "onnx"
     traced = trace(decoder("llama"), task="text-generation-with-past")
     export_onnx(traced, path, tokenizer=tiny_tokenizer(), verify=False)

@@ -73,7 +73,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str |
 
 @pytest.fixture(scope="module")
 def server(exported: tuple[Path, dict[str | None, Any]]) -> Iterator[Server]:
-    """A process that all tests ask; the last of them ends it."""
+    """Yield a process that all tests ask; the last of them ends it."""
     running = Server(exported[0])
     yield running
     running.process.kill()

@@ -60,7 +60,7 @@ Served = tuple[str, OrtModel, openai.OpenAI, Path]
 
 @pytest.fixture(scope="module", params=_MODELS)
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    """The name of a model, its export opened beside its service, a client of that, and the export's directory."""
+    """Yield the name of a model, its export opened beside its service, a client of that, and the export's directory."""
     name = request.param
     path = made_once(f"{name}-of-http", lambda folder: _exported(name, folder)) / "data"
     with running(ServiceSettings(path, max_batch=4)) as (address, _):

@@ -74,7 +74,7 @@ class Prompts:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | None, Any]]:
-    """An export that takes embeddings, with two adapters as data, and PEFT's models of them."""
+    """Return an export that takes embeddings, with two adapters as data, and PEFT's models of them."""
     folder = tmp_path_factory.mktemp("images")
     ids = {"eos_token_id": END, "bos_token_id": 1, "pad_token_id": 0}
     model, oracles = adapted("llama", folder, TASK, max_position_embeddings=128, **ids)
@@ -92,7 +92,7 @@ def prompts(exported: tuple[Path, dict[str | None, Any]]) -> Prompts:
 
 @pytest.fixture(scope="module")
 def http(exported: tuple[Path, dict[str | None, Any]], prompts: Prompts) -> Iterator[TestClient]:
-    """A service of the export whose images the stand-in reads."""
+    """Yield a service of the export whose images the stand-in reads."""
     with pytest.MonkeyPatch.context() as patches:
 
         def reader(settings: ServiceSettings, _: Any) -> RequestImages:
@@ -112,7 +112,7 @@ SMALL, WIDE = url(encoded(picture(), "PNG")), url(encoded(picture(size=(60, 9)),
 
 
 def content(*urls: str, text: str = "What is it?") -> list[dict[str, Any]]:
-    """The parts of a message, images first."""
+    """Return the parts of a message, images first."""
     return [*({"type": "image_url", "image_url": {"url": each}} for each in urls), {"type": "text", "text": text}]
 
 
@@ -330,7 +330,7 @@ def test_hosts_are_names_as_in_urls(host: str) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
-    """An export of a tiny model with what reads its pixels, the model and its processor."""
+    """Return an export of a tiny model with what reads its pixels, the model and its processor."""
     model = tiny_image_model("Qwen2_5_VLForConditionalGeneration")
     processor, path = tiny_processor(model), tmp_path_factory.mktemp("whole") / "export"
     export_onnx(trace(model, task=TASK), path, tokenizer=processor, verify=False)

@@ -91,7 +91,7 @@ def test_large_bodies(client: TestClient) -> None:
 
 
 def said(connection: socket.socket) -> tuple[int, str]:
-    """The status and the error of what a service answers before it ends a connection."""
+    """Return the status and the error of what a service answers before it ends a connection."""
     connection.settimeout(20)
     found = b""
     while part := connection.recv(65536):

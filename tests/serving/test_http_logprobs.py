@@ -42,7 +42,7 @@ def scores(oracle: Any, ids: list[int]) -> torch.Tensor:
 
 
 def expected(oracle: Any, prompt: str, count: int, top: int) -> tuple[list[int], list[float], list[dict[int, float]]]:
-    """The greedy tokens, their log-probabilities, and those of the likeliest."""
+    """Return the greedy tokens, their log-probabilities, and those of the likeliest."""
     ids = chat_tokenizer()(prompt)["input_ids"]
     new = greedy(oracle, ids, count)
     rows = scores(oracle, ids + new)[len(ids) - 1 : -1]
@@ -51,7 +51,7 @@ def expected(oracle: Any, prompt: str, count: int, top: int) -> tuple[list[int],
 
 
 def name(token: int) -> str:
-    """A token as chats have it; a part of a letter is a replacement character."""
+    """Return a token as chats have it; a part of a letter is a replacement character."""
     return str(chat_tokenizer().decode([token]))
 
 

@@ -36,7 +36,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def services() -> Iterator[Any]:
-    """Opens a client of a service."""
+    """Open a client of a service."""
     clients: list[TestClient] = []
 
     def serve(path: Path, **settings: Any) -> TestClient:
@@ -60,7 +60,7 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 
 def rejections(samples: Samples) -> dict[str, float]:
-    """Counts by reason, without those that are zero; for each method they are of the requests that are counted."""
+    """Return counts above zero by reason; for each method they are of the requests that are counted."""
     found: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     for (name, labels), count in samples.items():

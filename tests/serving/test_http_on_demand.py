@@ -26,7 +26,7 @@ PROMPT = "Hello there"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | None, Any]]:
-    """An export without adapters of its own, beside PEFT's; and their models."""
+    """Return an export without adapters of its own, beside PEFT's; and their models."""
     folder = tmp_path_factory.mktemp("on_demand")
     _, oracles = decoders(folder, "data")
     oracles["lora"] = lora()

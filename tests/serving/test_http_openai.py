@@ -36,7 +36,7 @@ ALL_OPTIONS = {"temperature": 0, "max_tokens": 6}
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an export that has room for a conversation in letters."""
+    """Return a folder with an export that has room for a conversation in letters."""
     folder = tmp_path_factory.mktemp("openai")
     sizes = {"eos_token_id": ENDS, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 1024}
     model, _ = adapted("llama", folder, CACHED, **sizes)
@@ -46,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(exported: Path) -> Iterator[tuple[str, int, Any]]:
-    """The base's name, the port and the app."""
+    """Yield the base's name, the port and the app."""
     app = create_app(ServiceSettings(exported / BASE, max_batch=4, max_queue=4, api_key="secret"))
     with serving(app) as (_, port):
         yield BASE, port, app
@@ -75,7 +75,7 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def seeded(build: Callable[[Any], dict[str, Any]], config: Any) -> dict[str, Any]:
-    """A request whose random answer is the same in every run, and not empty."""
+    """Return a request whose random answer is the same in every run, and not empty."""
     return {**build(config), "seed": 1}
 
 

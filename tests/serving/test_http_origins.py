@@ -27,7 +27,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(exported: Path) -> Iterator[TestClient]:
-    """A service with a key that two origins may use."""
+    """Yield a service with a key that two origins may use."""
     origins = (FRIEND, "http://localhost:5173")
     app = create_app(ServiceSettings(exported, api_key="secret", allow_origin=origins))
 

@@ -75,14 +75,14 @@ class Page:
         return waiting.until(lambda _: condition())
 
     def all(self, selector: str) -> list[WebElement]:
-        """The elements that are shown."""
+        """Return the elements that are shown."""
         return [found for found in self.driver.find_elements(By.CSS_SELECTOR, selector) if found.is_displayed()]
 
     def shown(self, selector: str) -> bool:
         return bool(self.all(selector))
 
     def one(self, selector: str) -> WebElement:
-        """The only element that is shown."""
+        """Return the only element that is shown."""
         found = self.all(selector)
         if len(found) != 1:  # which a wait goes on after
             raise NoSuchElementException(f"{len(found)} elements are {selector}, not one")
@@ -102,7 +102,7 @@ class Page:
         Select(self.one("#adapter select")).select_by_value(adapter)
 
     def complete(self, prompt: str, count: int = 12) -> str:
-        """The streamed answer to a prompt, and nothing of what was there before."""
+        """Return the streamed answer to a prompt, and nothing of what was there before."""
         self.one("button[name=clear]").click()
         self.fill("textarea[name=prompt]", prompt)
         self.fill("input[name=temperature]", "0")
@@ -123,12 +123,12 @@ class Page:
         ]
 
     def tile(self, title: str) -> float:
-        """The number of a tile."""
+        """Return the number of a tile."""
         tiles = {tile.find_element(By.TAG_NAME, "h3").text: tile for tile in self.all(".tile")}
         return float(tiles[title].find_element(By.TAG_NAME, "strong").text.replace(",", ""))
 
     def requests(self) -> list[str]:
-        """The addresses that the page has asked for."""
+        """Return the addresses that the page has asked for."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
         return [message["request"]["url"] for message in sent]
@@ -167,7 +167,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def services() -> Iterator[Callable[[ServiceSettings], tuple[str, Any]]]:
-    """Starts services, which end with the module."""
+    """Start services, which end with the module."""
     with ExitStack() as stack:
         yield lambda settings: stack.enter_context(running(settings))
 

@@ -41,7 +41,7 @@ def ranker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 
 def refusal(client: TestClient, path: str, **request: Any) -> tuple[str | None, str]:
-    """The field and the message of a request that is refused."""
+    """Return the field and the message of a request that is refused."""
     found = client.post(path, **request)
     assert found.status_code == 400
     error = found.json()["error"]

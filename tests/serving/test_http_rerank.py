@@ -27,7 +27,7 @@ DOCUMENTS = ["here", "A rather longer text, with which others are padded", "no",
 
 
 def pair_tokenizer() -> PreTrainedTokenizerBase:
-    """The tiny tokenizer with the pairs and token types of BERT's."""
+    """Return the tiny tokenizer with the pairs and token types of BERT's."""
     tokenizer = tiny_tokenizer()
     _, start, end = SPECIAL
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

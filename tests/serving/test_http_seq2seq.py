@@ -40,7 +40,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(export: Path) -> Iterator[tuple[str, Any]]:
-    """The address, which ends in a slash, and the app."""
+    """Yield the address, which ends in a slash, and the app."""
     with running(ServiceSettings(export, max_batch=3, max_queue=16, adapter_root=export.parent)) as served:
         yield served
 

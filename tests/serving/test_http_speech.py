@@ -43,13 +43,13 @@ def source() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def service(export: Path) -> Iterator[tuple[str, Any]]:
-    """The address, which ends in a slash, and the app."""
+    """Yield the address, which ends in a slash, and the app."""
     with running(ServiceSettings(export, max_batch=3, max_queue=8, max_body=200_000)) as served:
         yield served
 
 
 def heard(seed: int) -> Any:
-    """A recording as a file holds it, rounded to 16 bits."""
+    """Return a recording as a file holds it, rounded to 16 bits."""
     return read_audio(wav(sound(seed)), 30).samples
 
 

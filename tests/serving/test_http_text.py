@@ -34,7 +34,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path],
 def service(
     exported: tuple[dict[str, Path], dict[str | None, Any]],
 ) -> Iterator[tuple[TestClient, str, dict[str | None, Any]]]:
-    """A client, the base's name and the oracles."""
+    """Yield a client, the base's name and the oracles."""
     with TestClient(create_app(ServiceSettings(exported[0][MODE], max_batch=3))) as client:
         yield client, MODE, exported[1]
 
@@ -51,7 +51,7 @@ def expected(oracle: Any, prompt: str, count: int) -> str:
 
 
 def events(text: str) -> list[dict[str, Any]]:
-    """The objects of a stream, which ends with [DONE]."""
+    """Return the objects of a stream, which ends with [DONE]."""
     lines = text.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
@@ -235,7 +235,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def slow_app(exported: tuple[dict[str, Path], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, SlowSteps]:
-    """An app with one row and one place in the queue, and its steps."""
+    """Return an app with one row and one place in the queue, and its steps."""
     app = create_app(ServiceSettings(exported[0]["data"], max_batch=1, max_queue=1))
     return app, SlowSteps(monkeypatch)
 

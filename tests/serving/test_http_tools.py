@@ -67,7 +67,7 @@ def check(calls: Any) -> None:
 
 
 def streamed(chunks: Any) -> tuple[dict[int, str], dict[int, list[Any]], dict[int, str]]:
-    """The text, the calls (id, name, arguments) and the ending of each choice of a stream."""
+    """Return the text, the calls (id, name, arguments) and the ending of each choice of a stream."""
     texts: dict[int, str] = {}
     calls: dict[int, list[Any]] = {}
     endings: dict[int, str] = {}
@@ -231,7 +231,7 @@ def test_the_compliance_tests_of_tools_pass(service: tuple[str, Any], family: st
 
 
 def deep(levels: int) -> dict[str, Any]:
-    """A schema within schemas."""
+    """Return a schema within schemas."""
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(levels):
         schema = {"type": "object", "properties": {"a": schema}}

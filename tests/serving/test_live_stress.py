@@ -41,7 +41,7 @@ PROMPTS = ("Hello there", "a", "The capital of France is", "x y z")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A folder with exports and PEFT's adapters, and PEFT's models."""
+    """Return a folder with exports and PEFT's adapters, and PEFT's models."""
     folder = tmp_path_factory.mktemp("stress")
     return folder, decoders(folder, "data")[1]
 

@@ -50,12 +50,12 @@ class Oracle:
         self.model, self.tokenizer = model, tokenizer
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text."""
+        """Return the tokens of a text."""
         return list(self.tokenizer(text)["input_ids"])
 
     @torch.no_grad()
     def loglikelihood(self, known: list[int], ids: list[int]) -> tuple[float, bool]:
-        """The sum of the log-probabilities of tokens after known ones, and whether each is the likeliest."""
+        """Return the sum of the log-probabilities of tokens after known ones, and whether each is the likeliest."""
         rows = self.model(input_ids=torch.tensor([known + ids])).logits[0, len(known) - 1 : -1].log_softmax(-1)
         return float(rows[range(len(ids)), ids].sum()), rows.argmax(-1).tolist() == ids
 

@@ -34,7 +34,7 @@ KINDS = {
 
 
 def expected(model: Any, served: OrtModel, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """Transformers' answers to prompts, each read alone."""
+    """Return transformers' answers to prompts, each read alone."""
     return [alone(model, prompt, served.limits.ends)[0] for prompt in prompts]
 
 
@@ -59,7 +59,7 @@ class Exported:
         self.model = load(self.path, threads=1)
 
     def expected(self) -> list[list[int]]:
-        """Transformers' answers to the prompts, each read alone."""
+        """Return transformers' answers to the prompts, each read alone."""
         return expected(self.oracle, self.model, PROMPTS)
 
     def answer(self, prompts: Any, **options: Any) -> Any:

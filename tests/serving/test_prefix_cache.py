@@ -138,7 +138,7 @@ def test_answers_are_those_of_each_prompt_alone(export: Made) -> None:
 
 
 def read(decoder: Decoder, row: int, prompt: list[int], chunk: int) -> tuple[Any, int]:
-    """The logits after a prompt, and how many of its tokens were taken over."""
+    """Return the logits after a prompt, and how many of its tokens were taken over."""
     filled = at = decoder.fill(row, prompt)
     logits: Any = None
     while at < len(prompt):
@@ -149,7 +149,7 @@ def read(decoder: Decoder, row: int, prompt: list[int], chunk: int) -> tuple[Any
 
 
 def chat(decoder: Decoder, turns: int, chunk: int) -> tuple[list[Any], list[int]]:
-    """The logits after each token of a chat's answers, and how many tokens of each prompt were taken over."""
+    """Return the logits after each token of a chat's answers, and how many tokens of each prompt were taken over."""
     numbers, text, found, filled = random.Random(1), [5, 6], [], []
     for _ in range(turns):
         text += [numbers.randrange(3, 90) for _ in range(18)]
@@ -166,7 +166,7 @@ def chat(decoder: Decoder, turns: int, chunk: int) -> tuple[list[Any], list[int]
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OrtModel]:
-    """Exports of one model with numbers of other kinds."""
+    """Return exports of one model with numbers of other kinds."""
     folder, traced = tmp_path_factory.mktemp("kinds"), trace(tiny_model("llama", **SIZES), task=CACHED)
     config = LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     get_peft_model(tiny_model("llama", **SIZES), config).save_pretrained(str(folder / "adapter"))
@@ -249,7 +249,7 @@ def test_decoders_that_share_nothing_say_why(merged: dict[str, OrtModel]) -> Non
 
 @pytest.fixture(scope="module")
 def service(export: Made) -> Iterator[tuple[str, TestClient]]:
-    """The service's address, and a client."""
+    """Yield the service's address, and a client."""
     path, files = export
     adapters = {"one": files[0][0], "two": files[1][0]}
     with running(ServiceSettings(path, adapters=adapters, adapter_root=path.parent, max_batch=4)) as (url, _):
@@ -303,7 +303,7 @@ def test_several_answers_read_their_prompt_once(service: tuple[str, Any]) -> Non
 
 
 def metrics(url: str) -> dict[str, float]:
-    """The service's metrics without labels, or by the kind of tokens."""
+    """Return the service's metrics without labels, or by the kind of tokens."""
     with urlopen(f"{url}metrics") as response:
         families = list(text_string_to_metric_families(response.read().decode()))
     samples = [sample for family in families for sample in family.samples]

@@ -48,7 +48,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def write_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes the module of a plug-in package `onnxruntime_ep_fake` where Python finds it."""
+    """Write the module of a plug-in package `onnxruntime_ep_fake` where Python finds it."""
 
     def write(code: str) -> Path:
         folder = tmp_path / "onnxruntime_ep_fake"

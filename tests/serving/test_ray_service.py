@@ -89,7 +89,7 @@ class Replicated:
         ]
 
     def counted(self, replica: psutil.Process, *words: str) -> float:
-        """The counts of a replica whose names and labels hold some words; 0 if it is not there."""
+        """Return the counts of a replica whose names and labels hold some words; 0 if it is not there."""
         try:
             folder = Path(replica.environ()["PROMETHEUS_MULTIPROC_DIR"])
             values = list(MmapedDict.read_all_values_from_file(str(folder / f"counter_{replica.pid}.db")))
@@ -102,7 +102,7 @@ class Replicated:
         return self.counted(replica, "gralora_fx_tokens_total", "generated")
 
     def ask(self, model: str, *, stream: bool = False, tokens: int = 40) -> tuple[str, str]:
-        """The text of an answer, or an error's status and message."""
+        """Return the text of an answer, or an error's status and message."""
         options: dict[str, Any] = {"model": model, "prompt": "Hello", "temperature": 0, "max_tokens": tokens}
 
         def answer() -> str:
@@ -114,12 +114,12 @@ class Replicated:
         return self.outcome(answer)
 
     def classify(self) -> tuple[str, str]:
-        """The label of a text, or an error's status and message."""
+        """Return the label of a text, or an error's status and message."""
         body = {"input": "Hello"}
         return self.outcome(lambda: self.root.post("/classify", body=body, cast_to=dict)["data"][0]["label"])  # type: ignore[type-arg]
 
     def outcome(self, answer: Callable[[], str]) -> tuple[str, str]:
-        """An answer, or an error's status and message."""
+        """Return an answer, or an error's status and message."""
         try:
             return "text", answer()
         except openai.APIStatusError as error:
@@ -147,7 +147,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str |
 
 @contextmanager
 def replicated(path: Path, *options: str) -> Iterator[Replicated]:
-    """A service, of whose processes none is left."""
+    """Yield a service, of whose processes none is left."""
     running = Replicated(path, *options)
     processes = [running.process, *running.processes()]
     try:
@@ -163,7 +163,7 @@ def replicated(path: Path, *options: str) -> Iterator[Replicated]:
 
 @pytest.fixture(scope="module")
 def service(exported: tuple[Path, dict[str | None, Any]]) -> Iterator[Replicated]:
-    """A decoder, with an adapter that PEFT saved beside those of the export, and a log of its requests."""
+    """Yield a decoder, with an adapter that PEFT saved beside those of the export, and a log of its requests."""
     path = exported[0]
     root = ("--adapter-root", str(path.parent))
     root += ("--allow-origin", ORIGIN)

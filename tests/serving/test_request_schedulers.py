@@ -78,7 +78,7 @@ class Caller:
         self.events: queue.Queue[Any] = queue.Queue()
 
     def text(self) -> str:
-        """The whole answer."""
+        """Return the whole answer."""
         pieces = [self.events.get(timeout=20)]
         while not isinstance(pieces[-1], RunError) and pieces[-1].ending is None:
             pieces.append(self.events.get(timeout=20))

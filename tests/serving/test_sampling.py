@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest, models: tuple[dict[str, OrtModel], Any
 
 
 def generated(oracle: Any, prompt: list[int], **options: Any) -> list[int]:
-    """The new tokens of transformers' `generate`, without an end token."""
+    """Return the new tokens of transformers' `generate`, without an end token."""
     ids = torch.tensor([prompt])
     ends = options.setdefault("eos_token_id", [END])
     new = oracle.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)

@@ -39,7 +39,7 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> tuple[OrtModel, PreTrained
 
 
 def new_tokens(model: PreTrainedModel, text: str, **options: Any) -> list[int]:
-    """The tokens that transformers adds, without the start token and what follows the end token."""
+    """Return the tokens that transformers adds, without the start token and what follows the end token."""
     inputs = tiny_tokenizer()(text, return_tensors="pt", return_token_type_ids=False)
     tokens: list[int] = model.generate(**inputs, num_beams=1, **options)[0].tolist()[1:]
     return tokens[: tokens.index(2)] if 2 in tokens else tokens

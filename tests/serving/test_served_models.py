@@ -74,7 +74,7 @@ class Trial:
 
 
 def store(*keys: str, limits: AdapterLimits | None = None) -> tuple[AdapterStore, Host]:
-    """A store, and what holds its adapters."""
+    """Return a store, and what holds its adapters."""
     host: Any = Host(*keys)
     made = AdapterStore("base", host, limits)
     made.trial = Trial()  # type: ignore[assignment]
@@ -99,7 +99,7 @@ def held(models: AdapterStore, name: str) -> Iterator[str]:
 
 
 def key_of(models: AdapterStore, name: str) -> str:
-    """The key of a name's version now."""
+    """Return the key of a name's version now."""
     with held(models, name) as key:
         return key
 
@@ -110,7 +110,7 @@ async def used(models: AdapterStore, name: str) -> str | None:
 
 
 def running(models: AdapterStore) -> tuple[str, ...]:
-    """The adapters that requests run with, or are about to."""
+    """Return the adapters that requests run with, or are about to."""
     return tuple(sorted({version.name for version in models._versions.values() if version.holds}))
 
 

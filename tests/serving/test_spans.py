@@ -75,7 +75,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def described(span: Any) -> dict[str, Any]:
-    """A span's attributes."""
+    """Return a span's attributes."""
 
     def value(of: Any) -> Any:
         kind = of.WhichOneof("value")

@@ -57,7 +57,7 @@ def walk(
 
 
 def read(form: CallFormat, pieces: Sequence[str]) -> tuple[str, dict[int, list[str]], CallReader]:
-    """The text, and of each call its name and arguments."""
+    """Return the text, and of each call its name and arguments."""
     reader, parts = CallReader(form), list[AnswerPart]()
     for piece in pieces:
         parts += reader.step(piece)

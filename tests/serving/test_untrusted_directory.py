@@ -29,7 +29,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(exported: Path, tmp_path: Path) -> Path:
-    """A copy of an export whose manifest knows no sizes, so that what is read is refused and not its length."""
+    """Return a copy of an export whose manifest knows no sizes, so that what is read is refused and not its length."""
     folder = Path(shutil.copytree(exported, tmp_path / "onnx"))
     check_files(folder, read_manifest(folder), digests=True)
     forget_digests(folder)

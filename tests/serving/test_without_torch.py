@@ -86,7 +86,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def printed(python: Path | str, code: str, paths: tuple[Path, Path], environment: dict[str, str]) -> list[str]:
-    """The lines that a process prints, which has not imported torch in the end."""
+    """Return the lines that a process prints, which has not imported torch in the end."""
     command = [str(python), "-c", code, *map(str, paths)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=paths[0])
     assert result.returncode == 0, result.stderr

@@ -37,7 +37,7 @@ FILES = {CONFIG_NAME, WEIGHTS_NAME}
 
 @pytest.fixture(autouse=True)
 def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is killed loses nothing that it has written; only a machine does."""
+    """Skip `fsync`: a process that is killed loses nothing that it has written; only a machine does."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -52,7 +52,7 @@ class Net(nn.Module):
 
 @functools.cache
 def version(number: int) -> GraloraModel:
-    """A model with two adapters whose every value, and whose `alpha`, is the number."""
+    """Return a model with two adapters whose every value, and whose `alpha`, is the number."""
     graph = trace(Net(), (torch.ones(2, 8),))
     model = rewrite(graph, GraloraConfig(r=4, alpha=number, target_modules=["first"]))
     model.add_adapter("other", GraloraConfig(r=4, alpha=number, target_modules=["second"]))
@@ -72,7 +72,7 @@ def number_in(directory: Path) -> int:
 
 
 def number_in_place(directory: Path) -> int | None:
-    """The same of the two files in their places, as a program sees them that knows only those; None without tensors."""
+    """Return the same of the two files in their places, as a program that knows only those sees them."""
     if not (directory / WEIGHTS_NAME).exists():
         return None
     alpha = json.loads((directory / CONFIG_NAME).read_text())["alpha"]

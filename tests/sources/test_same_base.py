@@ -35,7 +35,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hub(root: Path, monkeypatch: pytest.MonkeyPatch, model: Path) -> Path:
-    """A cache of the hub with a repository of two commits; its `main` is the first."""
+    """Return a cache of the hub with a repository of two commits; its `main` is the first."""
     repository = root / "models--org--model"
     for commit in COMMITS:
         shutil.copytree(model, repository / "snapshots" / commit)

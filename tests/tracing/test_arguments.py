@@ -21,7 +21,7 @@ from tests.architectures.tiny_decoders import tiny_decoder
 
 
 def module(forward: Callable[..., Any]) -> nn.Module:
-    """A module with one linear layer and this forward."""
+    """Return a module with one linear layer and this forward."""
 
     class Made(nn.Module):
         def __init__(self) -> None:

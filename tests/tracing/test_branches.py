@@ -86,7 +86,7 @@ def both(within: Callable[[Net, Tensor], Tensor], **fields: int) -> tuple[nn.Mod
 
 
 def inputs() -> list[Tensor]:
-    """Inputs of which several take each branch."""
+    """Return inputs of which several take each branch."""
     return [torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1, 5)]
 
 

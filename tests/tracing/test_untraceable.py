@@ -78,7 +78,7 @@ class ReturnsSet(Base):
 
 
 def line_to_name(kind: type[nn.Module]) -> int:
-    """The marked line of a class, or of the function that it calls."""
+    """Return the marked line of a class, or of the function that it calls."""
     source: Any = decide if kind in (If, Inner) else kind
     lines, start = inspect.getsourcelines(source)
     return start + next(index for index, line in enumerate(lines) if "the line to name" in line)

@@ -19,7 +19,7 @@ CONFIG = GraloraConfig(r=2, target_modules={"0"})
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter and an export of it."""
+    """Return an adapter and an export of it."""
     path = tmp_path_factory.mktemp("untraced")
     model = rewrite(trace(nn.Sequential(nn.Linear(8, 8)), (torch.ones(2, 8),)), CONFIG)
     model.save_pretrained(path / "adapter")
