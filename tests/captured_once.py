@@ -20,6 +20,7 @@ from gralora_fx.core.tracing.graph_record import deep_copy
 
 _MOST = 2**21  # elements of a model whose capture is kept
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_NOTES = ("name_or_path", "_is_hf_initialized")  # where a model came from
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -66,7 +67,7 @@ def _key(draft: Draft) -> str | None:
         is_known = type(part).__module__.startswith(("torch.nn.", "transformers."))
         if not is_known or _has_own_forward(part) or any(vars(part)[hooks] for hooks in _HOOKS):
             return None
-        plain = {name: value for name, value in vars(part).items() if isinstance(value, _PLAIN)}
+        plain = {name: value for name, value in vars(part).items() if isinstance(value, _PLAIN) and name not in _NOTES}
         config = getattr(part, "config", None)
         said.append((path, type(part), sorted(plain.items()), getattr(config, "_attn_implementation", None)))
     first: dict[int, str] = {}

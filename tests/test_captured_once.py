@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from captured_once import once
@@ -61,3 +63,13 @@ def test_whatever_differs_is_captured(captures: list[nn.Module]) -> None:
     for model in models:
         trace(model)
     assert captures == models
+
+
+def test_a_model_is_the_same_wherever_it_was_saved(captures: list[nn.Module], tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    for name in ("a", "b"):
+        model.save_pretrained(tmp_path / name)
+    loaded = [type(model).from_pretrained(tmp_path / name) for name in ("a", "b")]
+    graphs = [trace(each).graph_module for each in loaded]
+    assert captures == loaded[:1]
+    assert {id(p) for p in graphs[1].parameters()} <= {id(p) for p in loaded[1].parameters()}
