@@ -73,6 +73,7 @@ def test_what_reads_pixels_takes_adapters_as_inputs(inputs: OrtModel) -> None:
     assert _answer(inputs) != _answer(inputs, adapter="tower")
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_features_are_kept_by_the_adapter_that_reads_pixels(
     inputs: OrtModel, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,8 @@ import gralora_fx.peft as ours
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError, TraceError
 from gralora_fx.peft.optimizers import create_loraplus_optimizer
 
+pytestmark = pytest.mark.usefixtures("own_garbage")  # Trainer collects it
+
 TARGETS = ["q_proj", "down_proj"]
 IDS = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
 

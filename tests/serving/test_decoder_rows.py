@@ -113,6 +113,7 @@ def test_a_row_runs_with_an_adapter_that_was_unloaded_before_its_first_step(mode
     assert "small" not in list(model.adapters.loaded)
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_the_memory_of_adapters_that_are_gone_is_freed(exports: Exports) -> None:
     model = load(exports[0]["data"], threads=1)
     decoder: Any = model.decoder(rows=1, capacity=16, chunk=8)

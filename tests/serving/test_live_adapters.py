@@ -145,6 +145,7 @@ def test_requests_keep_the_version_that_they_began_with(
     wait_for(lambda: metric(service, "gralora_fx_adapter_versions") == before - 1)
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_the_memory_of_old_versions_is_freed(service: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = service.app.state.engine  # type: ignore[attr-defined]
     served = engine.models
