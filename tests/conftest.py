@@ -36,7 +36,7 @@ sys.dont_write_bytecode = False
 # of the time of tests that trace
 logging.getLogger("torch.__trace").propagate = True
 torch.set_num_threads(1)  # so that parallel workers do not fight over the cores
-gc.set_threshold(100_000, 20, 100)  # graphs are many small objects; the usual threshold looks them through all the time
+gc.set_threshold(1_000_000, 20, 100)  # graphs are many small objects; usual thresholds look them through all the time
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -101,7 +101,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
         items[:] = sampled(items, slow=is_slow)
         capture.capture = once(capture.capture)
+        _let_sessions_sleep()
     items.sort(key=rank)
+
+
+def _let_sessions_sleep() -> None:
+    """Have threads of ONNX Runtime that wait sleep: spinning, they take the cores of the tests beside."""
+    import onnxruntime
+
+    original = onnxruntime.InferenceSession.__init__
+
+    def opened(
+        session: onnxruntime.InferenceSession,
+        model: Any,
+        sess_options: onnxruntime.SessionOptions | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        options = onnxruntime.SessionOptions() if sess_options is None else sess_options
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        original(session, model, options, *args, **kwargs)
+
+    onnxruntime.InferenceSession.__init__ = opened
 
 
 def pytest_sessionfinish() -> None:
