@@ -21,9 +21,7 @@ IMAGE, _BEFORE, _AFTER = 90, [5, 6], [7, 8, 9]  # the token of an image, and the
 
 def image_classes() -> tuple[str, ...]:
     """Return the class of every model of transformers that makes text of images and text."""
-    return tuple(
-        sorted({name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() if hasattr(transformers, name)})
-    )
+    return tuple(sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()) & set(dir(transformers))))
 
 
 def tiny_image_model(name: str, **fields: Any) -> PreTrainedModel:

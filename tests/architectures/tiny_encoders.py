@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,25 @@ class Listed:
 
 def encoder_classes() -> tuple[Listed, ...]:
     """Every class with a head for classification or masked words, and the bare model of every other encoder."""
-    found: dict[str, Listed] = {}
+    found, known = dict[str, Listed](), set(dir(transformers))
+    for task, kind, name in _mapped():
+        if name in known and (task != _FEATURES or skipped(kind) is None):
+            found.setdefault(name, Listed(name, task))
+    return tuple(found.values())
+
+
+def task_of(name: str) -> str | None:
+    """Return the task of a class of `encoder_classes()`, importing none of the others."""
+    tasks = (task for task, kind, each in _mapped() if each == name and (task != _FEATURES or skipped(kind) is None))
+    return next(tasks, None)
+
+
+def _mapped() -> Iterator[tuple[str, str, str]]:
+    """Yield the task, the type and the name of every class in transformers' mappings."""
     for task, mapping in _MAPPINGS.items():
         for kind, names in mapping.items():
             for name in (names,) if isinstance(names, str) else names:
-                if hasattr(transformers, name) and (task != _FEATURES or skipped(kind) is None):
-                    found.setdefault(name, Listed(name, task))
-    return tuple(found.values())
+                yield task, kind, name
 
 
 def skipped(kind: str) -> str | None:
