@@ -29,7 +29,7 @@ def once(capture: Callable[[Draft], Captured]) -> Callable[[Draft], Captured]:
     kept: dict[str, tuple[fx.GraphModule, dict[str, Tensor]]] = {}
 
     def captured(draft: Draft) -> Captured:
-        key = _key(draft)
+        key = key_of(draft)
         if key is None:
             return capture(draft)
         own = dict(_tensors(draft.model))
@@ -49,7 +49,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _key(draft: Draft) -> str | None:
+def key_of(draft: Draft) -> str | None:
     """Return what says all that a capture depends on; None of a model in which something may be changed by hand."""
     model: Any = draft.model
     tensors = dict(_tensors(model))
