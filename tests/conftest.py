@@ -84,22 +84,27 @@ def pytest_configure(config: pytest.Config) -> None:
         place = tempfile.mkdtemp(prefix="tests-made-once-")
         os.environ[PLACE] = place
         config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
-    is_sample = config.getoption("--sample") or config.getoption("--sample-slow")
-    if is_sample:
+    if config.getoption("--sample") or config.getoption("--sample-slow"):
         os.environ["SAMPLE_EXAMPLES"] = "1"
-    if is_sample or config.option.markexpr == "quick":
+    if _is_short(config):
         os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
 
 
+def _is_short(config: pytest.Config) -> bool:
+    """Return whether a run is that of `make test`, `make test-slow` or `make quick`."""
+    return config.getoption("--sample") or config.getoption("--sample-slow") or config.option.markexpr == "quick"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put what takes long first, which workers keep to (`--no-loadscope-reorder`); of a sample, share captures."""
+    """Put what takes long first, which workers keep to (`--no-loadscope-reorder`); share captures in short runs."""
     is_slow = config.getoption("--sample-slow")
     if is_slow or config.getoption("--sample"):
+        items[:] = sampled(items, slow=is_slow)
+    if _is_short(config):
         from captured_once import once  # where tests run: the process that starts the workers loads none of it
 
         from gralora_fx.core.tracing import capture
 
-        items[:] = sampled(items, slow=is_slow)
         capture.capture = once(capture.capture)
         _let_sessions_sleep()
     items.sort(key=rank)
