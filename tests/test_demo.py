@@ -118,7 +118,7 @@ def test_steps_come_at_least_every_fifteen_seconds() -> None:
 
 
 def answers_in_the_service(export: Path) -> None:
-    """Return base and adapter, asked at once over HTTP, each answer as alone."""
+    """Check that base and adapter, asked at once over HTTP, answer each as alone."""
     model = load(export)
     alone = [model.generate("England", max_new_tokens=8, adapter=name) for name in (None, "sports")]
     with running(ServiceSettings(export)) as (url, _), ThreadPoolExecutor(2) as pool:

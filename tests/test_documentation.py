@@ -8,7 +8,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from source_files import FILES, ROOT, nodes
+from source_files import FILES, ROOT, nodes, parsed
 from test_import_order import ORDER
 from typer.main import get_command
 
@@ -104,7 +104,7 @@ def test_docstrings_say_what_a_thing_is_or_does(folder: str) -> None:
     begun = [
         f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
         for file in sorted((ROOT / folder).rglob("*.py"))
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(file.resolve()))
         if isinstance(node, described) and (ast.get_docstring(node) or "").partition(" ")[0] in QUESTIONS
     ]
     assert begun == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,26 +44,26 @@ class Listed:
 
 
 def encoder_classes() -> tuple[Listed, ...]:
-    """Every class with a head for classification or masked words, and the bare model of every other encoder."""
-    found, known = dict[str, Listed](), set(dir(transformers))
-    for task, kind, name in _mapped():
-        if name in known and (task != _FEATURES or skipped(kind) is None):
-            found.setdefault(name, Listed(name, task))
+    """Return every class with a head for classification or masked words, and the bare model of every other encoder."""
+    found: dict[str, Listed] = {}
+    for listed in _listed(dir(transformers)):
+        found.setdefault(listed.name, listed)
     return tuple(found.values())
 
 
 def task_of(name: str) -> str | None:
     """Return the task of a class of `encoder_classes()`, importing none of the others."""
-    tasks = (task for task, kind, each in _mapped() if each == name and (task != _FEATURES or skipped(kind) is None))
-    return next(tasks, None)
+    return next((listed.task for listed in _listed([name])), None)
 
 
-def _mapped() -> Iterator[tuple[str, str, str]]:
-    """Yield the task, the type and the name of every class in transformers' mappings."""
+def _listed(names: Iterable[str]) -> Iterator[Listed]:
+    """Yield those of some classes that transformers lists for a task, first that of a head."""
+    chosen = set(names)
     for task, mapping in _MAPPINGS.items():
-        for kind, names in mapping.items():
-            for name in (names,) if isinstance(names, str) else names:
-                yield task, kind, name
+        for kind, mapped in mapping.items():
+            for name in (mapped,) if isinstance(mapped, str) else mapped:
+                if name in chosen and (task != _FEATURES or skipped(kind) is None):
+                    yield Listed(name, task)
 
 
 def skipped(kind: str) -> str | None:

@@ -219,7 +219,7 @@ def test_the_file_is_the_same_from_a_model_and_from_a_directory(tmp_path: Path) 
 
 
 def make_export(folder: Path) -> None:
-    """Return an export of a tiny Llama that takes DoRA at some layers."""
+    """Write an export of a tiny Llama that takes DoRA at some layers."""
     model = tiny_model("llama", num_hidden_layers=1)
     saved(model, folder / "dora", 1, target_modules=["q_proj", "v_proj"], **DORA)
     traced = fresh_trace("llama", task=CACHED, num_hidden_layers=1)

@@ -39,7 +39,7 @@ def _traced() -> TracedModel:
 
 
 def _exported(path: Path) -> None:
-    """Return an export that takes adapters, and one with an adapter in it, which the command makes of a checkpoint."""
+    """Write an export that takes adapters, and one with an adapter in it, which the command makes of a checkpoint."""
     for name, config in _CONFIGS.items():
         adapted = peft.get_peft_model(tiny_captioner(), config)
         torch.manual_seed(3)

@@ -26,7 +26,7 @@ _IMAGES = [drawn_image(70, 50), drawn_image(40, 90, seed=1)]
 
 
 def _exported(path: Path) -> None:
-    """Return a TrOCR that takes adapters, and one of encoder, projection and decoder."""
+    """Export a TrOCR that takes adapters, and one of encoder, projection and decoder."""
     adapted = peft.get_peft_model(tiny_pixel_writer("trocr"), _CONFIG)
     torch.manual_seed(3)
     for key, value in adapted.named_parameters():

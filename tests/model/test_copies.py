@@ -172,7 +172,7 @@ def test_tied_weights_stay_tied_and_copies_are_independent(way: str) -> None:
 
 
 def double(graph_module: fx.GraphModule) -> None:
-    """Return a pass that pickle finds by its name."""
+    """Double the output, as a pass that pickle finds by its name."""
     output = next(iter(reversed(graph_module.graph.nodes)))
     with graph_module.graph.inserting_before(output):
         doubled = graph_module.graph.call_function(torch.mul, (output.all_input_nodes[0], 2))

@@ -86,7 +86,7 @@ class Pair:
 
 
 def sites(pair: Pair) -> str:
-    """Return the adapted modules are those that PEFT adapted, for the configuration as given and as PEFT saved it."""
+    """Compare the adapted modules with PEFT's, for the configuration as given and as PEFT saved it."""
     expected = adapted_paths(pair.theirs)
     if not expected:
         return "PEFT adapted nothing, so nothing is compared"
@@ -108,7 +108,7 @@ def count(pair: Pair) -> str:
 
 
 def logits(pair: Pair) -> str:
-    """Return the outputs with PEFT's tensors are PEFT's, and the adapter has a part in them."""
+    """Compare the outputs with PEFT's, over its tensors; the adapter must have a part in them."""
     with torch.no_grad():
         expected = peft_output(pair.theirs, pair)
         base = main_output(pair.ours.traced(**pair.inputs))
@@ -227,7 +227,7 @@ def compare(case: Case, directory: Path) -> dict[str, str]:
 
 
 def _outcome(aspect: Callable[[Pair], str], pair: Pair) -> str:
-    """Return an error in one aspect is its outcome, so that the others are compared all the same."""
+    """Compare one aspect; an error is its outcome, so that the others are compared all the same."""
     try:
         return aspect(pair)
     except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:

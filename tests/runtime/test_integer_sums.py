@@ -21,7 +21,7 @@ from gralora_fx.serving import load
 
 @pytest.fixture
 def saturating(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Return a processor without VNNI, as far as can be told."""
+    """Stand in for a processor without VNNI, as far as can be told."""
     monkeypatch.setattr(integer_sums, "adds_exactly", lambda: False)
 
 

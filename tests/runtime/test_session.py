@@ -15,7 +15,7 @@ from gralora_fx.run.sessions.session import open_session
 
 
 def write_model(folder: Path, location: str) -> None:
-    """Return a model that adds a vector kept in the external file `location`."""
+    """Write a model that adds a vector kept in the external file `location`."""
     weight = numpy_helper.from_array(np.arange(4, dtype=np.float32), "w")
     weight.data_location = TensorProto.EXTERNAL
     weight.ClearField("raw_data")

@@ -73,7 +73,7 @@ class Base:
 
     @property
     def modules(self) -> dict[int, tuple[nn.Module, str]]:
-        """For each parameter by id, the module of the tree that holds it and its name there."""
+        """The module of the tree that holds each parameter, by its id, and its name there."""
         return {id(slot.parameter): (slot.module, slot.key) for slot in self.slots}
 
     def __getstate__(self) -> dict[str, Any]:
