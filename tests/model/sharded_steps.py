@@ -108,7 +108,7 @@ def check_ddp() -> None:
 
 
 def check_accelerate(output: Path) -> None:
-    """As accelerate prepares a model for FSDP2; an Accelerator itself does so for no process of a CPU."""
+    """Train as accelerate prepares a model for FSDP2; an Accelerator itself does so for no process of a CPU."""
     model = rewrite(fresh_trace("llama", tie_word_embeddings=False), METHODS["gralora"]).train()
     ids = torch.randint(0, 90, (4, 7), generator=torch.Generator().manual_seed(3))
     expected = gradients(model, ids)
@@ -119,7 +119,11 @@ def check_accelerate(output: Path) -> None:
         reshard_after_forward=True,
     )
     accelerator = SimpleNamespace(
-        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=True, torch_device_mesh=None
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        device=torch.device("cpu"),  # which accelerate 1.16 reads
+        mixed_precision="no",
+        is_main_process=True,
+        torch_device_mesh=None,
     )
     prepared = fsdp2_prepare_model(accelerator, model)
     assert all(isinstance(block, FSDPModule) for block in prepared.blocks.values())
