@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,8 +20,8 @@ from gralora_fx.exporters.formats import DYNAMIC
 from gralora_fx.exporters.kinds.conversion import base_trace, check_runnable, is_streamed
 from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import LEVELS, check_choice
-from gralora_fx.exporters.verify.cases import TokenRun
-from gralora_fx.exporters.verify.comparable import Variant, evaluating, open_comparable, variants
+from gralora_fx.exporters.verify.cases import Case, PromptBatch, TokenRun
+from gralora_fx.exporters.verify.comparable import Comparable, Variant, evaluating, open_comparable, variants
 from gralora_fx.exporters.verify.outputs import OutputComparison, check_inputs
 from gralora_fx.exporters.verify.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
 from gralora_fx.exporters.verify_report import ProviderRun, VerifyReport
@@ -106,13 +108,9 @@ def verify_onnx(
         from gralora_fx.exporters.verify.same_model import check_same_model
 
         check_same_model(output_dir, manifest, model)
-    opened = open_comparable(Path(output_dir), manifest, runtime, streamed=is_streamed(model))
-    session, rows, arithmetic, companions = opened
     traced = base_trace(model)
     verification = flavour_of(traced).verification
     cases = verification.cases(traced, seed, quick=quick)
-    check_inputs([value.name for value in session.get_inputs() if not is_adapter_input(value.name)], cases[0][1])
-    cases += [] if inputs is None else [("given inputs", dict(inputs))]
     batches = [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
     if prompts is not None and verification.prompts is None:
         raise ExportError("the export has no cache, so it takes no prompts; give inputs")
@@ -120,57 +118,24 @@ def verify_onnx(
         from gralora_fx.exporters.verify.given_texts import user_prompts
 
         batches.append(user_prompts(prompts, output_dir, traced))
-    adapters = Adapters(Path(output_dir), manifest)
-    is_rough = tolerance is None and runtime is not None and arithmetic != "fp32"
-    explained = tolerance_of(manifest.precision, arithmetic if is_rough else "fp32")
-    limit, least_scale = explained if tolerance is None else tolerance, LEAST_SCALE if is_rough else 1.0
-
-    def checked(reference: TracedModel | GraloraModel) -> ToleranceCheck:
-        return ToleranceCheck(reference, limit, use_float64=tolerance is None, least_scale=least_scale)
-
-    def open_rows(count: int, length: int) -> Decoder:
-        return RowsDecoder(rows, adapters, DecoderLimits(None, length, frozenset()), DecoderSize(count, chunk=length))
-
-    def compared(variant: Variant) -> VerifyReport:
-        """Compare outputs and greedy tokens of the export and the model, in one state of their adapters."""
-        reference = variant.reference
-        check = checked(reference)
-        outputs = OutputComparison(variant.session, reference, manifest.logits).run(cases, check)
-        run = TokenRun(variant.session, reference, cases, batches, check, quick, adapters, variant.rows)
-        tokens = verification.compare_tokens(run)
-        found = VerifyReport(
-            outputs.passed and tokens.passed,
-            limit,
-            tuple(description for description, _ in cases),
-            (*outputs.tensors, *tokens.tensors),
-            tokens.tokens,
-            describe_weights(manifest),
-            arithmetic,
-            rounding=tuple(check.exceeded),
-            level=level,
-            reference=_describe_reference(model, reference, adapter_name),
-            provider=None if runtime is None else _provider_run(runtime, variant.session),
-            least_scale=least_scale,
-            rows=tokens.rows,
-        )
-        if not manifest.companions:
-            return found
-        from gralora_fx.exporters.verify.together import compare_companions
-
-        of_rows = None if rows is None else open_rows
-        beside = compare_companions(
-            Path(output_dir), manifest, model, own, variant, of_rows, checked, quick=quick, seed=seed
-        )
-        passed, tensors = found.passed and beside.passed, (*found.tensors, *beside.tensors)
-        return dataclasses.replace(found, passed=passed, tensors=tensors, companions=beside.tokens)
-
-    own = _companions(manifest, model)
-    report: VerifyReport | None = None
-    for variant in variants(session, model, manifest, Path(output_dir), adapter_name, rows, companions):
-        with variant.active(), evaluating(model, variant.reference):
-            found = compared(variant)
-        report = found if report is None else report.with_adapter(adapter_name or str(variant.name), found)
-    assert report is not None
+    with open_comparable(Path(output_dir), manifest, runtime, streamed=is_streamed(model)) as opened:
+        taken = [value.name for value in opened.session.get_inputs() if not is_adapter_input(value.name)]
+        check_inputs(taken, cases[0][1])
+        cases += [] if inputs is None else [("given inputs", dict(inputs))]
+        report = _Comparison(
+            Path(output_dir),
+            manifest,
+            model,
+            _companions(manifest, model),
+            opened,
+            cases,
+            batches,
+            level,
+            tolerance,
+            runtime,
+            seed,
+            adapter_name,
+        ).of_all_states()
     quantized = (manifest.quantization, *(entry.quantization for entry in manifest.companions.values()))
     if all(each is None or each.kind != DYNAMIC for each in quantized):
         return report
@@ -179,6 +144,88 @@ def verify_onnx(
     products = compare_products(Path(output_dir))
     is_exact = report.passed and products.max_rel_error <= PRODUCT_TOLERANCE
     return dataclasses.replace(report, passed=is_exact, tensors=(*report.tensors, products))
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A comparison of an opened export with a model, in each state of their adapters."""
+
+    directory: Path
+    manifest: Manifest
+    model: TracedModel | GraloraModel
+    companions: Mapping[str, TracedModel | GraloraModel]
+    opened: Comparable
+    cases: list[Case]
+    batches: list[PromptBatch]
+    level: str
+    given_tolerance: float | None
+    runtime: Runtime | None
+    seed: int
+    adapter_name: str | None
+
+    def of_all_states(self) -> VerifyReport:
+        """Compare the export in every state of its adapters."""
+        session, rows, _, companions = self.opened
+        report: VerifyReport | None = None
+        states = variants(session, self.model, self.manifest, self.directory, self.adapter_name, rows, companions)
+        for variant in states:
+            with variant.active(), evaluating(self.model, variant.reference):
+                found = self._compared(variant)
+            report = found if report is None else report.with_adapter(self.adapter_name or str(variant.name), found)
+        assert report is not None
+        return report
+
+    def _compared(self, variant: Variant) -> VerifyReport:
+        """Compare outputs and greedy tokens of the export and the model, in one state of their adapters."""
+        reference, quick = variant.reference, self.level == "quick"
+        check = self._checked(reference)
+        outputs = OutputComparison(variant.session, reference, self.manifest.logits).run(self.cases, check)
+        adapters = Adapters(self.directory, self.manifest)
+        run = TokenRun(variant.session, reference, self.cases, self.batches, check, quick, adapters, variant.rows)
+        tokens = flavour_of(base_trace(self.model)).verification.compare_tokens(run)
+        found = VerifyReport(
+            outputs.passed and tokens.passed,
+            check.tolerance,
+            tuple(description for description, _ in self.cases),
+            (*outputs.tensors, *tokens.tensors),
+            tokens.tokens,
+            describe_weights(self.manifest),
+            self.opened.arithmetic,
+            rounding=tuple(check.exceeded),
+            level=self.level,
+            reference=_describe_reference(self.model, reference, self.adapter_name),
+            provider=None if self.runtime is None else _provider_run(self.runtime, variant.session),
+            least_scale=check.least_scale,
+            rows=tokens.rows,
+        )
+        if not self.manifest.companions:
+            return found
+        from gralora_fx.exporters.verify.together import compare_companions
+
+        beside = compare_companions(
+            self.directory,
+            self.manifest,
+            self.model,
+            self.companions,
+            variant,
+            None if self.opened.rows is None else partial(self._open_rows, adapters),
+            self._checked,
+            quick=quick,
+            seed=self.seed,
+        )
+        passed, tensors = found.passed and beside.passed, (*found.tensors, *beside.tensors)
+        return dataclasses.replace(found, passed=passed, tensors=tensors, companions=beside.tokens)
+
+    def _checked(self, reference: TracedModel | GraloraModel) -> ToleranceCheck:
+        given, arithmetic = self.given_tolerance, self.opened.arithmetic
+        is_rough = given is None and self.runtime is not None and arithmetic != "fp32"
+        explained = tolerance_of(self.manifest.precision, arithmetic if is_rough else "fp32")
+        limit, least_scale = explained if given is None else given, LEAST_SCALE if is_rough else 1.0
+        return ToleranceCheck(reference, limit, use_float64=given is None, least_scale=least_scale)
+
+    def _open_rows(self, adapters: Adapters, count: int, length: int) -> Decoder:
+        limits, size = DecoderLimits(None, length, frozenset()), DecoderSize(count, chunk=length)
+        return RowsDecoder(self.opened.rows, adapters, limits, size)
 
 
 def _companions(manifest: Manifest, model: TracedModel | GraloraModel) -> dict[str, TracedModel | GraloraModel]:

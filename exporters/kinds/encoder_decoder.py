@@ -39,7 +39,7 @@ from gralora_fx.exporters.translation.split_graph import split
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verify.cases import TokenResult, TokenRun, Verification, longest_text, pad, text_like
-from gralora_fx.exporters.verify.greedy_tokens import EngineSteps, Step, engine_errors, read_together
+from gralora_fx.exporters.verify.greedy_tokens import EngineSteps, Step, engine_errors, greedy_steps
 from gralora_fx.exporters.verify.outputs import run_model
 from gralora_fx.exporters.verify_report import TensorCheck
 from gralora_fx.format.cache_slots import KINDS
@@ -98,10 +98,10 @@ def compare_encoder_decoder(run: TokenRun) -> TokenResult:
     case = max(empty, key=lambda case: len(case["decoder_input_ids"]))
     source = {name: value for name, value in case.items() if name not in ("decoder_input_ids", PAST)}
     start, count = case["decoder_input_ids"][:, :1], _QUICK_TOKENS if run.quick else _TOKENS
-    steps = [_answers_of_model(run.model, source), _answers_of_export(run, source, len(start), count)]
+    read = _answers_of_export(run, source, len(start), count)
     same = [
-        step.expected.argmax(-1) == step.actual[0].argmax(-1)
-        for step in read_together(steps, start, torch.ones_like(start), count)
+        step.logits.argmax(-1) == step.read_by(read).argmax(-1)
+        for step in greedy_steps(_answers_of_model(run.model, source), start, torch.ones_like(start), count)
     ]
     share = float(torch.cat(same).float().mean())
     return TokenResult(share == 1.0, tensors=(TensorCheck("greedy tokens", 1.0 - share, 1.0 - share, share),))

@@ -43,42 +43,61 @@ class Comparable(NamedTuple):
     companions: Mapping[str, Any]  # sessions of companions, and of graphs that other programs run instead
 
 
+@contextmanager
 def open_comparable(
     directory: Path,
     manifest: Manifest,
     runtime: Runtime | None = None,
     *,
     streamed: bool = False,
-) -> Comparable:
-    """Open sessions over an export, or its float32 copy where needed.
+) -> Iterator[Comparable]:
+    """Open sessions over an export, or its float32 copy where needed, while the block runs.
 
-    Those of a large streamed model read weights from their files, without copies for faster products.
+    Those of a large streamed model read weights from their files, without copies for faster products, and take turns.
     """
+    in_turn = False
     if streamed and runtime is None:
         from gralora_fx.exporters.verify.mapped_sessions import mapped_runtime
 
         runtime = mapped_runtime(directory, _COPIED)
+        in_turn = runtime is not None
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
-        return _opened(directory, manifest, runtime, precision)
+        yield _opened(directory, manifest, runtime, precision, in_turn=in_turn)
+        return
     from gralora_fx.exporters.verify.quantized_references import write_float32_copy
 
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.absolute().parent) as copy:
         write_float32_copy(directory, Path(copy))
-        return _opened(Path(copy), manifest, runtime, "fp16" if precision == "fp16" else "fp32")
+        precision = "fp16" if precision == "fp16" else "fp32"
+        opened = _opened(Path(copy), manifest, runtime, precision, in_turn=in_turn)
+        if in_turn:  # they are opened again
+            yield opened
+            return
+    yield opened
 
 
-def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precision: str) -> Comparable:
+def _opened(
+    directory: Path, manifest: Manifest, runtime: Runtime | None, precision: str, *, in_turn: bool
+) -> Comparable:
     is_known = runtime is None or (not runtime.devices and {name for name, _ in runtime.providers} <= _RUN_ROWS)
     opened = runtime or Runtime(session_options=yielding_options())
-    rows = open_session(directory, opened, name=ROWS_NAME) if is_known and manifest.has_rows else None
-    session = open_session(directory, opened, as_stored=True)  # `model.onnx` as others open it; rows as they are served
+    # `model.onnx` as others open it; rows as they are served
+    openings = [partial(open_session, directory, opened, as_stored=True)]
+    if is_known and manifest.has_rows:
+        openings.append(partial(open_session, directory, opened, name=ROWS_NAME))
+    if in_turn and len(openings) > 1:
+        from gralora_fx.exporters.verify.mapped_sessions import in_turn as opened_in_turn
+
+        session, *rows = opened_in_turn(*openings)
+    else:
+        session, *rows = [opening() for opening in openings]
     if runtime is not None:
         precision = arithmetic_of(runtime, precision, is_quantized=manifest.quantization is not None)
     companions = {name: open_session(directory, opened, name=f"{name}.onnx") for name in manifest.companions}
     shared = runtime or Runtime(session_options=mapped_options())
     companions |= {name: open_session(directory, shared, name=f"{name}.onnx") for name in manifest.programs}
-    return Comparable(session, rows, precision, companions)
+    return Comparable(session, rows[0] if rows else None, precision, companions)
 
 
 @dataclass(frozen=True)

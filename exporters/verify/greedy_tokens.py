@@ -172,25 +172,30 @@ def engine_errors(case: str) -> Iterator[None]:
         raise ExportError(f"{marked(error)} ({case})") from error
 
 
-class Together(NamedTuple):
-    """Last logits of all sides, `[batch, vocabulary]` each, and the tokens of the step (see `Step`)."""
+class GreedyStep(NamedTuple):
+    """The model's last logits, `[batch, vocabulary]`, and the new tokens and the mask that it read (see `Step`)."""
 
-    expected: Tensor
-    actual: tuple[Tensor, ...]
+    logits: Tensor
     ids: Tensor
     mask: Tensor
 
+    def read_by(self, read: Step) -> Tensor:
+        """Return another graph's last logits after the same tokens, `[batch, vocabulary]`."""
+        return _last(read, self.ids, self.mask)
 
-def read_together(steps: Sequence[Step], ids: Tensor, mask: Tensor, count: int) -> Iterator[Together]:
-    """Run the model, whose steps are the first, and graphs on the same tokens (see `Step`), then on its likeliest."""
+
+def greedy_steps(read: Step, ids: Tensor, mask: Tensor, count: int) -> Iterator[GreedyStep]:
+    """Run the model on tokens (see `Step`), then on its likeliest."""
     for _ in range(count):
-        expected, *actual = (
-            (logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask))[:, -1]
-            for logits in (read(ids, mask).float() for read in steps)
-        )
-        yield Together(expected, tuple(actual), ids, mask)
-        ids = expected.argmax(-1, keepdim=True)
+        logits = _last(read, ids, mask)
+        yield GreedyStep(logits, ids, mask)
+        ids = logits.argmax(-1, keepdim=True)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+
+
+def _last(read: Step, ids: Tensor, mask: Tensor) -> Tensor:
+    logits = read(ids, mask).float()
+    return (logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask))[:, -1]
 
 
 def compare_decoder(run: TokenRun) -> TokenResult:
@@ -218,23 +223,24 @@ def compare_greedy(
 ) -> list[TokenCheck]:
     """Compare logits and likeliest tokens of several graphs with one run of the model; all continue with its tokens.
 
-    Only the first graph runs on right-padded prompts: graphs with row lengths have no padding.
+    The model reads all steps of a case first, then each graph, so that sessions can take turns (see `in_turn`). Only
+    the first graph runs on right-padded prompts: graphs with row lengths have no padding.
     """
     tallies = {label: Tally(tolerance_check, label) for label in readers}
     done = itertools.count(1)
     with counting("comparing tokens", sum(prompts.steps for prompts in cases), "tokens") as count:
         for prompts in cases:
             case, batch = prompts.description, prompts.ids.shape[0]
-            labels = list(readers) if prompts.mask[:, -1].all() else list(readers)[:1]
-            for label in labels:
-                tallies[label].cases.append(case)
-            in_float64 = _StepsInFloat64(model, batch)
-            steps: list[Step] = [ModelSteps(model, batch, case), *(readers[label](prompts) for label in labels)]
-            for index, step in enumerate(read_together(steps, prompts.ids, prompts.mask, prompts.steps)):
-                in_float64.taken.append((step.ids, step.mask))
-                for label, actual in zip(labels, step.actual, strict=True):
-                    tallies[label].add_step(index, case, step.expected, actual, in_float64)
+            steps: list[GreedyStep] = []
+            for step in greedy_steps(ModelSteps(model, batch, case), prompts.ids, prompts.mask, prompts.steps):
+                steps.append(step)
                 count(next(done))
+            in_float64 = _StepsInFloat64(model, batch, steps)
+            for label in list(readers) if prompts.mask[:, -1].all() else list(readers)[:1]:
+                tallies[label].cases.append(case)
+                read = readers[label](prompts)
+                for index, step in enumerate(steps):
+                    tallies[label].add_step(index, case, step.logits, step.read_by(read), partial(in_float64, index))
     return [tally.tokens for tally in tallies.values()]
 
 
@@ -242,18 +248,18 @@ class _StepsInFloat64:
     """A batch's steps in float64, each model with its own cache; run only when needed.
 
     Some models compute a single token differently from one of several (see `PromptClamp`), so a run on the whole text
-    cannot be the reference for steps. `taken` holds each step's new ids and mask.
+    cannot be the reference for steps.
     """
 
-    def __init__(self, model: TracedModel | GraloraModel, batch: int) -> None:
-        self.taken: list[tuple[Tensor, Tensor]] = []
-        self._begin = partial(ModelSteps, model, batch)
+    def __init__(self, model: TracedModel | GraloraModel, batch: int, steps: Sequence[GreedyStep]) -> None:
+        self._begin, self._steps = partial(ModelSteps, model, batch), steps
         self._read: dict[Float64Model, Step] = {}
         self._logits: dict[Float64Model, list[Tensor]] = {}
 
-    def __call__(self, model: Float64Model) -> Tensor:
-        """Run all steps so far; return the logits of the last, `[batch, vocabulary]`."""
+    def __call__(self, index: int, model: Float64Model) -> Tensor:
+        """Run the steps up to one; return its last logits, `[batch, vocabulary]`."""
         read = self._read.setdefault(model, self._begin(run=model))
         logits = self._logits.setdefault(model, [])
-        logits += [last_logits(read(ids, mask), mask)[:, -1] for ids, mask in self.taken[len(logits) :]]
-        return logits[-1]
+        for step in self._steps[len(logits) : index + 1]:
+            logits.append(last_logits(read(step.ids, step.mask), step.mask)[:, -1])
+        return logits[index]

@@ -116,16 +116,30 @@ def test_a_difference_is_compared_with_float64_one_weight_at_a_time(tmp_path: Pa
 def test_a_large_export_is_compared_and_measured_with_its_weights_in_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No session copies them, and what is measured is the same."""
+    """No session copies them, one is open at a time, and what is compared and measured is the same."""
     base, _ = saved("llama", tmp_path, dtype=torch.bfloat16)
     usual = export_onnx(load_traced(base, None, CACHED, stream=True), tmp_path / "usual", quantize="int4")
     monkeypatch.setattr(comparable, "_COPIED", 0)
     monkeypatch.setattr(quality, "_COPIED_ALONE", 0)
     opened = mock.Mock(wraps=quality.open_session)
     monkeypatch.setattr(quality, "open_session", opened)
+    sessions: list[weakref.ref[Any]] = []
+    open_session = comparable.open_session
+
+    def open_alone(*arguments: Any, **options: Any) -> Any:
+        assert not any(session() for session in sessions)
+        session = open_session(*arguments, **options)
+        sessions.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(comparable, "open_session", open_alone)
     mapped = export_onnx(load_traced(base, None, CACHED, stream=True), tmp_path / "mapped", quantize="int4")
     options = opened.call_args.args[1].session_options
     assert options.get_session_config_entry("session.disable_prepacking") == "1"
+    assert len(sessions) > 2
+    assert not any(session() for session in sessions)
+    assert mapped.verification is not None
+    assert mapped.verification.rows is not None
     assert usual.quality is not None
     assert mapped.quality is not None
     ((one,), (other,)) = usual.quality.tokens, mapped.quality.tokens
