@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NoReturn
@@ -15,12 +15,8 @@ from gralora_fx.errors import ServingError, first_line, remedy, shown
 from gralora_fx.features.images.processors import load_image_processor
 from gralora_fx.features.images.tasks_and_inputs import IMAGES
 from gralora_fx.format.manifest import Manifest
-from gralora_fx.run.engine.adapters import AdapterNames
-from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.engine.limits import DecoderSize
-from gralora_fx.run.generate.answer_options import AnswerStart
 from gralora_fx.run.generate.encoder_inputs import EncoderInputs
-from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts
+from gralora_fx.run.generate.prompts import AnswerCall, EncoderInput, GenerateInputs, Prompts
 
 _EXAMPLE = 32  # height and width of an example
 
@@ -53,16 +49,9 @@ class ImageSources(EncoderInputs):
             f"{self.directory} reads images, not text; give {remedy(f'images, or {IMAGES}', '--image FILE')}"
         )
 
-    def read(
-        self,
-        inputs: GenerateInputs,
-        start: AnswerStart,
-        adapter: AdapterNames,
-        tokenizer: TextTokenizer | None,
-        open_decoder: Callable[[DecoderSize], Decoder],
-    ) -> Prompts:
+    def read(self, inputs: GenerateInputs, call: AnswerCall) -> Prompts:
         """Read the arguments of `generate` (see `Generation.read`)."""
-        start.check_unused("the model reads images", "language", "task", "forced_bos_token_id")
+        call.start.check_unused("the model reads images", "language", "task", "forced_bos_token_id")
         for name in ("input_ids", "attention_mask"):
             inputs.check_unused("the beginning of an answer is a prompt, as text or ids", name)
         if inputs.media is None and not inputs.features:
@@ -75,10 +64,10 @@ class ImageSources(EncoderInputs):
         given = [beginnings] * (len(sources) if beginnings is None else 1) if is_one else list(beginnings)
         if len(given) != len(sources):
             raise ServingError(f"{len(given)} prompts and {len(sources)} images were given; give one for each answer")
-        rows = [self.beginning(each, tokenizer) for each in given]
+        rows = [self.beginning(each, call.tokenizer) for each in given]
         is_text = not inputs.features and not any(is_ids(each) for each in given)
         if is_text:
-            self.check_writes(tokenizer, IMAGES)
+            self.check_writes(call.tokenizer, IMAGES)
         is_single = is_one and (beginnings is not None or not (inputs.features or _is_list(inputs.media)))
         return Prompts(rows, is_single, is_text, sources)
 

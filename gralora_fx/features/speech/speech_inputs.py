@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
@@ -18,13 +18,11 @@ from gralora_fx.core.loading.text_tokenizer import TextTokenizer
 from gralora_fx.core.loading.token_bounds import TokenBound
 from gralora_fx.errors import ServingError, first_line, listed, shown
 from gralora_fx.features.speech.recordings import Audio, SpeechReader, recording
-from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
-from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.engine.adapters import names_of_rows
 from gralora_fx.run.engine.limits import DecoderSize
-from gralora_fx.run.generate.answer_options import AnswerStart
 from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 from gralora_fx.run.generate.generation_rules import GenerationRules
-from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts, is_signal
+from gralora_fx.run.generate.prompts import AnswerCall, EncoderInput, GenerateInputs, Prompts, is_signal
 
 TRANSCRIBE, TRANSLATE = "transcribe", "translate"
 _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
@@ -201,23 +199,16 @@ class SpeechInputs(EncoderInputs):
             "/v1/audio/transcriptions"
         )
 
-    def read(
-        self,
-        inputs: GenerateInputs,
-        start: AnswerStart,
-        adapter: AdapterNames,
-        tokenizer: TextTokenizer | None,
-        open_decoder: Callable[[DecoderSize], Decoder],
-    ) -> Prompts:
+    def read(self, inputs: GenerateInputs, call: AnswerCall) -> Prompts:
         """Read the arguments of `generate` (see `Generation.read`)."""
-        start.check_unused("an answer to a recording begins with its language and task", "forced_bos_token_id")
-        prompt = SpeechPrompt(self.rules, start.language, start.task)
+        call.start.check_unused("an answer to a recording begins with its language and task", "forced_bos_token_id")
+        prompt = SpeechPrompt(self.rules, call.start.language, call.start.task)
         is_single, gives_text, sources = self._recordings(inputs)
         if gives_text:
-            self.check_writes(tokenizer, _FEATURES)
+            self.check_writes(call.tokenizer, _FEATURES)
         languages: Sequence[int | None] = [None] * len(sources)
         if prompt.languages:
-            languages = _detected(prompt, sources, adapter, open_decoder)
+            languages = _detected(prompt, sources, call)
         return Prompts([prompt.tokens(language) for language in languages], is_single, gives_text, sources)
 
     def _recordings(self, inputs: GenerateInputs) -> tuple[bool, bool, list[EncoderInput]]:
@@ -241,15 +232,10 @@ class SpeechInputs(EncoderInputs):
         return is_single, True, [self.of_recording(recording(item, rate)) for item in items]
 
 
-def _detected(
-    prompt: SpeechPrompt,
-    sources: Sequence[EncoderInput],
-    adapter: AdapterNames,
-    open_decoder: Callable[[DecoderSize], Decoder],
-) -> list[int]:
+def _detected(prompt: SpeechPrompt, sources: Sequence[EncoderInput], call: AnswerCall) -> list[int]:
     """Return the language of each recording: the likeliest token after the start token."""
-    names = names_of_rows(adapter, len(sources))
-    decoder = open_decoder(DecoderSize(rows=1, capacity=1, chunk=1))
+    names = names_of_rows(call.adapter, len(sources))
+    decoder = call.open_decoder(DecoderSize(rows=1, capacity=1, chunk=1))
     detected = []
     for source, name in zip(sources, names, strict=True):
         row = decoder.open(name, source.arrays)

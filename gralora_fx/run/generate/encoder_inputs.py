@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
@@ -13,12 +13,9 @@ from numpy.typing import NDArray
 from gralora_fx.errors import ServingError, option, shown
 from gralora_fx.format.input_names import IDS
 from gralora_fx.format.manifest import Manifest
-from gralora_fx.run.engine.adapters import AdapterNames
-from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize, PromptLimit, context_length
-from gralora_fx.run.generate.answer_options import AnswerStart
+from gralora_fx.run.engine.limits import DecoderLimits, PromptLimit, context_length
 from gralora_fx.run.generate.generation_rules import GenerationRules
-from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts, is_signal
+from gralora_fx.run.generate.prompts import AnswerCall, EncoderInput, GenerateInputs, Prompts, is_signal
 from gralora_fx.run.sessions.ort_values import as_array
 
 if TYPE_CHECKING:
@@ -78,14 +75,7 @@ class EncoderInputs:
         """Return whether this class reads for an encoder with these inputs, by name."""
         return True
 
-    def read(
-        self,
-        inputs: GenerateInputs,
-        start: AnswerStart,
-        adapter: AdapterNames,
-        tokenizer: TextTokenizer | None,
-        open_decoder: Callable[[DecoderSize], Decoder],
-    ) -> Prompts:
+    def read(self, inputs: GenerateInputs, call: AnswerCall) -> Prompts:
         """Read the arguments of `generate` (see `Generation.read`)."""
         self.refuse()
 
@@ -176,18 +166,11 @@ class TextSources(EncoderInputs):
         """Return an example input: the tokens of a text."""
         return self.of_ids(ids)
 
-    def read(
-        self,
-        inputs: GenerateInputs,
-        start: AnswerStart,
-        adapter: AdapterNames,
-        tokenizer: TextTokenizer | None,
-        open_decoder: Callable[[DecoderSize], Decoder],
-    ) -> Prompts:
+    def read(self, inputs: GenerateInputs, call: AnswerCall) -> Prompts:
         """Read the arguments of `generate` (see `Generation.read`)."""
-        start.check_unused("the model reads text", "language", "task")
+        call.start.check_unused("the model reads text", "language", "task")
         inputs.check_unused("the model reads text", "features")
-        first = start.forced_bos_token_id
+        first = call.start.forced_bos_token_id
         if first is not None and (isinstance(first, bool) or not isinstance(first, (int, np.integer))):
             raise ServingError(f"forced_bos_token_id must be the id of a token, but got {shown(first)}")
         if first is not None and self.limits.outside([int(first)]) is not None:
@@ -197,7 +180,7 @@ class TextSources(EncoderInputs):
         if is_signal(inputs.prompts):
             raise ServingError("the model reads text, not sound; give a text or token ids")
         self.check_texts(inputs.prompts)
-        texts = inputs.read(tokenizer, self.sources)
+        texts = inputs.read(call.tokenizer, self.sources)
         if not texts.rows:
             raise ServingError("there is no prompt; give at least one")
         sources = [self.of_ids(row, None if first is None else int(first)) for row in texts.rows]

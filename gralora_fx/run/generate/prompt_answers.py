@@ -18,7 +18,7 @@ from gralora_fx.run.engine.limits import LEAST_CHUNK, DecoderLimits, DecoderSize
 from gralora_fx.run.generate.answer_options import AnswerOptions, AnswerStart
 from gralora_fx.run.generate.answer_row import AnswerRow, NoProposals, Proposer, new_proposer
 from gralora_fx.run.generate.completion import Completion, TextRequest
-from gralora_fx.run.generate.prompts import GenerateInputs, Prompts
+from gralora_fx.run.generate.prompts import AnswerCall, GenerateInputs, Prompts
 from gralora_fx.run.generate.token_choice import Choice, TokenScore
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Generation:
         inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
         if inputs.media is not None and not reader.reads_media:
             return self._read_media(inputs, adapter)
-        return reader.read(inputs, options.start or AnswerStart(), adapter, tokenizer, self.open_decoder)
+        return reader.read(inputs, AnswerCall(options.start or AnswerStart(), adapter, tokenizer, self.open_decoder))
 
     def _read_media(self, inputs: GenerateInputs, adapter: AdapterNames) -> Prompts:
         if self.given_prompts is not None:

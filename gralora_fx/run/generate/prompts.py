@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -16,7 +16,10 @@ from gralora_fx.run.engine.limits import PromptLimit
 
 if TYPE_CHECKING:
     from gralora_fx.core.loading.text_tokenizer import TextTokenizer
-    from gralora_fx.run.generate.answer_options import Sampling
+    from gralora_fx.run.engine.adapters import AdapterNames
+    from gralora_fx.run.engine.decoder import Decoder
+    from gralora_fx.run.engine.limits import DecoderSize
+    from gralora_fx.run.generate.answer_options import AnswerStart, Sampling
     from gralora_fx.run.generate.generation_rules import GenerationRules
 
 SAMPLES, RATE = "array", "sampling_rate"  # fields of a signal, as the datasets package names them
@@ -80,6 +83,16 @@ class GenerateInputs:
         if self.prompts is not None:
             raise ServingError("prompts and input_ids are both given; give one of them")
         return read_tokenized(self.input_ids, self.attention_mask)
+
+
+@dataclass(frozen=True)
+class AnswerCall:
+    """A call of `generate`, beside its inputs."""
+
+    start: AnswerStart
+    adapter: AdapterNames
+    tokenizer: TextTokenizer | None
+    open_decoder: Callable[[DecoderSize], Decoder]  # see `Generation`
 
 
 def read_prompts(prompts: Any, tokenizer: TextTokenizer | None, limit: PromptLimit | None = None) -> Prompts:
