@@ -49,7 +49,7 @@ class ActingTokens:
 
     def check(self, x: fx.Node, path: str) -> None:
         """Raise unless a layer's input has one vector per token, as far as the graph records shapes."""
-        lead, tokens = _shape(x)[:-1], _shape(self.ids)
+        lead, tokens = shape_of(x)[:-1], shape_of(self.ids)
         if lead and tokens and not _is_same(lead, tokens):
             raise RewriteError(
                 f"{path} does not read one vector of each token, so that an adapter cannot act on some tokens there; "
@@ -141,7 +141,8 @@ def _part() -> Any:
     return found[0]
 
 
-def _shape(node: fx.Node) -> Sequence[Any]:
+def shape_of(node: fx.Node) -> Sequence[Any]:
+    """Return the shape of a node's tensor; empty if it has none."""
     value = node.meta.get("val")
     return value.shape if isinstance(value, Tensor) else ()
 

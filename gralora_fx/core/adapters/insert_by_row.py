@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx.base.compat.torch_graphs import is_mutable
-from gralora_fx.core.adapters.acting_tokens import ActingTokens, acting_of
+from gralora_fx.core.adapters.acting_tokens import ActingTokens, acting_of, shape_of
 from gralora_fx.core.adapters.adapter import CopyTable, ModelAdapter
 from gralora_fx.core.adapters.insert_adapter import INSERTED, InsertAdapter, Insertion, annotate_all, redirect_readers
 from gralora_fx.core.adapters.module_copies import is_inside, is_tied_outside
@@ -178,7 +178,7 @@ class _Layout:
     def __init__(self, graph: fx.Graph, main_input: str) -> None:
         placeholders = graph.find_nodes(op="placeholder")
         self.source = next(node for node in placeholders if node.target == main_input)
-        shape = _shape(self.source)
+        shape = shape_of(self.source)
         if not shape:
             raise RewriteError(
                 "adapter_names: the graph has no record of its shapes, as after pickle, so that the rows in its values "
@@ -186,7 +186,7 @@ class _Layout:
             )
         self._batch = _expression(shape[0])
         # a mask may have its own symbol for the batch size
-        shapes = [shape for node in placeholders if len(shape := _shape(node)) > 1]
+        shapes = [shape for node in placeholders if len(shape := shape_of(node)) > 1]
         self._symbols = {_expression(s[0]) for s in shapes if _hint(s[0]) == _hint(shape[0])} | {self._batch}
 
     @property
@@ -196,7 +196,7 @@ class _Layout:
 
     def is_shared(self, node: fx.Node) -> bool:
         """Return whether a node's value is the same for all rows."""
-        return not any(self._has_rows(size) for size in _shape(node))
+        return not any(self._has_rows(size) for size in shape_of(node))
 
     def is_count(self, node: fx.Node) -> bool:
         """Return whether a node's value is the batch size."""
@@ -208,7 +208,7 @@ class _Layout:
 
         Raises if the first axis is neither the batch nor the batch flattened with its positions, row after row.
         """
-        shape = _shape(node)
+        shape = shape_of(node)
         if shape and _expression(shape[0]) in self._symbols:
             return ()
         if self.is_shared(node) or not self._is_by_row(node):
@@ -227,7 +227,7 @@ class _Layout:
         waiting, seen = [node], set()
         while waiting:
             current = waiting.pop()
-            shape = _shape(current)
+            shape = shape_of(current)
             if current in seen or not shape or self.is_shared(current):
                 continue
             seen.add(current)
@@ -236,11 +236,6 @@ class _Layout:
             if _expression(shape[0]) not in self._symbols:
                 waiting += current.all_input_nodes
         return True
-
-
-def _shape(node: fx.Node) -> Sequence[Any]:
-    value = node.meta.get("val")
-    return value.shape if isinstance(value, Tensor) else ()
 
 
 def _expression(size: Any) -> Any:
