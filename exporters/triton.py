@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ from gralora_fx.run.sessions.adapter_file import read_record, read_tensors
 from gralora_fx.run.sessions.session import check_external_data, open_session
 
 _CONFIG, _VERSION, _LABELS, _IDS = "config.pbtxt", "1", "labels.txt", "adapters.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def export_triton(
     """
     source = usable_path(onnx_dir, ExportError, remedy="give the directory of an export")
     manifest = _checked_manifest(source, adapters)
-    name = _checked_name(source.absolute().name if name is None else name)
+    name = check_name(source.absolute().name if name is None else name, of="a model")
     for keyword, value in (("max_batch", max_batch), ("threads", threads)):
         if value is not None and (type(value) is not int or value < 1):
             raise ExportError(f"{option(keyword)} must be a whole number of at least 1, but got {shown(value)}")
@@ -151,15 +149,6 @@ def _checked_manifest(source: Path, adapters: Mapping[str, str | Path] | None) -
 def _has_rows(manifest: Manifest) -> bool:
     """Return whether there is a graph whose rows choose among adapters."""
     return manifest.has_rows and manifest.adapter_inputs is not None
-
-
-def _checked_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ExportError(
-            f"{shown(name)} is not a name for a model: take letters, digits, dots, dashes and underscores, at "
-            "most 128, beginning with a letter or a digit"
-        )
-    return name
 
 
 def _write_model(

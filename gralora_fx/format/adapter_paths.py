@@ -20,11 +20,11 @@ def is_name(name: object) -> bool:
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
-def check_name(name: object, error: type[GraloraError] = ExportError) -> str:
-    """Check an adapter's name, which is also a file's, and return it."""
+def check_name(name: object, error: type[GraloraError] = ExportError, *, of: str = "an adapter") -> str:
+    """Check the name of an adapter, or of something else, which is also a file's, and return it."""
     if not is_name(name):
         raise error(
-            f"{shown(name)} is not a name for an adapter: take letters, digits, dots, dashes and underscores, at most "
+            f"{shown(name)} is not a name for {of}: take letters, digits, dots, dashes and underscores, at most "
             "128, beginning with a letter or a digit"
         )
     return str(name)
