@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import weakref
 from collections import OrderedDict
@@ -22,6 +21,7 @@ from gralora_fx.run.engine.cache_buffers import RowLayout
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.sessions.adapter_file import tensors_sha256
 from gralora_fx.run.sessions.ort_values import array_of, as_array, empty_values, optional_arguments, run_values
 from gralora_fx.run.sessions.session_pair import EncoderDecoderSession
 from gralora_fx.run.sessions.session_views import as_past, with_adapter
@@ -39,12 +39,12 @@ class Encodings:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._known: OrderedDict[tuple[str | None, bytes], tuple[Any, Any]] = OrderedDict()
+        self._known: OrderedDict[tuple[str | None, str], tuple[Any, Any]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, source: Source, name: str | None, adapter: Any, encode: Callable[[], Any]) -> Any:
         """Return the encoder's output for a source."""
-        key = name, _digest(source)
+        key = name, tensors_sha256(source)
         with self._lock:
             ref, output = self._known.get(key, (None, None))
         if output is None or (None if ref is None else ref()) is not adapter:
@@ -166,12 +166,3 @@ def _step(row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[_Row, NDArra
     )
     logits = array_of(results["logits"])[0, -1].astype(np.float32)
     return after, logits
-
-
-def _digest(source: Source) -> bytes:
-    digest = hashlib.sha256()
-    for name in sorted(source):
-        array = np.ascontiguousarray(source[name])
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(array.data)
-    return digest.digest()
