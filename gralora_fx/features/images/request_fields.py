@@ -27,7 +27,23 @@ class ImageUrl(StrictModel):
     url: str
 
 
-class ChatPart(StrictModel):
+class _Part(StrictModel):
+    """A part of a message: text, or an image."""
+
+    if TYPE_CHECKING:  # the field itself is the part's
+        type: str
+
+    @model_validator(mode="after")
+    def _has_the_field_of_its_type(self) -> _Part:
+        needed, other = ("image_url", "text") if "image" in self.type else ("text", "image_url")
+        if getattr(self, needed) is None:
+            raise wrong_field(needed, "missing", "it is missing")
+        if getattr(self, other) is not None:
+            raise wrong_field(other, "type", f"a part of the type {self.type} has none; leave it out")
+        return self
+
+
+class ChatPart(_Part):
     """A part of a message of a chat: text, or an image."""
 
     without_effect: ClassVar[Idle] = TEXT_PART
@@ -36,18 +52,13 @@ class ChatPart(StrictModel):
     text: str | None = None
     image_url: ImageUrl | None = None
 
-    @model_validator(mode="after")
-    def _fits(self) -> ChatPart:
-        _check_field(self, "image_url" if self.type == "image_url" else "text")
-        return self
-
     @property
     def image(self) -> tuple[str, str] | None:
         """The field of an image below the part, and its URL; None of text."""
         return None if self.image_url is None else ("image_url.url", self.image_url.url)
 
 
-class ResponsePart(StrictModel):
+class ResponsePart(_Part):
     """A part of a message of a response's input: text, or an image."""
 
     without_effect: ClassVar[Idle] = {**INPUT_TEXT, **_IDLE}
@@ -56,24 +67,10 @@ class ResponsePart(StrictModel):
     text: str | None = None
     image_url: str | None = None
 
-    @model_validator(mode="after")
-    def _fits(self) -> ResponsePart:
-        _check_field(self, "image_url" if self.type == "input_image" else "text")
-        return self
-
     @property
     def image(self) -> tuple[str, str] | None:
         """The field of an image below the part, and its URL; None of text."""
         return None if self.image_url is None else ("image_url", self.image_url)
-
-
-def _check_field(part: ChatPart | ResponsePart, needed: str) -> None:
-    """Check that a part has the one field that its type needs."""
-    if getattr(part, needed) is None:
-        raise wrong_field(needed, "missing", "it is missing")
-    other = "text" if needed == "image_url" else "image_url"
-    if getattr(part, other) is not None:
-        raise wrong_field(other, "type", f"a part of the type {part.type} has none; leave it out")
 
 
 class _ImageContent(StrictModel):
