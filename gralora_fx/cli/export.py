@@ -17,7 +17,7 @@ from gralora_fx.base.sources.base_quantization import BaseQuantization, check_no
 from gralora_fx.base.sources.model_directories import check_model_files
 from gralora_fx.base.sources.model_files import MODEL_FILE, RECORD, local_directory, read_json_object
 from gralora_fx.base.sources.same_base import BaseSource
-from gralora_fx.cli.values import Declared, check_rounding, graph_name, read_texts, takes, utf8
+from gralora_fx.cli.values import Declared, check_rounding, graph_name, read_texts, takes, text_option
 from gralora_fx.cli.wording import show
 from gralora_fx.core.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN, declared_options
 from gralora_fx.core.config.reading import config_fields
@@ -29,7 +29,7 @@ from gralora_fx.format.tasks import TEXT_TO_TEXT, check_adapter_task, requested_
 
 ExportedName = Annotated[
     str | None,
-    typer.Option(
+    text_option(
         "--adapter-name",
         metavar="NAME",
         help="Give the adapter this name in the export.  [default: default]",
@@ -57,10 +57,9 @@ NoVerify = Annotated[
 ]
 Texts = Annotated[
     Path | None,
-    typer.Option(
+    text_option(
         metavar="FILE",
         help="Measure what quantization costs on the texts of this file, one on each line.",
-        callback=utf8,
         rich_help_panel=COMPARISON,
     ),
 ]

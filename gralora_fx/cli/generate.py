@@ -16,7 +16,7 @@ from gralora_fx.base.features import parts
 from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.cli.options import Directory, OnnxToRun
-from gralora_fx.cli.values import export_directory, read_adapter, takes, utf8
+from gralora_fx.cli.values import export_directory, read_adapter, takes, text_option, utf8
 from gralora_fx.core.config.option import declared_options
 from gralora_fx.errors import ConfigError, ServingError, listed
 from gralora_fx.format.adapter_paths import adapter_path, check_name, check_takes_adapters, own_adapters
@@ -31,12 +31,11 @@ Prompt = Annotated[
 ]
 Chosen = Annotated[
     str | None,
-    typer.Option(
+    text_option(
         "--adapter",
         metavar="NAME[=PATH]",
         help="Answer with this adapter: the name of one in the export, or a name and an .onnx_adapter file or a "
         "directory that PEFT saved.  [default: none but what was merged]",
-        callback=utf8,
     ),
 ]
 MaxNewTokens = Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gralora_fx.base.features import parts
-from gralora_fx.cli.values import file_name, model_name, quantization_words, task_name, utf8
+from gralora_fx.cli.values import file_name, model_option, quantization_words, task_name, text_option, utf8
 from gralora_fx.cli.wording import REQUIRED
 from gralora_fx.core.config.option import MODEL, WRITTEN
 from gralora_fx.format.tasks import task_names
@@ -25,26 +25,22 @@ def _show_version(is_asked: bool) -> None:
 
 Model = Annotated[
     str | None,
-    typer.Option(
-        metavar="DIR|ID",
+    model_option(
         help="Take this base model: a local directory or a Hugging Face hub id.  [default: the one that the adapter "
         "names]",
-        callback=model_name,
         rich_help_panel=MODEL,
     ),
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option(
-        metavar="DIR|ID",
+    model_option(
         help="Take this GraLoRA, LoRA or DoRA adapter, as PEFT saves it: a local directory or a Hugging Face hub id.",
-        callback=model_name,
         rich_help_panel=MODEL,
     ),
 ]
 Task = Annotated[
     str | None,
-    typer.Option(
+    text_option(
         metavar="TASK",
         help=f"Use the model for this task: {', '.join(task_names())}.  [default: the adapter's or the model's own]",
         callback=task_name,
@@ -53,7 +49,7 @@ Task = Annotated[
 ]
 BaseQuantization = Annotated[
     str | None,
-    typer.Option(
+    text_option(
         metavar="|".join(form.metavar for form in _FORMS) or "FORM",
         help=f"{' '.join(form.help for form in _FORMS)}  [default: what an adapter that names the base says]",
         callback=quantization_words,
@@ -69,12 +65,9 @@ StrictBase = Annotated[
     ),
 ]
 Output = Annotated[
-    Path,
-    typer.Option(
-        metavar="DIR", help="Write to this directory, which is new, empty or an earlier export.", callback=utf8
-    ),
+    Path, text_option(metavar="DIR", help="Write to this directory, which is new, empty or an earlier export.")
 ]
-Onnx = Annotated[Path, typer.Option("--onnx", metavar="DIR", help="Read the export in this directory.", callback=utf8)]
+Onnx = Annotated[Path, text_option("--onnx", metavar="DIR", help="Read the export in this directory.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Print every figure of the report, not three lines alone.")
 ]
@@ -83,12 +76,9 @@ Version = Annotated[
 ]
 # of inspect
 Html = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Write a web page that shows the model and each update to this file.", callback=utf8
-    ),
+    Path | None, text_option(metavar="FILE", help="Write a web page that shows the model and each update to this file.")
 ]
-Svg = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture alone to this file.", callback=utf8)]
+Svg = Annotated[Path | None, text_option(metavar="FILE", help="Write the picture alone to this file.")]
 Full = Annotated[bool, typer.Option("--full", help="Draw every layer, instead of one for each run of equal layers.")]
 Overwrite = Annotated[
     bool,
@@ -101,47 +91,36 @@ Overwrite = Annotated[
 # of export-adapter, fold, to-lora and merge
 OnnxOrFile = Annotated[
     Path,
-    typer.Option(
-        "--onnx",
-        metavar="DIR",
-        help="Read the export in this directory, or another exporter's ONNX file.",
-        callback=utf8,
-    ),
+    text_option("--onnx", metavar="DIR", help="Read the export in this directory, or another exporter's ONNX file."),
 ]
 SavedAdapter = Annotated[
     str,
-    typer.Option(
+    model_option(
         "--adapter",
-        metavar="DIR|ID",
         help="Take this GraLoRA, LoRA or DoRA adapter, as PEFT saves it: a local directory or a Hugging Face hub id.",
-        callback=model_name,
     ),
 ]
 LoraFormAdapter = Annotated[  # DoRA's update is not that of a plain LoRA
     str,
-    typer.Option(
+    model_option(
         "--adapter",
-        metavar="DIR|ID",
         help="Take this GraLoRA or LoRA adapter, as PEFT saves it: a local directory or a Hugging Face hub id.",
-        callback=model_name,
     ),
 ]
 AdapterName = Annotated[
     str,
-    typer.Option(
+    text_option(
         "--adapter-name", "--name", metavar="NAME", help="Give the adapter this name in the export.", callback=file_name
     ),
 ]
 OverwriteAdapter = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that has the same name.")]
 Base = Annotated[
     str | None,
-    typer.Option(
+    model_option(
         "--model",
         "--base",
-        metavar="DIR|ID",
         help="Read the base model too, a local directory or a Hugging Face hub id: it finds weights that have no known "
         "name, checks the others, and is what --requantize rounds.",
-        callback=model_name,
     ),
 ]
 Requantize = Annotated[
@@ -154,9 +133,7 @@ Force = Annotated[
         help="Write the result even if rounding loses half of an update, or an earlier adapter is incompatible.",
     ),
 ]
-Result = Annotated[
-    Path, typer.Option("--output", metavar="DIR", help="Write to this directory, which is new or empty.", callback=utf8)
-]
+Result = Annotated[Path, text_option("--output", metavar="DIR", help="Write to this directory, which is new or empty.")]
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output directory.")]
 Rank = Annotated[
     int | None,
@@ -167,34 +144,24 @@ Rank = Annotated[
 # of serve, generate and export-triton, which took the directory without a name before
 OnnxToRun = Annotated[
     Path | None,
-    typer.Option(
-        "--onnx", metavar="DIR", help="Read the export in this directory.", callback=utf8, rich_help_panel=REQUIRED
-    ),
+    text_option("--onnx", metavar="DIR", help="Read the export in this directory.", rich_help_panel=REQUIRED),
 ]
 Directory = Annotated[Path | None, typer.Argument(metavar="DIR", hidden=True, callback=utf8)]
 # of export-triton
 Repository = Annotated[
     Path,
-    typer.Option(
-        "--output",
-        metavar="DIR",
-        help="Add the model to this model repository, whose other models stay.",
-        callback=utf8,
-    ),
+    text_option("--output", metavar="DIR", help="Add the model to this model repository, whose other models stay."),
 ]
 ModelName = Annotated[
     str | None,
-    typer.Option(
-        "--name", metavar="NAME", help="Give the model this name.  [default: the export directory's]", callback=utf8
-    ),
+    text_option("--name", metavar="NAME", help="Give the model this name.  [default: the export directory's]"),
 ]
 AdapterFiles = Annotated[
     list[str] | None,
-    typer.Option(
+    text_option(
         "--adapter",
         metavar="NAME=FILE",
         help="Add this .onnx_adapter file to those of the export, which has adapters as data; may be repeated.",
-        callback=utf8,
     ),
 ]
 TritonBatch = Annotated[
@@ -208,7 +175,7 @@ TritonThreads = Annotated[
 ]
 ReplaceModel = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model of the same name.")]
 # of demo
-DemoOutput = Annotated[Path, typer.Option(metavar="DIR", help="Write to this directory.", callback=utf8)]
+DemoOutput = Annotated[Path, text_option(metavar="DIR", help="Write to this directory.")]
 Epochs = Annotated[int, typer.Option(min=1, metavar="N", help="Train MiniLM on all texts this many times.")]
 Seed = Annotated[
     int, typer.Option(metavar="N", help="Draw the split, the first values and the batches from this seed.")

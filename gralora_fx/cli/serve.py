@@ -15,7 +15,7 @@ from gralora_fx.base.features import parts
 from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.cli.options import Directory, OnnxToRun
-from gralora_fx.cli.values import Declared, export_directory, read_adapters, takes, utf8
+from gralora_fx.cli.values import Declared, export_directory, read_adapters, takes, text_option
 from gralora_fx.core.config.option import declared_options
 from gralora_fx.core.config.service_settings import ConnectionLimits, ServiceSettings, warn_of_missing_spans
 from gralora_fx.errors import ConfigError, ServingError, shown
@@ -27,14 +27,13 @@ _REPLICAS, _LIMITS = 2, ConnectionLimits()
 
 Adapters = Annotated[
     list[str] | None,
-    typer.Option(
+    text_option(
         "--adapter",
         metavar="NAME=PATH",
         help="Serve this adapter too, an .onnx_adapter file or a directory that PEFT saved; may be repeated.",
-        callback=utf8,
     ),
 ]
-Host = Annotated[str, typer.Option(metavar="HOST", help="Listen on this address.", callback=utf8)]
+Host = Annotated[str, text_option(metavar="HOST", help="Listen on this address.")]
 Port = Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Listen on this port; 0 takes a free one.")]
 MaxConnections = Annotated[
     int | None,

@@ -117,6 +117,16 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
+def text_option(*names: str, metavar: str, callback: Callable[[Any], Any] = utf8, **others: Any) -> Any:
+    """Declare an option whose value is a text, such as a path, and is checked."""
+    return typer.Option(*names, metavar=metavar, callback=callback, **others)
+
+
+def model_option(*names: str, callback: Callable[[Any], Any] = model_name, **others: Any) -> Any:
+    """Declare an option whose value is a local directory or a hub id."""
+    return text_option(*names, metavar="DIR|ID", callback=callback, **others)
+
+
 def takes(*records: type) -> Callable[[_Command], _Command]:
     """Return a decorator that adds an option for each one that the records declare.
 

@@ -12,7 +12,7 @@ import gralora_fx.cli.options as opt
 from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import gc_pause, timed
 from gralora_fx.base.sources.base_quantization import BaseQuantization
-from gralora_fx.cli.values import check_rounding, file_name, model_names, utf8
+from gralora_fx.cli.values import check_rounding, file_name, model_names, model_option, text_option
 from gralora_fx.cli.wording import show
 from gralora_fx.core.config.option import MODEL
 from gralora_fx.core.loading.adapter_facts import base_name, needed_quantization
@@ -24,9 +24,8 @@ from gralora_fx.format.tasks import is_decoder
 
 FoldedAdapters = Annotated[
     list[str] | None,
-    typer.Option(
+    model_option(
         "--adapter",
-        metavar="DIR|ID",
         help="Compare with this GraLoRA, LoRA or DoRA adapter, as PEFT saves it: a local directory or a Hugging Face "
         "hub id; given once for each that is in the export.",
         callback=model_names,
@@ -34,11 +33,11 @@ FoldedAdapters = Annotated[
     ),
 ]
 Verified = Annotated[
-    Path, typer.Option("--onnx", "--output", metavar="DIR", help="Compare the export in this directory.", callback=utf8)
+    Path, text_option("--onnx", "--output", metavar="DIR", help="Compare the export in this directory.")
 ]
 VerifiedName = Annotated[
     str | None,
-    typer.Option(
+    text_option(
         "--adapter-name",
         metavar="NAME",
         help="Compare with the adapter that has this name in the export.  [default: the only one, or default]",
@@ -64,9 +63,7 @@ Level = Annotated[
 ]
 Prompts = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="TEXT", help="Compare on this prompt too, for an export that generates; may be repeated.", callback=utf8
-    ),
+    text_option(metavar="TEXT", help="Compare on this prompt too, for an export that generates; may be repeated."),
 ]
 Files = Annotated[
     bool, typer.Option("--files", help="Compare the files with their recorded checksums alone, without the model.")
@@ -74,15 +71,10 @@ Files = Annotated[
 Stream = Annotated[bool, typer.Option("--stream", help="Read the model's weights one by one, to need less memory.")]
 Provider = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Run the export on this execution provider of ONNX Runtime.  [default: the CPU]",
-        callback=utf8,
-    ),
+    text_option(metavar="NAME", help="Run the export on this execution provider of ONNX Runtime.  [default: the CPU]"),
 ]
 ProviderOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="Set an option of the provider; may be repeated.", callback=utf8),
+    list[str] | None, text_option(metavar="KEY=VALUE", help="Set an option of the provider; may be repeated.")
 ]
 
 
