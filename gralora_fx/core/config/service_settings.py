@@ -18,6 +18,7 @@ from gralora_fx.errors import ConfigError, option, shown, warn_caller
 
 # options that have no effect on a model that does not answer prompts
 OF_DECODERS = ("max_context", "chunk", "prefix_cache", "max_memory", "speculative_tokens")
+_count = partial(Option, metavar="N", least=1)  # an option that is a whole number above 0
 _ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\sA-Z/?#@]+")
 _Record = TypeVar("_Record")
@@ -96,16 +97,12 @@ class ServiceSettings:
     ] = None
     max_adapters: Annotated[
         int | None,
-        Option(
+        _count(
             "Keep at most this many adapters in memory; those of the root go first, the least recently used one first.",
-            metavar="N",
             left_out="64, or those given at the start if they are more",
-            least=1,
         ),
     ] = None
-    max_adapter_rank: Annotated[
-        int | None, Option("Refuse adapters of a larger rank.", metavar="N", left_out="no limit", least=1)
-    ] = None
+    max_adapter_rank: Annotated[int | None, _count("Refuse adapters of a larger rank.", left_out="no limit")] = None
     max_adapter_memory: Annotated[
         str | None,
         Option(
@@ -116,33 +113,21 @@ class ServiceSettings:
         ),
     ] = None
     max_batch: Annotated[
-        int | None,
-        Option(
-            "Run at most this many rows, such as answers, together.",
-            metavar="N",
-            left_out="16; 8 for an encoder",
-            least=1,
-        ),
+        int | None, _count("Run at most this many rows, such as answers, together.", left_out="16; 8 for an encoder")
     ] = None
-    max_queue: Annotated[
-        int, Option("Let at most this many requests wait; others get status 429.", metavar="N", least=1)
-    ] = 64
+    max_queue: Annotated[int, _count("Let at most this many requests wait; others get status 429.")] = 64
     max_context: Annotated[
         int | None,
-        Option(
+        _count(
             "Allow at most this many tokens of a prompt with its answer, for a model that generates.",
-            metavar="N",
             left_out="the model's context",
-            least=1,
         ),
     ] = None
     chunk: Annotated[
         int | None,
-        Option(
+        _count(
             "Read at most this many tokens of new prompts in a step beside answers, for a model that generates.",
-            metavar="N",
             left_out="64",
-            least=1,
         ),
     ] = None
     prefix_cache: Annotated[
@@ -182,8 +167,7 @@ class ServiceSettings:
         ),
     ] = None
     threads: Annotated[
-        int | None,
-        Option("Compute on this many threads.", metavar="N", left_out="one on each core that may be used", least=1),
+        int | None, _count("Compute on this many threads.", left_out="one on each core that may be used")
     ] = None
     api_key: Annotated[
         str | None,
