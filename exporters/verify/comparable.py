@@ -45,11 +45,7 @@ class Comparable(NamedTuple):
 
 @contextmanager
 def open_comparable(
-    directory: Path,
-    manifest: Manifest,
-    runtime: Runtime | None = None,
-    *,
-    streamed: bool = False,
+    directory: Path, manifest: Manifest, runtime: Runtime | None = None, *, streamed: bool = False
 ) -> Iterator[Comparable]:
     """Open sessions over an export, or its float32 copy where needed, while the block runs.
 

@@ -28,12 +28,7 @@ from gralora_fx.exporters.verify.given_texts import MeasuredTexts, text_cases, u
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps, Step
 from gralora_fx.exporters.verify.mapped_sessions import ReopenedSession, mapped_runtime
 from gralora_fx.exporters.verify.outputs import OutputComparison
-from gralora_fx.exporters.verify.quality_figures import (
-    QualityTally,
-    check_finite,
-    compare_outputs,
-    float32_reference,
-)
+from gralora_fx.exporters.verify.quality_figures import QualityTally, check_finite, compare_outputs, float32_reference
 from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.format.quantized_weights import Quality, TokenQuality
 from gralora_fx.run.sessions.session import Runtime, open_session, yielding_options
@@ -154,12 +149,7 @@ def token_quality(
 
 
 def _both(
-    model: Step,
-    export: Step,
-    rows: Sequence[Sequence[int]],
-    count: int,
-    at_once: int,
-    close: Callable[[], None] | None,
+    model: Step, export: Step, rows: Sequence[Sequence[int]], count: int, at_once: int, close: Callable[[], None] | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the logits of the model and of the export after each of `count` positions, `[rows, vocabulary]` each."""
     ids, ahead = torch.tensor([[row[0]] for row in rows]), at_once if close is None else count

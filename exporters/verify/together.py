@@ -123,11 +123,7 @@ def compare_companions(
 
 
 def reference_of(
-    name: str,
-    part: TracedModel | GraloraModel,
-    manifest: Manifest,
-    variant: Variant,
-    directory: Path | None,
+    name: str, part: TracedModel | GraloraModel, manifest: Manifest, variant: Variant, directory: Path | None
 ) -> TracedModel | GraloraModel:
     """Return a companion with a state's adapters and the export's rounded weights; in float32 without a directory."""
     inputs, adapter = manifest.adapter_inputs, variant.name

@@ -49,8 +49,7 @@ NoTokenizer = Annotated[
     bool, typer.Option("--no-tokenizer", help="Leave the base's tokenizer out of the export.", rich_help_panel=WRITTEN)
 ]
 Stream = Annotated[
-    bool,
-    typer.Option("--stream", help="Read weights one by one, to need less memory.", rich_help_panel=WRITTEN),
+    bool, typer.Option("--stream", help="Read weights one by one, to need less memory.", rich_help_panel=WRITTEN)
 ]
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch.", rich_help_panel=COMPARISON)

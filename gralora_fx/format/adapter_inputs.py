@@ -33,14 +33,7 @@ AS_DATA = (DATA, INPUTS)
 BASE = 0  # the id for no adapter, in batches whose rows choose one
 STACKED = "stacked"  # for a graph in which each row has its own adapter
 EARLIER_MODES = {"swappable": DATA, "batched": DATA}  # names that options may still have
-FIELDS = (
-    "gralora_A",
-    "gralora_B",
-    "gralora_A_general",
-    "gralora_B_general",
-    "gralora_bias",
-    "gralora_scale",
-)
+FIELDS = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general", "gralora_bias", "gralora_scale")
 BLOCKS, WHOLE, BIAS = "blocks", "whole", "bias"  # the changes that adapters may make at a layer
 RANK, HYBRID_RANK, ADAPTERS_AXIS = "r", "hybrid_r", "adapters"  # symbolic axes
 ADAPTER_IDS = "adapter_ids"

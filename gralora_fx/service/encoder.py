@@ -38,11 +38,7 @@ class TextReader:
     """Tokenizes texts for an encoder; `limit` is the smaller of the model's and the tokenizer's."""
 
     def __init__(
-        self,
-        tokenizer: TextTokenizer,
-        config: Mapping[str, Any],
-        position_offset: int,
-        inputs: Collection[str],
+        self, tokenizer: TextTokenizer, config: Mapping[str, Any], position_offset: int, inputs: Collection[str]
     ) -> None:
         """Determine the limits."""
         self._tokenizer, self._inputs = tokenizer, inputs

@@ -38,10 +38,7 @@ def check_trained(adapter_names: object, known: Callable[[str], ModelAdapter]) -
 
 
 def loss_of_rows(
-    outputs: Any,
-    labels: Mapping[str, Any],
-    adapter_names: object,
-    loss_of: Callable[[Any, Mapping[str, Any]], Tensor],
+    outputs: Any, labels: Mapping[str, Any], adapter_names: object, loss_of: Callable[[Any, Mapping[str, Any]], Tensor]
 ) -> dict[str, Tensor]:
     """Compute each adapter's loss over its own rows of a batch's outputs and labels."""
     if not labels:

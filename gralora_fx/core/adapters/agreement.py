@@ -55,11 +55,7 @@ def _check(problems: Collection[str], origin: object) -> None:
 
 
 def disagreements(
-    config: AdapterConfig,
-    sites: Collection[str],
-    known: KnownLayers | None = None,
-    *,
-    trained: Collection[str] = (),
+    config: AdapterConfig, sites: Collection[str], known: KnownLayers | None = None, *, trained: Collection[str] = ()
 ) -> list[str]:
     """Describe contradictions between a configuration and the layers that have tensors.
 

@@ -100,13 +100,7 @@ class Factors(NamedTuple):
         return concatenated([A, self.A_general]), concatenated([B, self.B_general], 1)
 
 
-def initial_factors(
-    in_features: int,
-    out_features: int,
-    sizes: GraloraSizes,
-    *,
-    zero_update: bool = True,
-) -> Factors:
+def initial_factors(in_features: int, out_features: int, sizes: GraloraSizes, *, zero_update: bool = True) -> Factors:
     """Return new tensors: `A` uniform as in a linear layer of `in/k` inputs, `B` zero so that the update is zero.
 
     The draws are those of `peft.tuners.gralora`, in its order: the same seed gives the same tensors.
@@ -159,13 +153,7 @@ class Gralora(AdapterMethod):
             shapes |= {"A_general": (hybrid_r, in_features), "B_general": (out_features, hybrid_r)}
         return shapes
 
-    def initial(
-        self,
-        features: tuple[int, int],
-        sizes: GraloraSizes,
-        config: GraloraConfig,
-        **_: Any,
-    ) -> Factors:
+    def initial(self, features: tuple[int, int], sizes: GraloraSizes, config: GraloraConfig, **_: Any) -> Factors:
         """Return new tensors; `init_weights=False` draws `B` at random too."""
         return initial_factors(*features, sizes, zero_update=config.init_weights)
 

@@ -178,9 +178,7 @@ def _check_groups(told: GroupQuantized, inputs: int, count: int) -> None:
         )
 
 
-def _of_compressed_layer(
-    parts: Parts,
-) -> tuple[tuple[int, int], StoredTensor, Read]:
+def _of_compressed_layer(parts: Parts) -> tuple[tuple[int, int], StoredTensor, Read]:
     scales, packed = part_of(parts, "weight_scale"), parts.get("weight_packed")
     if packed is not None:
         sizes = part_of(parts, "weight_shape")

@@ -138,13 +138,7 @@ class PrefixCache:
             return max(at, start)
 
     def store(
-        self,
-        root: Root,
-        tokens: Sequence[int],
-        row: Arrays,
-        states: Arrays = (),
-        *,
-        is_chance: bool = False,
+        self, root: Root, tokens: Sequence[int], row: Arrays, states: Arrays = (), *, is_chance: bool = False
     ) -> None:
         """Store a row's tokens as far as there is room, or for a model with states all or none of them.
 

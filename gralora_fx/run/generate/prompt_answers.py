@@ -70,11 +70,7 @@ class Generation:
         return new_proposer()
 
     def read(
-        self,
-        inputs: GenerateInputs,
-        options: AnswerOptions,
-        adapter: AdapterNames,
-        tokenizer: TextTokenizer | None,
+        self, inputs: GenerateInputs, options: AnswerOptions, adapter: AdapterNames, tokenizer: TextTokenizer | None
     ) -> Prompts:
         """Convert the arguments of `generate` to inputs of encoder and decoder."""
         reader = self.encoder_inputs

@@ -45,10 +45,7 @@ _NOTHING = "no task traces it"
 _REFUSED = {
     "blt": ("it reads byte patches whose lengths another model's entropies decide", _NOTHING),
     "cpmant": ("every step takes the whole text, after a prompt of the model's own", _NOTHING),
-    "deepseek_v4": (
-        "its layers keep averages of windows of tokens, and an incomplete last window",
-        "use transformers",
-    ),
+    "deepseek_v4": ("its layers keep averages of windows of tokens, and an incomplete last window", "use transformers"),
     "gemma4_assistant": ("it reads the keys and values of the model that it drafts for, and keeps none", _NOTHING),
     "gemma4_unified_assistant": ("it reads the keys and values of the model that it drafts for", _NOTHING),
     "musicgen_decoder": ("each text is several rows of sound codes, which are embedded as one", _NOTHING),
