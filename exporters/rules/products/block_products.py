@@ -120,25 +120,29 @@ class BlockProducts:
 
 def _quantized(matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> list[NDArray[Any]]:
     """Return a matrix's packed integers, its scales and, if it has any, its zero points."""
-
-    def group(columns: NDArray[Any]) -> list[NDArray[Any]]:
-        columns = np.ascontiguousarray(columns)
-        columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
-        return stored(quantize_blocks(columns, form, None, str(matrix.value.name)))
-
-    def stored(blocks: BlockArrays) -> list[NDArray[Any]]:
-        scales = blocks.scales.astype(stored_as(form, matrix.tensor.dtype).numpy())
-        return [blocks.packed, scales, *([] if blocks.zero_points is None else [blocks.zero_points])]
-
+    name, dtype = str(matrix.value.name), matrix.tensor.dtype
     rounded = blocks_of(matrix.names, matrix.sizes, form)
     if rounded is not None and _is_rounding(rounded, matrix, form):
-        return stored(rounded)
+        return _stored(rounded, form, dtype)
     if form.rounding == "kept":
         raise ExportError(
-            f"the integers of {matrix.value.name} cannot be kept: the export multiplies by other values than those of "
+            f"the integers of {name} cannot be kept: the export multiplies by other values than those of "
             f"the checkpoint; take {option(quantize='int8')} or {option(quantize='float')}"
         )
-    return [np.concatenate(arrays) for arrays in zip(*map(group, matrix.column_groups()), strict=True)]
+    groups = (quantized_columns(columns, form, dtype, name) for columns in matrix.column_groups())
+    return [np.concatenate(arrays) for arrays in zip(*groups, strict=True)]
+
+
+def quantized_columns(columns: NDArray[Any], form: Blocks, dtype: ir.DataType, name: str) -> list[NDArray[Any]]:
+    """Return the packed integers of columns, their scales and, if they have any, their zero points."""
+    columns = np.ascontiguousarray(columns)
+    columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
+    return _stored(quantize_blocks(columns, form, None, name), form, dtype)
+
+
+def _stored(blocks: BlockArrays, form: Blocks, dtype: ir.DataType) -> list[NDArray[Any]]:
+    scales = blocks.scales.astype(stored_as(form, dtype).numpy())
+    return [blocks.packed, scales, *([] if blocks.zero_points is None else [blocks.zero_points])]
 
 
 def _is_rounding(blocks: BlockArrays, matrix: ConstantMatrix, form: Blocks) -> bool:

@@ -23,9 +23,8 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.fold.requantize import stored_values
 from gralora_fx.exporters.formats import LEAST_BLOCK, Blocks, Format
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
-from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
 from gralora_fx.exporters.rules.builder import MICROSOFT, add_initializer, attributes_of, replace_value
-from gralora_fx.exporters.rules.products.block_products import stored_as, widened
+from gralora_fx.exporters.rules.products.block_products import quantized_columns, stored_as, widened
 from gralora_fx.exporters.rules.products.constant_matrices import drop_unread
 from gralora_fx.exporters.rules.products.initializers import ProductWeight, Reader, Storage
 from gralora_fx.exporters.rules.products.quantize_weights import Quantized
@@ -181,12 +180,7 @@ def _quantized(tensor: ir.TensorProtocol, form: Blocks, name: str) -> Iterator[l
     """Yield the quantized arrays of one expert at a time, reading its floats only then."""
 
     def of(rows: NDArray[Any]) -> list[NDArray[Any]]:
-        columns = np.ascontiguousarray(rows.T)
-        columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
-        blocks = quantize_blocks(columns, form, None, name)
-        scales = blocks.scales.astype(stored_as(form, tensor.dtype).numpy())
-        arrays = [blocks.packed, scales, blocks.zero_points]
-        return [array.reshape(len(rows), -1) for array in arrays if array is not None]
+        return [array.reshape(len(rows), -1) for array in quantized_columns(rows.T, form, tensor.dtype, name)]
 
     for matrix in entries_of(tensor):
         groups = [of(matrix[start : start + _ROWS]) for start in range(0, len(matrix), _ROWS)]
