@@ -144,6 +144,12 @@ def _changes(
     with open_adapter(adapter_dir, revision=revision) as stored:
         _check_takes(stored, onnx_dir, manifest)
         stored.check_no_parameters("an adapter as data of an export", ExportError)
+        parameters: BaseParameters | None = None
+        if stored.repeats or stored.copies or stored.method.scales_rows:
+            from gralora_fx.exporters.artifact.base_parameters import BaseParameters  # it imports onnx_ir
+
+            parameters = BaseParameters(Path(onnx_dir), manifest)
+            stored = parameters.with_own_embeddings(stored)
         acts_from, has_copies = stored.config.acts_from, bool(stored.copies)
         check_can_act(acts_from, stored.directory, manifest.flavour, has_copies=has_copies)
         _check_known(acts_from, stored.directory, onnx_dir)
@@ -154,10 +160,8 @@ def _changes(
         _warn_of_parts_left_out(adapter_dir, updates, manifest)
         copies = {parameter: tensor.array() for parameter, tensor in stored.copies.items()}
         changes = Changes(updates)
-        if copies or stored.method.scales_rows:
-            from gralora_fx.exporters.artifact.base_parameters import BaseParameters  # it imports onnx_ir
-
-            changes = BaseParameters(Path(onnx_dir), manifest).changes(updates, copies, name)
+        if parameters is not None:
+            changes = parameters.changes(updates, copies, name)
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())
     return changes, fields, base
 

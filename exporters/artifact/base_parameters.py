@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gralora_fx.base.sources.safetensors_files import StoredTensor
+from gralora_fx.core.adapters.saved_embeddings import check_vocabulary
+from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.core.methods.arrays import to_numpy
 from gralora_fx.core.methods.forms import as_update, scales_rows
 from gralora_fx.core.methods.lora import LoraFactors
@@ -22,12 +26,16 @@ from gralora_fx.exporters.fold.replaced_parameters import named_values
 from gralora_fx.exporters.fold.requantize import stored_values
 from gralora_fx.exporters.fold.weight_locations import Export
 from gralora_fx.exporters.rules.products.initializers import ProductWeight
-from gralora_fx.exporters.rules.products.stored_rows import dtype_of, read_rows
+from gralora_fx.exporters.rules.products.stored_rows import dtype_of, read_rows, rows_and_columns
 from gralora_fx.format.adapter_inputs import BIAS, WHOLE, AdapterInputs
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.sessions.adapter_arrays import cast
 
 _WEIGHT, _BIAS = ".weight", ".bias"
+_Rows = tuple[Callable[[slice], NDArray[Any]], tuple[int, int], np.dtype[Any] | None]
+_FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
+_ROWS = 4096  # of an embedding that are compared at once
+_MOST_ROUNDED = 0.5  # share of a row by which rounding to few bits changes it at most: some 0.15 in int4
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,40 @@ class BaseParameters:
                 f"{listed(problems, 4)}"
             )
         return Changes(found, biases, scales, norms_of)
+
+    def with_own_embeddings(self, stored: StoredAdapter) -> StoredAdapter:
+        """Return an adapter with those of its saved embeddings that the export does not hold as trained parameters."""
+        return stored.with_own_embeddings(partial(self._holds, stored.directory))
+
+    def _holds(self, adapter: Path, name: str, saved: StoredTensor) -> bool:
+        """Return whether the export holds these values of an embedding, or their rounding."""
+        rows = self._rows_of(name)
+        if rows is None:  # an embedding that the model does not read
+            return True
+        read, shape, dtype = rows
+        check_vocabulary(name, saved.shape, shape, adapter)
+        values = saved.array()
+        for start in range(0, len(values), _ROWS):
+            wanted = values[start : start + _ROWS]
+            own = read(slice(start, start + len(wanted)))
+            if dtype is not None:
+                if not np.array_equal(own.astype(dtype), wanted.astype(dtype)):
+                    return False
+                continue
+            wanted = wanted.astype(np.float32)
+            if (np.linalg.norm(own - wanted, axis=1) > _MOST_ROUNDED * np.linalg.norm(wanted, axis=1)).any():
+                return False
+        return True
+
+    def _rows_of(self, name: str) -> _Rows | None:
+        """Return what reads rows of an embedding, its shape, and its dtype, None if quantized; None if not found."""
+        for place in self._places(name.removesuffix(_WEIGHT)):
+            dtype = dtype_of(place.weight.value) if place.weight.storage == "float" else None
+            return place.rows, (place.stop - place.start, place.weight.in_features), dtype
+        for found in named_values(self._export, name):
+            if (dtype := dtype_of(found.value)) in _FLOATS:  # the integers of a tied one are the head's
+                return partial(_rows, found.value), rows_and_columns(found.value), dtype
+        return None
 
     def check(self) -> None:
         """Check that the export holds the values that adapters may replace."""
@@ -138,6 +180,10 @@ class BaseParameters:
             values = read_rows(place.value)[:, place.start : place.start + width]
             if values.shape == (1, width):
                 yield values[0]
+
+
+def _rows(value: ir.Value, rows: slice) -> NDArray[Any]:
+    return read_rows(value, rows.start, rows.stop)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from gralora_fx.base.sources.packed_tensors import PackedTensor, RoundedTensor
 from gralora_fx.base.sources.rewriting import Kept, bytes_of
 from gralora_fx.base.sources.safetensors_files import FLOATS, Layout, NewShard, NewTensor, StoredTensor, rewritten_shard
 from gralora_fx.base.sources.saved_weights import SavedWeights
+from gralora_fx.core.adapters.saved_embeddings import check_vocabulary
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.exporters.fold.checkpoint_names import Names
@@ -62,6 +65,7 @@ class TensorChanges:
 
 def find_changes(base: SavedWeights, names: Names, adapter: StoredAdapter) -> TensorChanges:
     """Decide for every tensor that an adapter changes where it comes from and where it goes."""
+    adapter = adapter.with_own_embeddings(partial(_holds, base, names, adapter.directory))
     problems: list[str] = []
     wanted: dict[str, NewTensor] = {}
     folds = StackFolds(base, names, adapter, _NOT_FINITE)
@@ -148,6 +152,15 @@ def _common_dtype(base: SavedWeights) -> str:
     return dtypes.most_common(1)[0][0] if dtypes else "F32"
 
 
+def _holds(base: SavedWeights, names: Names, adapter: Path, name: str, saved: StoredTensor) -> bool:
+    """Return whether a base has these values of an embedding; one that is not read as floats is told of later."""
+    key = names.key_of(name)
+    if key is None or (own := base.tensors[key]).dtype not in FLOATS:
+        return True
+    check_vocabulary(name, saved.shape, own.shape, adapter)
+    return _same_values(own, saved)
+
+
 def _difference(name: str, repeated: StoredTensor, base: SavedWeights, names: Names) -> list[str]:
     """Return what differs if the adapter's file repeats an untrained parameter with other values than the base's."""
     key = names.key_of(name)
@@ -155,7 +168,7 @@ def _difference(name: str, repeated: StoredTensor, base: SavedWeights, names: Na
         return [f"unexpected {name}, which is not trained and not in the base"]
     own = base.tensors[key]
     if own.shape != repeated.shape or own.dtype not in FLOATS:
-        return [f"{name} has shape {list(repeated.shape)} instead of {list(own.shape)}; resize and save the base first"]
+        return [f"{name} has shape {list(repeated.shape)} instead of {list(own.shape)}"]
     if not _same_values(own, repeated):
         return [f"{name} has other values than the base, and is not trained"]
     return []

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gralora_fx.base.sources.safetensors_files import StoredTensor
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted, marked, option
 from gralora_fx.exporters.fold.edits import LayerEdit, ValuesEdit, constant
@@ -53,6 +54,14 @@ class Replacements:
 
 def find_replacements(export: Export, adapter: StoredAdapter, adapted: Iterable[WeightLocation]) -> Replacements:
     """Locate the parameters that an adapter replaces; compare those that it only repeats."""
+    known: dict[str, list[WeightLocation]] = {}
+    for location in adapted:
+        known.setdefault(location.path, []).append(location)
+
+    def is_of_export(name: str, saved: StoredTensor) -> bool:
+        return _repeats(export, known, name, saved.array())
+
+    adapter = adapter.with_own_embeddings(is_of_export)
     layers: list[tuple[WeightLocation, LayerEdit]] = []
     values: list[tuple[ValueLocation, ValuesEdit]] = []
     problems: list[str] = []
@@ -64,9 +73,6 @@ def find_replacements(export: Export, adapter: StoredAdapter, adapted: Iterable[
             values += [] if edits else _value_edits(export, name, tensor)
         except MergeError as error:
             problems.append(f"{name}: {marked(error)}")
-    known: dict[str, list[WeightLocation]] = {}
-    for location in adapted:
-        known.setdefault(location.path, []).append(location)
     for name, repeated in adapter.repeats.items():
         if not _repeats(export, known, name, repeated.array()):
             problems.append(f"{name}: the adapter holds values for it that are not the export's, and does not train it")

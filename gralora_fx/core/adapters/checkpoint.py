@@ -16,12 +16,14 @@ from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
 from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers, read_adapter
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
 from gralora_fx.core.adapters.base import base_of, is_sharded
+from gralora_fx.core.adapters.saved_embeddings import check_vocabulary, is_embedding, training
 from gralora_fx.core.adapters.saved_form import saved_config
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX, check_adapter_name
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.planning.planner import planned_for
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
+from gralora_fx.core.planning.targets import trains_whole_at
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import CheckpointError, ConfigError, bulleted, command, warn_caller
 
@@ -60,6 +62,7 @@ def load_adapter(
 ) -> None:
     """Load a saved adapter into the model's adapter of that name and configuration, or into a new one."""
     config, tensors = read_adapter(directory, revision=revision)
+    config = _with_own_embeddings(config, tensors, state.traced.tree, directory)
     base = settled_base(config, state.traced, directory, strict=strict_base)
     planned = planned_for(state.traced, config)
     if name in state.adapters:
@@ -204,9 +207,27 @@ def _match_keys(
     return matched, problems
 
 
+def _with_own_embeddings(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], tree: ModuleTree, adapter: object
+) -> AdapterConfig:
+    """Return the configuration of a file whose untrained embeddings are not the base's: it trains these too."""
+    own = []
+    for key, tensor in tensors.items():
+        name = key.removeprefix(KEY_PREFIX)
+        base = tree.parameters.get(name)
+        if base is None or not is_embedding(name):
+            continue
+        if trains_whole_at(name.rpartition(".")[0], config.saved_module_names):
+            continue
+        check_vocabulary(name, tensor.shape, base.shape, adapter)
+        if not _repeats(tensor, values_of(base, name)):
+            own.append(name)
+    return training(config, own, adapter)
+
+
 def _repeats(tensor: Tensor, other: Tensor) -> bool:
     """Return whether a tensor equals another one cast to its dtype."""
-    return tensor.shape == other.shape and bool(torch.equal(other.cpu().to(tensor), tensor))
+    return tensor.shape == other.shape and bool(tensor.equal(other.cpu().to(tensor)))
 
 
 # -- the base that an adapter was made for --------------------------------------------------------------------------

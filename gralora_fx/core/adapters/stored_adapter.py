@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
 from gralora_fx.core.adapters.adapter_files import SAVED_COPY, current_key, modules_of, read_files, recorded_parameters
 from gralora_fx.core.adapters.agreement import KnownLayers, check_agreement, warn_of_unused
 from gralora_fx.core.adapters.parameter_keys import names_of_parameters, names_parameter, parameters_in
+from gralora_fx.core.adapters.saved_embeddings import is_embedding, training
 from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX, pattern_key
 from gralora_fx.core.methods import AdapterMethod, AdapterTensors, Sizes, Update, method_of
@@ -22,9 +23,6 @@ from gralora_fx.core.planning.targets import ends_with, trains_whole_at
 from gralora_fx.errors import CheckpointError, bulleted, command, listed, option
 
 _ORIGINAL = ".original_module."  # the base's values of a saved module, which PEFT repeats where all biases train
-
-# modules whose weights PEFT saves whole where they are targeted, or where the vocabulary was resized
-_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,18 @@ class StoredAdapter:
                 sites[_path_of(name, site)] = site
         _check(self.directory, problems)
         return replace(self, sites=dict(sorted(sites.items())), unnamed={})
+
+    def with_own_embeddings(self, is_of_base: Callable[[str, StoredTensor], bool]) -> StoredAdapter:
+        """Return the adapter with those of its saved embeddings that a base does not hold as trained parameters."""
+        saved = {name: tensor for name, tensor in self.repeats.items() if is_embedding(name)}
+        own = {
+            name: tensor
+            for name, tensor in saved.items()
+            if name.rpartition(".")[0] not in self.sites and not is_of_base(name, tensor)
+        }
+        repeats = {name: tensor for name, tensor in self.repeats.items() if name not in own}
+        config = training(self.config, own, self.directory)
+        return replace(self, config=config, copies={**self.copies, **own}, repeats=repeats)
 
     def without(self, paths: Container[str]) -> StoredAdapter:
         """Return the adapter without the updates and trained parameters of some layers."""
@@ -279,7 +289,7 @@ def _copies(
             repeats[name.replace(_ORIGINAL, ".", 1)] = tensor
         elif trains_whole_at(module, config.saved_module_names) or (last == "bias" and config.bias == "all"):
             copies[SAVED_COPY.sub(".", name.replace(".modules_to_save.bias", ".bias"), count=1)] = tensor
-        elif last == "weight" and module.rpartition(".")[2] in _EMBEDDINGS:
+        elif is_embedding(name):
             repeats[name] = tensor
         else:
             problems.append(f"unexpected {key}")
