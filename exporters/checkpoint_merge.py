@@ -263,10 +263,10 @@ def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def files_to_copy(base: SavedWeights) -> tuple[list[str], list[str]]:
-    """Return the other files of a model's directory, by relative path: those to copy, and those to leave out.
+    """Return the relative paths of a model's other files: those to copy, and those to leave out.
 
-    Left out are the same weights in other formats, which the merge does not change, and an adapter, which transformers
-    would add to the merged weights.
+    Left out are the unmerged weights in other formats, and an adapter, which transformers would add to the merged
+    weights.
     """
     shards = {shard.file.name for shard in base.shards}
     written = {*shards, MODEL_FILE, INDEX_NAME} if base.has_index else {*shards, MODEL_FILE}

@@ -18,13 +18,9 @@ MEAN_BITS = 4.5  # default mean bits of an int4 export's integers
 
 @dataclass(frozen=True)
 class InputOrder:
-    """Another order of a matrix's inputs, in which the values of a block are neighbours.
+    """Another order of a matrix's inputs, in which the values of a block are neighbours."""
 
-    Attributes:
-        places: For each place of the new order the input that is there, as int64 in bytes.
-    """
-
-    places: bytes = field(repr=False)
+    places: bytes = field(repr=False)  # the input at each place of the new order, as int64
 
     def __str__(self) -> str:
         """Return a short name, the same for equal orders only."""

@@ -270,11 +270,7 @@ def _input_names(manifest: Manifest) -> list[str]:
 def _companions(
     model: TracedModel | GraloraModel, conversion: Conversion, seconds: dict[str, float]
 ) -> dict[str, Conversion]:
-    """Return the conversion of each of a decoder's companions, such as a tower; most decoders have none.
-
-    Raises:
-        ExportError: One cannot be traced, and the export is to be verified.
-    """
+    """Return the conversions of a decoder's companions; one that cannot be traced is left out or refused."""
     traced = base_trace(model)
     if not beside_ids(traced.example_inputs):
         return {}

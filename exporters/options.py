@@ -229,11 +229,7 @@ class ExportOptions:
             )
 
     def for_base(self, *, is_in_few_bits: bool) -> ExportOptions:
-        """Return the options for a base: what keeps its checkpoint's integers, if nothing else is asked for.
-
-        Args:
-            is_in_few_bits: Whether its checkpoint holds weights in few bits whose form exports keep.
-        """
+        """Return the options for a base; a checkpoint with weights in few bits keeps its integers by default."""
         if self.quantize == KEPT and not is_in_few_bits:
             raise ExportError(
                 f"{option(quantize=KEPT)} keeps the integers of a quantized checkpoint, and this base is of floats, or "

@@ -40,21 +40,13 @@ _MOST_ROUNDED = 0.5  # share of a row by which rounding to few bits changes it a
 
 @dataclass(frozen=True)
 class BaseParameters:
-    """The weights and biases of an export's layers, read from its files.
-
-    Attributes:
-        directory: The export directory.
-        manifest: Its manifest.
-    """
+    """The weights and biases of an export's layers, read from its files."""
 
     directory: Path
     manifest: Manifest
 
     def changes(self, updates: Mapping[str, Update], copies: Mapping[str, NDArray[Any]], name: str) -> Changes:
-        """Return an adapter's changes: its updates, and its trained copies as differences from the export's values.
-
-        Updates that scale the rows of a weight are resolved with the export's own, where it takes such.
-        """
+        """Return an adapter's changes: its updates, and its trained copies as differences from the export's values."""
         found, biases = dict(updates), {}
         scales, norms_of = self._scale(found)
         if not copies:

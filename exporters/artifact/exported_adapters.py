@@ -26,19 +26,12 @@ from gralora_fx.run.sessions.adapter_file import record_of, write_tensors
 
 @dataclass(frozen=True)
 class Changes:
-    """The changes of an adapter at layers of an export.
-
-    Attributes:
-        updates: The update of a weight by the layer's path.
-        biases: The change of a bias `[out]` by the layer's path.
-        scales: The factor of each output less 1, `[out]`, where the layer's own output is scaled, by its path.
-        norms_of: The weights that `scales` were computed from: `"float32"`, or how the export rounded them, such as
-            `"int4"` or `"int4, int8"`; None without any.
-    """
+    """The changes of an adapter at layers of an export, by the layer's path."""
 
     updates: Mapping[str, Update]
-    biases: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    scales: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    biases: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # `[out]` each
+    scales: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # each output's factor less 1, `[out]`
+    # the form of the weights that `scales` were computed from: `"float32"`, `"int4"`, `"int4, int8"`
     norms_of: str | None = None
 
 

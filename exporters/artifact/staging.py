@@ -161,8 +161,7 @@ def _another(directory: str | Path, difference: str) -> ExportError:
 def staged(directory: str | Path, check: Callable[[str | Path], Path] = check_output) -> Iterator[Path]:
     """Yield a directory to write into; it replaces the output when the block ends without an error.
 
-    An earlier export is replaced as a whole; after an error it is unchanged and nothing else is left. Leftovers of
-    killed runs are removed by the next one.
+    After an error an earlier export is unchanged. The next run removes the leftovers of a killed one.
     """
     path = check(directory).absolute()
     try:

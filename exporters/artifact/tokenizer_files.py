@@ -12,12 +12,9 @@ from gralora_fx.format.tasks import is_encoder_decoder
 
 
 def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any, companions: Collection[str] = ()) -> None:
-    """Write the tokenizer's files, adjusted for the modules that the model's task appends.
+    """Write the tokenizer's files, adjusted for the modules that the task appends, and any processor of prompts.
 
-    The processor that makes the inputs of companions, or of an encoder, from prompts is written too.
-
-    For a model that reads sound features, the feature extractor is written as `preprocessor_config.json`, which
-    transformers.js reads: the processor's, or the one beside the tokenizer.
+    For a model that reads sound features, transformers.js reads the feature extractor, as `preprocessor_config.json`.
     """
     source = tokenizer if isinstance(tokenizer, (str, Path)) else None
     tokenizer = loaded_tokenizer(tokenizer)

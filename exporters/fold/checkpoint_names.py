@@ -96,10 +96,9 @@ class Names:
 
 
 def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_labels: int | None) -> Names:
-    """Return the model's names of a base's tensors, from the class that an adapter is for.
+    """Return the model's names of a base's tensors, from the first class that has all that the adapter names.
 
-    The class is the first that has all parameters that the adapter names, of these: the one for the adapter's task, the
-    one that the configuration names, and the bare model.
+    It tries the class for the adapter's task, the one that the configuration names, and the bare model.
     """
     from gralora_fx.base.sources.streamed_models import keys_by_name, stack_parts
     from gralora_fx.core.loading.models import make_empty  # they import torch and transformers
@@ -221,8 +220,7 @@ def _first_bytes(tensor: StoredTensor) -> bytes:
 def _is_transposed(path: str, base: SavedWeights) -> bool | None:
     """Return whether a layer's weight is stored `[in, out]`; None if nothing shows it.
 
-    Only `Conv1D` stores weights so, and it always has a bias, as long as the output. A square weight with a bias is
-    judged by the other layers with biases beside it.
+    Only `Conv1D` stores weights so, and always has a bias. A square weight is judged by the other layers beside it.
     """
     if f"{path}.bias" not in base.tensors:
         return False

@@ -42,10 +42,9 @@ class LayerEdit:
         return cls(name, start, stop, partial(adapter.update, path), takes_parts=adapter.method.has_lora_form)
 
     def prepare(self, in_features: int, not_finite: str = NOT_FINITE) -> Callable[[NDArray[Any], slice, slice], None]:
-        """Read the update; return a function that changes a part of the weight in place.
+        """Read the update; return `change(part, rows, columns)`, which edits a part of the weight in place.
 
-        Its arguments are the part `[rows, columns]`, which may be a view, the part's output features, counted from the
-        layer's first, and its input features.
+        The part is `weight[rows, columns]`, or a view of it; rows count from the layer's first output.
         """
         updates = () if self.update is None else (self.update(),)
 

@@ -154,10 +154,7 @@ class BaseWeights:
 
 
 def find_values(weights: Iterable[ProductWeight], values: NDArray[Any]) -> Iterator[tuple[ProductWeight, int]]:
-    """Yield the weights that hold a matrix `[out, in]`, each with its first output feature there.
-
-    Quantized ones are left out. Shapes are compared first, then one input feature, then all.
-    """
+    """Yield the float weights that hold a matrix `[out, in]`, each with its first output feature there."""
     outputs, inputs = values.shape
     for weight in weights:
         if weight.storage == "float" and weight.in_features == inputs and weight.out_features >= outputs:

@@ -30,8 +30,8 @@ LEAST_SHARE = 0.5  # the least share of an update that must survive at every lay
 class Survival:
     """The share of a layer's update that is left after rounding: `<after - before, dW> / <dW, dW>`.
 
-    `before` and `after` are the dequantized weights before and after the fold. The share is 1 if rounding changes
-    nothing, 0 if the update is rounded away, and about 1 on average if rounding affects only the base's own weights.
+    `before` and `after` are dequantized weights. It is 1 if rounding changes nothing, 0 if it removes the update, and
+    about 1 on average if it affects only the base's own weights.
     """
 
     kept: float = 0.0  # `<after - before, dW>`, summed over all values
@@ -190,14 +190,10 @@ class _StoredBlocks:
         return bool((errors[0] <= _LARGEST_ERROR * errors[1] + 1e-7 * np.square(source).sum(1) + 1e-20).all())
 
     def store(self, outputs: slice, values: NDArray[Any], path: str, *, is_near: bool) -> None:
-        """Quantize values, rounded to the export's precision first, as an export does.
+        """Quantize values `[n, in]` of some outputs, rounded to the export's precision first, as an export does.
 
-        Args:
-            outputs: The output features.
-            values: Their values `[n, in]`.
-            path: The layer, for messages.
-            is_near: Whether the values are the stored ones plus an update: scales and zero points are then kept where
-                they fit better than new ones, so that values without an update return to their grid.
+        If they are near the stored ones (`is_near`: those plus an update), scales and zero points that fit better than
+        new ones are kept, so that values without an update return to their grid.
         """
         from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks, with_scales
 

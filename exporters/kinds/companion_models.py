@@ -44,11 +44,7 @@ def choose_companion_formats(conversions: Mapping[str, Conversion], tokenizer: A
 
 
 def companion_models(conversions: Mapping[str, Conversion]) -> dict[str, ir.Model]:
-    """Return the ONNX models of companions, by the names of their files.
-
-    Raises:
-        ExportError: One cannot be converted.
-    """
+    """Return the ONNX models of companions, by the names of their files."""
     models: dict[str, ir.Model] = {}
     for name, conversion in conversions.items():
         try:

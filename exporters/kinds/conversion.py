@@ -76,10 +76,7 @@ def conversion_of(
 ) -> Conversion:
     """Return the conversion of a model by an export's options.
 
-    Args:
-        model: The model.
-        options: The options.
-        has_blocks: Whether adapters as data have GraLoRA's blocks; None to choose the faster form (`takes_blocks`).
+    `has_blocks` says whether adapters as data have GraLoRA's blocks; None chooses the faster form (`takes_blocks`).
     """
     stored = False
     if isinstance(model, (TracedModel, GraloraModel)):
@@ -168,7 +165,7 @@ def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
 def fingerprint_of(model: TracedModel | GraloraModel) -> str:
     """Return the fingerprint of a model's base, without the parameters that its active adapters replace.
 
-    Values that a copy replaces do not affect an export, and differ in every run if they are a fresh head's.
+    Those do not affect an export, and differ in every run if they are a fresh head's.
     """
     if isinstance(model, TracedModel):
         return base_fingerprint(model.tree.parameters)

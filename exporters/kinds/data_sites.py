@@ -31,9 +31,8 @@ class DataSites:
 def takes_blocks(model: GraloraModel, *, is_quantized: bool) -> bool:
     """Return whether an export takes adapters with GraLoRA's blocks, rather than each as an equivalent plain LoRA.
 
-    LoRA's form has a third of the nodes at a layer and `gralora_k` times the values, and takes any `gralora_k`. Blocks
-    are faster, except for a small adapter over quantized weights, where the extra nodes cost more than the values;
-    `python -m benchmarks forms` measures both. Adapters with different `gralora_k` cannot share blocks.
+    LoRA's form has a third of the nodes and `gralora_k` times the values. Blocks are faster, except for a small adapter
+    over quantized weights (see `python -m benchmarks forms`). Adapters with different `gralora_k` cannot share blocks.
     """
     if len(_block_counts(model)) != 1:
         return False

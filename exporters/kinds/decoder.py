@@ -59,7 +59,7 @@ def decoder_models(conversion: Conversion) -> Models:
             logits of the last position only unless all are requested
 
     `model` reads rows of one length, with a mask; `model_rows` reads rows of different lengths (see
-    `batch_continuously`), with the same weights. If there can be no such graph, the reason is a `RowsEntry` in the log.
+    `batch_continuously`) with the same weights, or a `RowsEntry` in the log says why there is none.
     """
     options, log = conversion.options, conversion.log
     casts = CastGraph(options.precision, tuple(slot.kind for slot in cached_slots(conversion.traced.example_inputs)))

@@ -139,13 +139,12 @@ _EVERYTHING = 2**63 - 1
 def encoder_decoder_models(conversion: Conversion) -> Models:
     """Return the two ONNX models of a traced encoder-decoder, by the names of their files.
 
-    `encoder_model`: `input_ids` or `input_features`, `attention_mask` -> `last_hidden_state`.
+    `encoder_model`: `input_ids` or `input_features`, `attention_mask` -> `last_hidden_state`, in float32.
 
     `decoder_model_merged`: `input_ids, encoder_hidden_states, encoder_attention_mask, use_cache_branch` and
     `past_key_values.N.decoder|encoder.key|value` -> `logits` of every position and
-    `present.N.decoder|encoder.key|value`. If `use_cache_branch` is false the past is not read; if true, the keys and
-    values of the encoder's output are taken from the past and passed through. The encoder's outputs are float32 for the
-    decoder.
+    `present.N.decoder|encoder.key|value`. The past is not read if `use_cache_branch` is false; if true, the encoder's
+    keys and values pass through.
     """
     precision, log = conversion.options.precision, conversion.log
     halves = split(graph_to_translate(conversion.traced))

@@ -35,13 +35,9 @@ class InputWindow(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class InputProducts:
-    """Mean products of neighbouring inputs, shared by layers with the same input; derived values are cached.
+    """Mean products of neighbouring inputs, shared by layers with the same input; derived values are cached."""
 
-    Attributes:
-        means: `[windows, width, width]`. Windows are whole blocks; products with inputs beyond the last are zero.
-    """
-
-    means: Tensor
+    means: Tensor  # `[windows, width, width]`; windows are whole blocks, products beyond the last input zero
 
     @cached_property
     def squares(self) -> Tensor:
@@ -50,10 +46,10 @@ class InputProducts:
 
     @cached_property
     def windows(self) -> tuple[InputWindow, ...]:
-        """Rounding of each window's inputs.
+        """Error feedback of each window: GPTQ without an inverse, as in QuIP (arXiv:2307.13304).
 
         With `products = U D U'`, `U` upper triangular with unit diagonal, `U[i, j]` of the error at `i` is added at
-        `j`: that is GPTQ without an inverse, as in QuIP (arXiv:2307.13304).
+        `j`.
         """
         found = []
         for products in self._damped:
@@ -72,11 +68,9 @@ class InputProducts:
 def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | None) -> BlockArrays:
     """Return a matrix `[K, N]` as blocks with the best scales and zero points found.
 
-    If products of inputs are known, later integers of a window compensate the errors of earlier ones, which minimises
-    the error of the products, not of the weights. That is GPTQ (arXiv:2210.17323) with the second moments of
-    neighbouring inputs only, which take little memory and have most of the benefit of all. Few or very similar inputs
-    would let weights drift that other inputs read: columns that would be far from the matrix are rounded as if nothing
-    were known. Without products all inputs have equal weight.
+    If products of inputs are known, later integers of a window compensate the errors of earlier ones: GPTQ
+    (arXiv:2210.17323) with second moments of neighbouring inputs only. Few or very similar inputs would let weights
+    drift that other inputs read: a column that would end far from the matrix is rounded as if nothing were known.
     """
     height, outputs = matrix.shape
     count = -(-height // form.block_size)
@@ -99,10 +93,7 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | 
 
 
 def in_threads(function: Callable[[int], _Result], starts: Sequence[int]) -> list[_Result]:
-    """Call a function with each start, in as many threads as PyTorch's operators have, each with operators of one.
-
-    Operators on the rows of a panel are too small to be split between threads.
-    """
+    """Call a function with each start, in as many threads as PyTorch uses, each with operators of one thread."""
     threads = torch.get_num_threads()
     if min(threads, len(starts)) < 2:
         return list(map(function, starts))
@@ -143,10 +134,7 @@ def _without_drift(found: _Found, values: Tensor, form: Blocks, dtype: Any) -> _
 
 
 def _search(values: Tensor, weights: Tensor, windows: Sequence[InputWindow] | None, form: Blocks, dtype: Any) -> _Found:
-    """Round columns `[inputs, N]` of whole blocks, with weights `[inputs]` of squared errors.
-
-    Errors are compensated within `windows`, if there are any; `dtype` is that of the stored scales.
-    """
+    """Round columns `[inputs, N]` of whole blocks; `weights` `[inputs]` are those of squared errors."""
     size, largest = form.block_size, float(2**form.bits - 1)
     blocks = values.reshape(-1, size, values.shape[1])
     step = max(1, _IN_CACHE // blocks[0].numel())
@@ -202,10 +190,9 @@ def _made_up_for(
 def _grid(blocks: Tensor, weights: Tensor, largest: float, dtype: Any) -> tuple[Tensor, Tensor]:
     """Return scales, as they are stored, and zero points `[blocks, N]` of least weighted error.
 
-    Several ranges are tried for blocks `[blocks, size, N]` with weights `[blocks, size]`: the block's and narrower
-    ones; each determines a zero point. The best scale for its integers is then a quotient, as in llama.cpp's k-quants:
-    `sum w c b / sum w c^2` with `c = q - zero`, and the error is `sum w b^2` less the square of its numerator over its
-    denominator.
+    Each of several ranges, a block's own and narrower ones, gives a zero point. The best scale for its integers is then
+    a quotient, as in llama.cpp's k-quants: `sum w c b / sum w c^2` with `c = q - zero`; the error is `sum w b^2` less
+    the numerator's square over the denominator. Blocks are `[blocks, size, N]`, weights `[blocks, size]`.
     """
     low, high = blocks.amin(1, keepdim=True).clamp_(max=0), blocks.amax(1, keepdim=True).clamp_(min=0)
     extent = (high - low).clamp_(min=_TINY)

@@ -52,10 +52,9 @@ class _Candidate:
 def choose_formats(conversion: Conversion, verification: Verification) -> QuantizationPlan | None:
     """Return the plan of an export: for int4 and int8-dynamic by measured error, for int8 unchanged.
 
-    Each layer's rounding error is weighted by its effect on the model's outputs (see `sensitivity`). In int4, 8 bits go
-    to the layers where they save most per additional bit, until the mean reaches the budget; in int8-dynamic, 16 bits
-    go to the activations whose rounding costs most (see `row_errors`). The float model is run on every second of a
-    user's texts, on texts sampled from a decoder, or on random inputs of other models.
+    A layer's rounding error is weighted by its effect on the outputs (see `sensitivity`). In int4, 8 bits go where they
+    save most per additional bit, up to the budget; in int8-dynamic, 16 bits go to the activations whose rounding costs
+    most (see `row_errors`). The inputs are every second of a user's texts, texts drawn from a decoder, or random ones.
     """
     plan, traced = conversion.plan, conversion.traced
     if plan is None or (isinstance(plan.default, Blocks) and plan.default.bits != 4):
@@ -140,10 +139,9 @@ def _room_beside(plan: QuantizationPlan, traced: TracedModel, bits: float) -> fl
 
 
 def _within(candidates: Sequence[_Candidate], bits: float, beside: float) -> tuple[dict[str, Blocks], dict[str, float]]:
-    """Return individual formats, and the loss each saves, by all names of a matrix.
+    """Return the formats, and the loss each saves, by all names of a matrix: 8 bits where they save most per bit.
 
-    Eight bits go where they save most per additional bit, within the mean number of bits allowed and what is left of
-    it beside them.
+    `bits` is the mean allowed; `beside` is the room, in bits, that matrices outside the candidates leave.
     """
     room = (bits - 4) * sum(one.values for one in candidates) + beside
     taken = []

@@ -30,12 +30,7 @@ _WIDEST = 256  # ONNX Runtime's widest block
 
 @dataclass(frozen=True, eq=False)
 class KeptWeight:
-    """A weight whose stored integers an export keeps.
-
-    Attributes:
-        stored: The quantized weight in its file.
-        form: The blocks that hold it.
-    """
+    """A weight whose stored integers an export keeps."""
 
     stored: PackedTensor
     form: Blocks
@@ -50,10 +45,7 @@ class KeptWeight:
 def kept_form(integers: StoredIntegers, block_size: int | None, accuracy_level: int) -> Blocks | str:
     """Return the blocks that hold stored integers as they are, or why there are none.
 
-    Args:
-        integers: The stored integers.
-        block_size: The widest block; None for the checkpoint's groups, and for the widest exact one of a whole row.
-        accuracy_level: How ONNX Runtime multiplies.
+    A `block_size` of None means the checkpoint's groups, or the widest exact block for a group of a whole row.
     """
     largest = int(integers.zeros.max())
     bits = next((bits for bits in BLOCK_BITS.values() if bits >= integers.bits and largest < 2**bits), None)
@@ -101,15 +93,10 @@ def _blocks(integers: StoredIntegers, form: Blocks) -> BlockArrays:
 
 @dataclass(frozen=True, eq=False)
 class StoredLayers:
-    """The layers of a base whose weights its checkpoint holds in few bits.
-
-    Attributes:
-        base: The trace of the base.
-        exported: The trace that is exported: the base, or the base with adapters merged into some weights.
-    """
+    """The layers of a base whose weights its checkpoint holds in few bits."""
 
     base: TracedModel
-    exported: TracedModel
+    exported: TracedModel  # the base, or the base with adapters merged into some weights
 
     @cached_property
     def stored(self) -> Mapping[str, PackedTensor]:

@@ -26,13 +26,9 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class KeptWork:
-    """Results by name, a file each in a directory; checksums tell damaged ones.
+    """Results by name, a file each in a directory; checksums tell damaged ones."""
 
-    Attributes:
-        directory: The directory; None keeps results in memory.
-    """
-
-    directory: Path | None = None
+    directory: Path | None = None  # None keeps results in memory
     _in_memory: dict[str, Arrays] = field(default_factory=dict, compare=False, repr=False)
 
     def read(self, name: str) -> Arrays | None:
@@ -129,8 +125,7 @@ def blocks_of(arrays: Arrays) -> BlockArrays:
 def work_beside(output: str | Path, made_from: Mapping[str, Any]) -> Iterator[KeptWork]:
     """Keep work beside an output while the block runs, and that of an earlier run if it was made from the same.
 
-    It stays after a kill, and after an error of the system, such as a full disk, for the next run; it is removed after
-    success, or an error that another run would repeat.
+    It is removed after success, or an error that another run would repeat; after a kill or a full disk it stays.
     """
     path = Path(output).absolute()
     directory = path.with_name(f".{path.name}.gralora_work")

@@ -22,34 +22,26 @@ from gralora_fx.format.quantized_weights import EXACT_SUMS, WIDEST_EXACT, LayerF
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """The format of each constant matrix; it is chosen before the conversion.
+    """The format of each constant matrix, chosen before the conversion.
 
-    Attributes:
-        default: The format of every matrix without its own.
-        by_matrix: Individual formats by parameter name; None for one that stays float. A parameter with several names
-            is listed under each.
-        gains: Loss that an individual format saves, compared with the default, by the same names, in the measure that
-            chose it (see `choice`).
-        chosen_by: Description of how formats were chosen; None if all have the default.
-        rounded: Blocks of matrices rounded while formats were chosen (see `round_in_order`), by the same names; others
-            are rounded when they are written.
-        inputs: Statistics of the inputs of matrices stored in columns, by the same names.
-        kept: Weights whose stored integers are kept, by the same names.
-        reasons: Why other quantized weights of the base are rounded anew, by the same names.
-        kind: How the export names the quantization; None for the default format's name.
-        layers: Names of the weights of linear layers and stacks of layers; only these are quantized. A router that
-            multiplies in float32 whatever the model's precision is neither. None for every constant matrix.
+    Mappings are by parameter name; a parameter with several names is listed under each.
     """
 
-    default: Format
-    by_matrix: Mapping[str, Format | None] = field(default_factory=dict)
+    default: Format  # of every matrix that has no format of its own
+    by_matrix: Mapping[str, Format | None] = field(default_factory=dict)  # None for one that stays float
+    # the loss that an individual format saves, in the measure that chose it
     gains: Mapping[str, float] = field(default_factory=dict)
-    chosen_by: str | None = None
+    chosen_by: str | None = None  # how formats were chosen, in words; None if all have the default
+    # those rounded while formats were chosen (see `round_in_order`); others are rounded when they are written
     rounded: Mapping[str, BlockArrays] = field(default_factory=dict, compare=False, repr=False)
+    # statistics of the inputs of matrices stored in columns
     inputs: Mapping[str, ColumnInputs] = field(default_factory=dict, compare=False, repr=False)
+    # weights whose stored integers are kept
     kept: Mapping[str, KeptWeight] = field(default_factory=dict, compare=False, repr=False)
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    kind: str | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)  # why other quantized weights of the base are rounded anew
+    kind: str | None = None  # the export's name for the quantization; None for the default's
+    # weights of linear layers and stacks of them, which alone are quantized, without a router that multiplies in
+    # float32 at any precision; None for every constant matrix
     layers: Set[str] | None = field(default=None, repr=False)
 
     def format_of(self, names: Collection[str]) -> Format | None:

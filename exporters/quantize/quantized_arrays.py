@@ -55,7 +55,7 @@ def in_usual_order(values: NDArray[np.float32], order: InputOrder | None) -> NDA
 
 
 def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays, form: Blocks) -> BlockArrays:
-    """Return a matrix's blocks, reusing the scale and zero point of earlier blocks where they fit better.
+    """Return a matrix's blocks with the scale and zero point of earlier ones where they fit better.
 
     The matrix is `[K, N]`; `earlier` has the shapes of `blocks`, and scales in float32.
     """
@@ -127,17 +127,11 @@ _ZERO, _SILENT = 1e-6, 1e-2  # thresholds of a channel's mean square: of the mea
 
 @dataclass(frozen=True, eq=False)
 class ColumnInputs:
-    """Statistics of the rows that a matrix is multiplied by; derived values are cached for all columns.
+    """Statistics of the rows that a matrix is multiplied by; derived values are cached for all columns."""
 
-    Attributes:
-        factors: Factors of the channels before rounding, `[K]` (see `input_factors`); None for none.
-        directions: `[K, r]`, the principal directions: `directions @ directions.T` is their part of the second moments.
-        rest: Remaining mean squares of the channels, `[K]`.
-    """
-
-    factors: NDArray[np.float32] | None
-    directions: NDArray[np.float32]
-    rest: NDArray[np.float32]
+    factors: NDArray[np.float32] | None  # `[K]`, of the channels before rounding (see `input_factors`)
+    directions: NDArray[np.float32]  # `[K, r]`; `directions @ directions.T` is their part of the second moments
+    rest: NDArray[np.float32]  # `[K]`, remaining mean squares of the channels
 
     @cached_property
     def scaled(self) -> NDArray[np.float32]:
@@ -148,8 +142,8 @@ class ColumnInputs:
     def gains(self) -> NDArray[np.float32]:
         """Effect of an error along each direction on each number, `[K, r]` (see `_made_up_for`).
 
-        It is `(I + sum p_j p_j' / v_j)^-1 p_j / v_j`. The sum is over the number and those after it, so from the last
-        on each adds a rank-one term to a matrix whose inverse is known (Sherman-Morrison).
+        It is `(I + sum p_j p_j' / v_j)^-1 p_j / v_j`, the sum over the number and those after it: from the last on,
+        each adds a rank-one term to a known inverse (Sherman-Morrison).
         """
         directions = self.scaled.astype(np.float64)
         rest = (self.rest if self.factors is None else self.rest * np.square(self.factors)).astype(np.float64)
@@ -164,14 +158,9 @@ class ColumnInputs:
 def input_factors(squares: NDArray[np.float32], exponent: float) -> NDArray[np.float32]:
     """Return factors `[K]` for a product's input channels that equalise them; 1 for the median channel.
 
-    A row is rounded relative to its largest value, so that channels with small values lose most. The weights are
-    divided by the factors, and their columns are rounded too: as in SmoothQuant (arXiv:2211.10438), an exponent says
-    how much of the differences moves from rows to columns. Channels that were nearly silent may be loud in other
-    inputs, and a large factor would make them their row's largest: they have 1.
-
-    Args:
-        squares: Mean squares of the channels, `[K]`.
-        exponent: 0 for factors of 1, 1 to make all channels equal.
+    As in SmoothQuant (arXiv:2211.10438), weights are divided by them, and `exponent`, from 0 (factors of 1) to 1 (all
+    channels equal), says how much of the differences of `squares` `[K]`, the channels' mean squares, moves from rows to
+    columns. A nearly silent channel has 1: other inputs may make it loud, and so their row's largest.
     """
     least = _ZERO * max(float(squares.mean()), 1e-24)
     heard = squares[squares > least].astype(np.float64)
@@ -184,16 +173,11 @@ def input_factors(squares: NDArray[np.float32], exponent: float) -> NDArray[np.f
 def quantize_columns(
     matrix: NDArray[Any], name: str, factors: NDArray[np.float32] | None = None, inputs: ColumnInputs | None = None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Quantize a matrix symmetrically to integers between -127 and 127, with one scale per column.
+    """Quantize a matrix `[K, N]` to int8 `[K, N]` between -127 and 127, with one scale per column `[N]`.
 
-    Args:
-        matrix: `[K, N]`.
-        name: Its name in error messages.
-        factors: Factors of its input, `[K]`, by which it is divided; None for none.
-        inputs: Statistics of its input, with the same factors, for error compensation; None to round to nearest.
-
-    Returns:
-        Integers `[K, N]` and scales `[N]`; their product, times the factors, approximates the matrix.
+    `factors` `[K]`, by which the matrix is divided first, are those that `inputs` were scaled by. Errors are
+    compensated for `inputs`; without them numbers are rounded to nearest. Integers times scales times factors
+    approximate the matrix.
     """
     matrix = matrix.astype(np.float32, copy=False)
     matrix = matrix if factors is None else matrix / factors[:, None]
@@ -210,9 +194,8 @@ def quantize_columns(
 def _made_up_for(steps: NDArray[np.float32], inputs: ColumnInputs) -> NDArray[np.float32]:
     """Round numbers `[K, N]` up or down to minimise the error of products with known inputs.
 
-    With the errors `e` so far along the directions `P`, the cheapest change of the following numbers is
-    `-(p_j / v_j) (I + sum p_j p_j' / v_j)^-1 e`, where `v` is the rest beside `P`. That is GPTQ (arXiv:2210.17323) with
-    low-rank second moments.
+    With errors `e` so far along the directions `P`, the cheapest change of the following numbers is `-(p_j / v_j) (I +
+    sum p_j p_j' / v_j)^-1 e`, where `v` is the rest beside `P`: GPTQ (arXiv:2210.17323) with low-rank second moments.
     """
     directions, gains = inputs.scaled, inputs.gains
     rounded, left = np.floor(steps), np.empty_like(steps)

@@ -30,9 +30,9 @@ _SILENT = 1e-20  # mean square of inputs that are practically zero
 
 @dataclass
 class Moments:
-    """Sums over positions of products of neighbouring inputs, of within a window, for layers that read the same.
+    """Sums over positions of products of inputs within a window, for layers that read the same.
 
-    The memory for them is allocated when it is first used: that of all layers at once is as large as the model.
+    Their memory is allocated on first use: that of all layers at once is as large as the model.
     """
 
     shape: tuple[int, int, int]  # `[windows, width, width]`
@@ -110,11 +110,7 @@ def round_in_order(
     forms: Mapping[str, tuple[str, Blocks]],
     work: KeptWork | None = None,
 ) -> KeptBlocks:
-    """Round the weights of layers.
-
-    Each is rounded at its layer's last call, for the inputs of all its calls. What is kept of an earlier run is not
-    rounded again.
-    """
+    """Round each layer's weights at its last call, for the inputs of all its calls; reuse what an earlier run kept."""
     work = work or KeptWork()
     layers, results = _layers(model, forms, work), dict[str, str]()
     runs = [_run(model, case) for case in cases]

@@ -113,7 +113,7 @@ def plan_rows(
 ) -> QuantizationPlan:
     """Return the plan with input factors of each matrix, and 16 bits where 8 cost most per multiplication.
 
-    Layers that read the same tensor have the same format, as they share its rounding.
+    Layers that read the same tensor share its rounding, and so its format.
     """
     groups = [(sites, read) for sites, read in _run(traced, cases) if read.count]
     if not all(bool(read.squares.isfinite().all()) for _, read in groups):

@@ -127,7 +127,7 @@ def measure_sensitivities(
 ) -> Sensitivities:
     """Run a model forward and backward on inputs; its parameters and gradients are unchanged.
 
-    A streamed model's activations are in a file of the directory until its backward pass reads them.
+    A streamed model's activations wait in a file of the directory for its backward pass.
     """
     layers: dict[str, Sensitivity] = {}
     tables: dict[str, TableSensitivity] = {}
@@ -256,9 +256,8 @@ def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tupl
 def draw(logits: Tensor, generator: torch.Generator, left_out: Sequence[int] = ()) -> Tensor:
     """Sample a column of every row `[rows, columns]` by its softmax probability: `[rows]`; never one of `-inf`.
 
-    A row takes one random number, which is searched in its cumulative sums; `torch.multinomial` takes one per column,
-    which costs more than the softmax. Rows are processed one at a time, while they are in the cache, and with numpy:
-    thread synchronisation would take longer than a row.
+    One random number per row is searched in its cumulative sums; `torch.multinomial` takes one per column, which costs
+    more than the softmax. Rows go one at a time, in numpy: thread synchronisation would take longer than a row.
     """
     if left_out:
         logits = logits.clone()

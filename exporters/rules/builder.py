@@ -24,7 +24,7 @@ Operand: TypeAlias = ir.Value | int | Sequence[Any] | None  # of a node; whole n
 class Builder:
     """Creates nodes to be inserted into a graph later; calling it creates one and returns its first output.
 
-    An input may be a whole number or a list of them, which becomes a constant: `build("Squeeze", value, [0])`.
+    An input that is a whole number, or a list of them, becomes a constant: `build("Squeeze", value, [0])`.
     """
 
     def __init__(self, graph: ir.Graph) -> None:

@@ -42,10 +42,9 @@ def remove_unused_nodes(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def deduplicate_constants(model: ir.Model) -> PassResult[ir.Model]:
-    """Store equal small constants once, in place.
+    """Store equal small constants once, in place; parameters keep an initializer each.
 
-    Parameters keep an initializer each, under their own names, though two may be equal before training: an adapter that
-    is folded into the export later changes one of them.
+    Two parameters may be equal only before training: a later fold changes one of them.
     """
     count = 0
     for graph in (model.graph, *model.graph.subgraphs()):

@@ -120,11 +120,10 @@ class LowerNorms:
     Before: `s = Add(x, r); y = RMSNormalization(s, weight)`
     After:  `y, s = SkipSimplifiedLayerNormalization(x, r, weight)`
 
-    Likewise for `LayerNormalization`, whose fused operator also takes the bias of the linear layer before it. ONNX
-    Runtime itself would fuse that bias only if no adapter is added in between, and so add in another order.
-
     Before: `s = Add(Add(MatMul(x, W), b), r); y = LayerNormalization(s, weight, shift)`
     After:  `y, s = SkipLayerNormalization(MatMul(x, W), r, weight, shift, b)`
+
+    ONNX Runtime would fuse that bias itself only without an adapter in between, and so add in another order.
     """
 
     fuses_additions: bool = True  # whether to fuse them with the residual addition before them

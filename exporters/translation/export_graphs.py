@@ -98,10 +98,9 @@ class CastGraph:
     Before: `x: float32; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float32) * w`
     After:  `x: float16; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float16) * w`, `w` cast when it is read
 
-    What a half-precision model computes in float32 stays in float32: its casts are in the graph, though they change
-    nothing in a float32 one. Weights are cast from the values of their sources, so a folded weight is rounded once.
-    Outputs are float32 except those of a cache; `float32_inputs` does the same for the inputs of the ONNX model. A
-    state that sums up a text stays in float32 from step to step.
+    The graph's own casts to float32 stay, though they change nothing in a float32 graph. Weights are cast from their
+    sources, so a folded weight is rounded once. Outputs are float32 except a cache's (`float32_inputs` does the same
+    for inputs); a state that sums up a text stays in float32 from step to step.
     """
 
     precision: str  # `"fp32"`, `"fp16"` or `"bf16"`

@@ -43,10 +43,8 @@ def fix_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
 def bfloat16_in_float32(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Replace bfloat16 operators in a model of another precision by float32 operators and rounding.
 
-    ONNX Runtime's CPU provider has casts of bfloat16 and no other kernels. Falcon computes ALiBi's biases so.
-
-    Before: `y: bfloat16 = mul(slopes, positions)`
-    After:  `y = to(mul(to(slopes, float32), to(positions, float32)), bfloat16)`
+    Before: `y: bfloat16 = mul(slopes, positions)`, as Falcon computes ALiBi's biases
+    After:  `y = to(mul(to(slopes, float32), to(positions, float32)), bfloat16)`; ONNX Runtime's CPU has only casts
     """
     if any(_is_bfloat16(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")):
         return PassResult(0)  # a model of bfloat16

@@ -117,9 +117,7 @@ def functionalize(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Functionalize writes into shared memory, such as into a slice of a tensor that is read afterwards.
 
     Before: `y = new_empty(...); part = slice(y, ...); copy_(part, x); z = y + 1`
-    After:  `y = new_empty(...); written = slice_scatter(y, x, ...); z = written + 1`
-
-    A write into memory that is not shared stays; `out_of_place` replaces it.
+    After:  `y = new_empty(...); written = slice_scatter(y, x, ...); z = written + 1`; `out_of_place` takes the others
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     families: dict[fx.Node, list[fx.Node]] = {}
@@ -184,12 +182,10 @@ def _writes(node: fx.Node) -> bool:
 @contract(needs={FUNCTIONAL, NOTED_VALUES})
 @dataclass(frozen=True)
 class Decompose:
-    """Replace every unsupported operator by PyTorch's decomposition; the rest of the graph is unchanged.
+    """Replace every unsupported operator by PyTorch's decomposition, if it has one.
 
     Before: `y = square(x)`
     After:  `y = pow(x, 2)`
-
-    An operator without a decomposition stays too.
     """
 
     known: Collection[Any]  # operators to keep

@@ -32,11 +32,10 @@ _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, a
 
 @contract(needs={FUNCTIONAL}, leaves={SIMPLIFIED})
 def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Remove nodes that compute nothing.
+    """Remove nodes that compute nothing: casts to the same dtype, copies, dropout, multiplications by 1, empty pieces.
 
-    Casts to a tensor's own dtype, copies, dropout in evaluation mode, multiplications by 1 and empty pieces are
-    removed; other casts get the form that has a translation. Splits become slices, and a squeeze names its axes. A
-    shape of sizes known at trace time, 0 for an unchanged size and at most one -1, becomes a constant.
+    Other casts get the form that has a translation, splits become slices, and a squeeze names its axes. A shape of
+    sizes known at trace time, 0 for an unchanged size and at most one -1, becomes a constant.
     """
     before = len(graph.nodes)
     for node in list(graph.nodes):

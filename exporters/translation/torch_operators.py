@@ -27,17 +27,8 @@ def dot_product_attention(
     """Translate to `Softmax(MatMul(scale * query, Transpose(key)) + mask) @ value`.
 
     torchlib's translation transposes keys by shapes computed at run time, scales queries and keys separately, and
-    checks every layer's weights for NaN, which cannot occur with a finite mask.
-
-    Args:
-        query: `[..., length, size]`.
-        key: `[..., total, size]`.
-        value: `[..., total, value size]`.
-        attn_mask: A boolean or an additive mask, `[..., length, total]`, or None.
-        dropout_p: Zero in evaluation mode.
-        is_causal: Whether a position attends to no later one.
-        scale: Factor of the scores, or None for `size ** -0.5`.
-        enable_gqa: Whether fewer key heads are repeated.
+    checks every layer's weights for NaN, which cannot occur with a finite mask. Queries are `[..., length, size]`, keys
+    and values `[..., total, size]`, the boolean or additive mask `[..., length, total]`.
     """
     shape, dtype = key.shape, query.dtype
     size = None if shape is None else shape[-1]
@@ -75,18 +66,8 @@ def batch_norm(
 ) -> Any:
     """Translate to `BatchNormalization` with running statistics, which ONNX Runtime folds into a convolution.
 
-    A layer without running statistics normalises by those of the batch, in evaluation too.
-
-    Args:
-        x: `[batch, channels, ...]`.
-        weight: `[channels]` or None.
-        bias: `[channels]` or None.
-        running_mean: `[channels]`, or None without running statistics.
-        running_var: Like `running_mean`.
-        training: Whether to normalise by the statistics of the batch.
-        momentum: No effect here.
-        eps: Added to the variance.
-        cudnn_enabled: No effect here.
+    A layer without running statistics normalises by those of the batch, in evaluation too. `x` is `[batch, channels,
+    ...]`, the other tensors `[channels]` or None.
     """
     if not training and running_mean is not None:
         shape = op.Shape(running_mean)

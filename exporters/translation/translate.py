@@ -69,9 +69,8 @@ def translate(
 ) -> ir.Model:
     """Translate a traced graph in evaluation mode; its weights become initializers under their own names.
 
-    Inputs keep the names of the graph's placeholders, outputs those of its nodes. This project's operators become nodes
-    of a domain that ONNX Runtime does not know, for later passes to replace. Branches of a condition become those of
-    `If`.
+    Inputs are named as the graph's placeholders, outputs as its nodes. This project's operators become nodes of a
+    domain that ONNX Runtime does not know, for later passes to replace; branches of a condition become those of `If`.
     """
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     log = PassLog() if log is None else log

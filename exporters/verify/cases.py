@@ -146,8 +146,8 @@ def like(
 def pad(case: dict[str, Any], side: str) -> None:
     """Mask a different number of positions in every row but the first; in place.
 
-    Masked tokens become the row's smallest, so that a model that pools at the largest token, such as CLIP, reads no
-    padding. The last token stays, for models that pool at the end token.
+    Masked tokens become the row's smallest, for models that pool at the largest token, such as CLIP; the last token
+    stays, for those that pool at the end token.
     """
     for name, mask in case.items():
         if name == "attention_mask":

@@ -30,7 +30,7 @@ def companion_quality(
     session: Any,
     runtime: Runtime,
 ) -> Quality:
-    """Run companions and answers to prompts that they read partly, as exported and in float32, in every state.
+    """Compare companions, and answers to prompts that they read partly, as exported and in float32, in every state.
 
     `session` is the decoder's, opened with `runtime`, as the companions' will be.
     """

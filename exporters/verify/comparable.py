@@ -201,7 +201,7 @@ def reference_model(
     """Return the model; for an export of another precision, an adapter-free model with the same rounded weights.
 
     A quantized weight is the export's if the model's weight may be rounded to it; otherwise it is the model's own, and
-    the comparison shows the difference. So nothing here depends on how weights were rounded.
+    the comparison shows the difference, however weights were rounded.
     """
     precision, quantized = manifest.precision, manifest.quantization
     traced = base_trace(model)
@@ -216,10 +216,7 @@ def reference_model(
 
 
 def float32_model(traced: TracedModel, precision: str, *, streamed: bool = False) -> TracedModel:
-    """Return the model in float32 arithmetic, with copies of its weights rounded to a precision.
-
-    Those of a streamed model are made when they are read.
-    """
+    """Return the model in float32 arithmetic with rounded weights, copied, or made on reading in a streamed model."""
     dtype = DTYPES[precision]
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "RoundedGraph")
     set_mode(graph_module.graph, False)

@@ -60,10 +60,10 @@ def _special_tokens(traced: TracedModel, name: str, vocabulary: int) -> tuple[in
 
 @torch.no_grad()
 def draw_texts(model: TracedModel | GraloraModel, wanted: Mapping[str, Beginnings]) -> dict[str, Tensor]:
-    """Sample texts by name, `[texts, length]` ids each.
+    """Sample texts by name, `[texts, length]` ids each, all in the same steps.
 
-    All are drawn in the same steps: a pass over weights that are streamed costs as much for many rows as for one. Each
-    has its own random numbers, so that it does not depend on the others.
+    A pass over streamed weights costs as much for many rows as for one. Each text has its own random numbers, so that
+    it does not depend on the others.
     """
     counts = [len(each.first) for each in wanted.values()]
     ids = torch.tensor([[token] for each in wanted.values() for token in each.first])
@@ -82,7 +82,7 @@ def draw_texts(model: TracedModel | GraloraModel, wanted: Mapping[str, Beginning
 
 
 def drawn_to_choose(traced: TracedModel, work: KeptWork, length: int, count: int, *, is_compared: bool) -> Tensor:
-    """Return drawn texts to choose formats on, `[count, length]`, from what is kept or drawn now.
+    """Return drawn texts to choose formats on, `[count, length]`, kept or drawn now.
 
     If an export will be compared on drawn texts, those are others, drawn and kept with them.
     """

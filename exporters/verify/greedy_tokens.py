@@ -109,10 +109,10 @@ class EngineSteps:
 
 
 class RowSteps(EngineSteps):
-    """Rows of different lengths, each beside a copy of itself with another adapter.
+    """Rows of different lengths, each beside a copy of itself with another adapter; one more row is always idle.
 
-    New tokens are read in steps: some rows read theirs at once, some in two chunks, some are idle first. One more row
-    is idle in every step. The cache of an idle row must not change, bit for bit.
+    Some rows read their new tokens at once, some in two chunks, some are idle first. The cache of an idle row must not
+    change, bit for bit.
     """
 
     _decoder: RowsDecoder

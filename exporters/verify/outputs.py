@@ -152,8 +152,8 @@ def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) ->
     """Return outputs without the positions that the attention mask hides, whose values are undefined.
 
     Keys and values `[batch, heads, length, size]` keep unmasked positions; states are kept; a decoder's logits keep the
-    last positions; other outputs `[batch, length, ...]` keep the unmasked positions of the masked text, which is the
-    encoder's in an encoder-decoder.
+    last positions; other outputs `[batch, length, ...]` keep unmasked positions, in an encoder-decoder of the encoder's
+    text.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.ndim != 2 or bool(mask.all()):
@@ -176,10 +176,7 @@ def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) ->
 
 
 def step_inputs(ids: Tensor, mask: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """Return a decoder's inputs for a step, those in `names`: new tokens, the mask of all positions, position ids.
-
-    New tokens are `[batch, new]`, the mask is `[batch, past + new]`, 0 at padding.
-    """
+    """Return the inputs in `names` of a decoder's step, given ids `[batch, new]` and mask `[batch, past + new]`."""
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}
     return {name: value for name, value in inputs.items() if name in names}
 

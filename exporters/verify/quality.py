@@ -50,13 +50,7 @@ def measure_quality(
 ) -> Quality:
     """Run a quantized export and the float32 model on the same inputs; a decoder's tokens with each active adapter.
 
-    Args:
-        directory: The export.
-        model: The model.
-        verification: The inputs of its kind of export.
-        texts: A user's texts; None for texts that the model draws, or random inputs.
-        tokenizer: The tokenizer of given texts.
-        work: What the export kept, which may hold the texts that the model without adapters drew.
+    Without a user's texts, a decoder reads texts that the model draws, which `work` may hold; others random inputs.
     """
     traced, manifest = base_trace(model), read_manifest(directory)
     if traced.cache_layout is CacheLayout.DECODER:
@@ -120,10 +114,9 @@ def token_quality(
 ) -> TokenQuality:
     """Compare next-token probabilities at every position; both sides read the same tokens.
 
-    Every text is followed by greedy tokens of the export, which are counted up to the first that the model would not
-    give. The export reads tokens one by one, so that every logit is one that it serves; the model reads those that are
-    known at once, since a pass over weights that are streamed costs as much for many tokens as for one. With a function
-    that closes the session, the export reads all before the model reads any: memory need not hold both.
+    Every text is followed by greedy tokens of the export, counted up to the first that the model would not give. The
+    export reads tokens one by one, so that every logit is one that it serves; the model reads known ones at once. With
+    `close`, which closes the session, the export reads all before the model reads any: memory need not hold both.
     """
     tally, equal_tokens = QualityTally(), []
     # logits of some models depend on how many tokens are read at once

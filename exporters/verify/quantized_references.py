@@ -99,10 +99,7 @@ def _is_shared(site: LinearSite, others: Sequence[str], weight: ProductWeight) -
 
 
 def _rounded(site: LinearSite, stored: _StoredWeight, known: dict[int, bool]) -> Tensor:
-    """Return the export's stored values of a site's weight, or the weight itself if it does not round to them.
-
-    `known` caches the comparisons, by first row.
-    """
+    """Return the export's values of a site's weight, or the weight itself if it does not round to them."""
     weight, start, stop = stored
     held, values = stored_values(weight), READ.empty((site.out_features, site.in_features))
     firsts = range(0, len(values), _ROWS)
@@ -127,11 +124,10 @@ _IN_FLOAT32 = 1  # the accuracy level
 
 
 def write_float32_copy(directory: Path, target: Path) -> None:
-    """Write a copy of an export that computes in float32 instead of bfloat16 or int8, without rounding activations.
+    """Write a copy of an export that computes in float32; its weights keep their values rounded to bfloat16 or int8.
 
-    The weights keep their rounded values. The CPU provider has no bfloat16 kernels for multiplications, attention or
-    elementwise operators; and the rounding of activations in quantized operators would hide errors of the weights. The
-    copy shows whether the graph and the weights are right.
+    It shows whether the graph and the weights are right: the CPU provider lacks most bfloat16 kernels, and rounded
+    activations would hide errors of the weights.
     """
     target.mkdir(parents=True, exist_ok=True)
     models: dict[str, ir.Model] = {}
@@ -232,8 +228,8 @@ class _Case(NamedTuple):
 def compare_products(directory: Path) -> TensorCheck:
     """Run every quantized product of an export by itself, on activations that its bits represent exactly.
 
-    One row is at the upper end of its range, where sums are largest and accumulation in too few bits would saturate.
-    The remaining difference is float32 rounding (see `PRODUCT_TOLERANCE`).
+    One row is at the upper end of its range, where accumulation in too few bits would saturate. The remaining
+    difference is float32 rounding (see `PRODUCT_TOLERANCE`).
     """
     differences = [pair for path in _models(directory) for pair in _differences(path)]
     absolute = max((absolute for absolute, _ in differences), default=0.0)

@@ -43,8 +43,7 @@ def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedMo
 def _is_merged(model: TracedModel | GraloraModel, manifest: Manifest) -> bool:
     """Return whether an export's fingerprint is that of the model with its active adapters merged.
 
-    Others may have been folded into the export later, which leaves its fingerprint unchanged: only the first ones of
-    the manifest count.
+    Only the manifest's first adapters count: others may have been folded later, which leaves the fingerprint unchanged.
     """
     if not isinstance(model, GraloraModel):
         return False

@@ -75,14 +75,12 @@ def describe_weights(manifest: Manifest) -> str:
 
 
 class ToleranceCheck:
-    """Decides whether an export's values are close enough to the model's.
+    """Decides whether an export's values are close enough to the model's: within the tolerance, or by a second rule.
 
-    They are if they are within the tolerance. In a model that magnifies float32's last bits more than that, they may
-    also be up to four times as far from float64 as float32 itself: as PyTorch's float32 values, or as a float64 run
-    whose weights and results carry a bit of float32 rounding noise each. An export rounds differently from its model: a
-    folded weight once more, a fused operator less often. Every use of the second rule is recorded.
-
-    Runs with random rounding are Monte Carlo arithmetic (Parker, "Monte Carlo Arithmetic", 1997).
+    In a model that magnifies float32's last bits more than that, they may be up to four times as far from float64 as
+    float32 itself: as PyTorch's float32 values, or as a float64 run whose weights and results carry a bit of float32
+    rounding noise each (Monte Carlo arithmetic; Parker, 1997). An export rounds a folded weight once more than its
+    model, a fused operator less often. Every use of the second rule is recorded.
     """
 
     def __init__(

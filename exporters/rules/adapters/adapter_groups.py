@@ -33,11 +33,8 @@ def adapter_function(model: ir.Model, k: int, num_axes: int) -> str:
         shapes of `shapes_of_blocks`, which all calls share: a copy of them at each layer would take time to read
         blocks [..., out], general [..., out]
 
-    The adapter's output is `blocks + general`; they stay apart so that one `Sum` adds both to the layer's output. Every
-    rank may be 0. GraLoRA's blocks exchange parts of their products between two batched matmuls; nothing is computed
-    from shapes at run time.
-
-    In LoRA's form it is `general = Adapter(x, A_general, B_general)`.
+    The output is `blocks + general`, kept apart so that one `Sum` adds both to the layer's. Every rank may be 0. LoRA's
+    form is `general = Adapter(x, A_general, B_general)`.
     """
     name = f"{NAME}_k{k}_{num_axes}d" if k else f"{NAME}_lora"
     if k:
@@ -90,17 +87,15 @@ def _blocks(build: Builder, x: ir.Value, A: ir.Value, B: ir.Value, shapes: Seque
 def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, *, chooses: bool) -> str:
     """Return the name of the ONNX function for a stack of adapters over groups of tokens, added if it is missing.
 
-    `output = BatchedAdapter(x, ids, A, B, A_general, B_general, bias)` with
+    `output = BatchedAdapter(x, ids, A, B, A_general, B_general, bias)`, with those tensors that the layer has:
 
         x [groups, length, in], ids [groups], A [adapters, k, in/k, r], B [adapters, k, r, out/k],
         A_general [adapters, in, hybrid_r], B_general [adapters, hybrid_r, out], bias [adapters, out]
         output [groups, length, out]
 
-    It takes only those tensors that the layer has. Unless `chooses`, there is one group for each adapter of the stack,
-    in its order, and `ids` is left out.
-
-    With `ids`, each group's tensors are copied: multiplying by all adapters and masking took 1.6 to 2.2 times as long
-    for eight rows with an adapter each (SmolLM2-135M's layers, r = 8 and 32).
+    Unless `chooses`, `ids` is left out: each adapter of the stack has one group, in its order. With `ids`, each group's
+    tensors are copied: multiplying by all adapters and masking took 1.6 to 2.2 times as long for eight rows with an
+    adapter each (SmolLM2-135M's layers, r = 8 and 32).
     """
     k = site.blocks(k)
     form = f"k{k}" if k else "lora" if site.form != BIAS else "no_factors"
@@ -137,16 +132,12 @@ def _total(build: Builder, parts: Sequence[ir.Value]) -> ir.Value:
 
 
 class Groups(NamedTuple):
-    """The input of a layer in groups.
+    """The input of a layer in groups."""
 
-    Attributes:
-        ids: `[groups]`, the adapter of each; None where each adapter of the stack has one group, in its order.
-        x: `[groups, length, features]`.
-        restored: Gives an output `[groups, length, width]` the axes of the layer's output.
-    """
-
+    # `[groups]`, the adapter of each; None where each adapter of the stack has one group, in its order
     ids: ir.Value | None
-    x: ir.Value
+    x: ir.Value  # `[groups, length, features]`
+    # gives an output `[groups, length, width]` the axes of the layer's output
     restored: Callable[[Builder, ir.Value], ir.Value]
 
 
@@ -158,17 +149,15 @@ class Grouping:
     have an adapter does not multiply by the base's zeros.
 
     Attributes:
-        model: The model.
-        branches: Whether adapters are applied in branches, which needs rows with their own lengths.
         ids: The place of each row's adapter in the stack.
-        is_any: Whether any row that reads tokens in this step has an adapter, a scalar; None without branches.
-        is_short: Whether one group for each adapter is faster than tiles in this step, a scalar; None without branches.
         ids_by_axes: The adapter of each row of values, by their axes before the features (see `ids_of_outputs`).
     """
 
     model: ir.Model
-    branches: bool
+    branches: bool  # whether adapters are applied in branches, which needs rows with their own lengths
+    # scalar: whether any row that reads tokens in this step has an adapter; None without branches
     is_any: ir.Value | None = field(default=None, init=False)
+    # scalar: whether one group for each adapter is faster than tiles in this step; None without branches
     is_short: ir.Value | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -297,12 +286,9 @@ class ConstantAdapters:
         graph(input_ids, adapter_ids, query.gralora_A, ...)
     After:
         graph(input_ids, adapter_ids)      with initializers query.gralora_A, ...
-
-    Attributes:
-        arrays: The tensors of all adapters, stacked, by the names of the inputs.
     """
 
-    arrays: Mapping[str, NDArray[Any]]
+    arrays: Mapping[str, NDArray[Any]]  # the tensors of all adapters, stacked, by the names of the inputs
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Change the model."""

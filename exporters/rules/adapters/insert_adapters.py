@@ -43,34 +43,23 @@ class InsertAdapters:
     """Add the output of an adapter at every marked site; its tensors become inputs of the model.
 
     Before: `y = MatMul(x, W)`
-    After:  `blocks, general = Adapter(x, A, B, A_general, B_general)`
-            `y = Sum(MatMul(x, W), blocks, general)`
+    After:  `blocks, general = Adapter(x, A, B, A_general, B_general); y = Sum(MatMul(x, W), blocks, general)`
 
-    If matmuls were packed into one, the adapters' outputs are concatenated first.
-
-    Before: `y = MatMul(x, [Wq Wk Wv])`
+    Before: `y = MatMul(x, [Wq Wk Wv])`, matmuls packed into one
     After:  `y = Sum(MatMul(x, [Wq Wk Wv]), Concat(blocks of q, k and v), Concat(general of q, k and v))`
 
-    A trained bias is one more term of the sum. So is `(y - bias) * scale` where adapters may scale the layer's output
-    (see `scaled_outputs`). `_place` decides on which side of the layer's own bias, and of a factor
-    after it, the sum goes: whatever ONNX Runtime fuses without adapters is still fused with them.
+    A trained bias is one more term of the sum; so is `(y - bias) * scale` where adapters may scale the layer's output
+    (see `scaled_outputs`). `_place` puts the sum where ONNX Runtime still fuses whatever it fuses without adapters.
 
     Stacked adapters read the input in groups that share an adapter each (see `adapter_groups`). If rows have their own
-    lengths, the sum is in a branch that runs only in steps in which a row with an adapter reads tokens. Within it, one
-    branch multiplies by the whole stack, for rows that read few tokens each, and the other by a copy of each tile's
-    adapter:
+    lengths, the sum runs only in steps in which a row with an adapter reads tokens: by the whole stack where rows read
+    few tokens each, else by a copy of each tile's adapter. Layers that read one input share a branch.
 
     After:  `y = If(is_any, If(is_short, Sum(MatMul(x, W), stack), Sum(MatMul(x, W), copies)), MatMul(x, W))`
-
-    Layers that read one input share a branch, also where their product is split.
-
-    Attributes:
-        inputs: The adapter tensors.
-        quantized: Whether the layers' weights are to be quantized.
     """
 
     inputs: AdapterInputs
-    quantized: bool = False
+    quantized: bool = False  # whether the layers' weights are to be quantized (see `_place`)
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Insert them, in place; the result counts the sites' calls."""
@@ -252,11 +241,11 @@ class _Insertion:
 def _place(value: ir.Value, quantized: bool) -> tuple[ir.Value, list[ir.Node]]:
     """Return the value that adapters are added to, and the scalar factors before it, as ONNX Runtime's fusions need it.
 
-    What it fuses with the product has to stay on the product's side of the sum, the rest on the other:
+    The sum stays clear of the fusions on either side of it:
 
-    - A bias is fused with the product (`Gemm`) where a matrix is multiplied, or a tensor of fixed sizes: the sum comes
-      after it. With more axes it is fused with what follows, an activation or a normalization: the sum comes before it.
-      With a quantized product (`MatMulNBits`) it is fused too, unless a GELU follows, which takes it then.
+    - A bias of a matrix, or of a tensor of fixed sizes, is fused with the product (`Gemm`): the sum comes after it.
+      With more axes it is fused with the activation or normalization after it: the sum comes before it. A quantized
+      product (`MatMulNBits`) takes it too, unless a GELU follows, which takes it then.
     - A scalar factor is fused with the product (`FusedMatMul`): the sum comes after it, and the adapters' outputs are
       multiplied on their own.
     """

@@ -12,9 +12,9 @@ from gralora_fx.format.export_directory import QUERY_SEQLENS
 
 
 def without_bias(build: Builder, value: ir.Value) -> ir.Value:
-    """Return the output of a linear layer without its bias.
+    """Return the output of a linear layer without its bias, which is subtracted again.
 
-    The bias is subtracted again rather than left out: ONNX Runtime fuses it with the product, as in the base's export.
+    Leaving it out instead would undo ONNX Runtime's fusion of the bias with the product.
     """
     node = value.producer()
     bias = None
@@ -28,11 +28,7 @@ def without_bias(build: Builder, value: ir.Value) -> ir.Value:
 def ids_of_outputs(grouping: Grouping, x: ir.Value) -> ir.Value:
     """Return the adapter of each row of a layer's output, in its axes before the features; built once for each form.
 
-    A factor of each adapter `[adapters, out]` gathered by them is of the output's axes, or is broadcast to them.
-
-    Args:
-        grouping: The groups of the model's inputs, by adapter.
-        x: The layer's input, whose axes before the features are its output's.
+    A factor `[adapters, out]` gathered by them has the output's axes, or is broadcast to them.
     """
     assert x.shape is not None
     lead = tuple(map(str, x.shape[:-1]))

@@ -26,14 +26,11 @@ class MarkedSites:
 @contract(needs={OWN_WEIGHTS})
 @dataclass(frozen=True)
 class MarkSites:
-    """Mark the outputs of linear layers, bias included, so that adapters can be inserted once all is fused.
+    """Mark the outputs of linear layers, bias included, so that adapters can be inserted once all is fused."""
 
-    Attributes:
-        weights: Paths of the layers that a weight belongs to, by the name of its initializer.
-        norm_biases: Paths of layer normalizations whose outputs are marked too, by the name of the bias.
-    """
-
+    # paths of the layers that a weight belongs to, by the name of its initializer
     weights: Mapping[str, tuple[str, ...]]
+    # layer normalizations whose outputs are marked too, by the bias's name
     norm_biases: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:

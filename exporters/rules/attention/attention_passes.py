@@ -54,9 +54,9 @@ class FuseDotProductAttention:
     Before: `y = DotProductAttention(Transpose(Reshape(q)), Transpose(Reshape(k)), Transpose(Reshape(v)), padding)`
     After:  `y = MultiHeadAttention(q, k, v, padding)`
 
-    `MultiHeadAttention` is ONNX Runtime's operator, which most execution providers have. It supports neither causal
-    attention nor fewer key heads than query heads: those become ONNX's `Attention`. Queries, keys and values stay three
-    products: splitting a packed one again takes longer than packing saves.
+    ONNX Runtime's `MultiHeadAttention` supports neither causal attention nor fewer key heads than query heads: those
+    become ONNX's `Attention`. Queries, keys and values stay three products: splitting a packed one costs more than
+    packing saves.
     """
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:

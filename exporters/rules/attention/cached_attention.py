@@ -41,8 +41,8 @@ class FuseAttention:
     Before: `key = Concat(past_key, new_key); y = Attention(query, key, value, mask)`
     After:  `y, key, value = GroupQueryAttention(query, new_key, new_value, past_key, past_value, ..., bias)`
 
-    The bias that masks padding is created once; causality and the window are left to the operator, for which padding
-    counts as positions. A layer that the operator does not support is decomposed into plain operators.
+    One bias masks padding in all layers; causality and the window are left to the operator, for which padding counts as
+    positions. A layer that the operator does not support is decomposed into plain operators.
     """
 
     tables: RotaryTables  # the tables of rotary embeddings in the graph
@@ -128,8 +128,7 @@ def _lengths_and_bias(
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Build `seqlens_k [batch]`, `total_sequence_length [1]` and the bias `[batch, 1, length, total]` from a mask.
 
-    `new` is `[batch, length, ...]`: the number of new positions does not follow from the cache's length, since the
-    cache may be a larger buffer.
+    `new` `[batch, length, ...]` gives the number of new positions: the cache may be a larger buffer.
     """
     total = build("Cast", build("Shape", mask, start=1, end=2), to=ir.DataType.INT32)
     last = build("Sub", total, build.tensor([1], ir.DataType.INT32))

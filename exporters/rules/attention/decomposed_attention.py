@@ -16,9 +16,8 @@ def decompose_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Val
     Before: `y = Attention(query, key, value, mask, sinks)`
     After:  `y = Transpose(MatMul(Softmax(scale * MatMul(query, Transpose(key)) + mask), value))`
 
-    With fewer key heads, the query heads that share one become an axis of their own, so that no key is copied. The
-    number of heads must be fixed only then, and with sinks: Inkling 2's attention over blocks has a head for each
-    token.
+    Query heads that share a key head become an axis of their own, so that no key is copied. The number of heads must be
+    fixed only then, and with sinks: Inkling 2's attention over blocks has a head for each token.
     """
     attention = AttentionNode.read(node)
     query, key, value, sinks = attention.query, attention.key, attention.value, attention.sinks

@@ -65,19 +65,9 @@ def pack_qkv(
 ) -> ir.Value | None:
     """Pack queries, keys and values in one matmul, if all three are projections of one tensor.
 
-    Before: `q = rotary(x @ Wq + bq); k = rotary(x @ Wk + bk); v = x @ Wv + bv`
-    After:  `rotary(x @ [Wq Wk Wv] + [bq bk bv])`, values rotated by an angle of zero, which keeps them bit for bit
-
-    Args:
-        build: Makes the nodes.
-        graph: The graph; a lazily concatenated weight is added to it.
-        query: `[batch, heads, length, size]`.
-        key: `[batch, key heads, length, size]`.
-        value: As `key`.
-        tables: The tables of rotary embeddings in this graph.
-
-    Returns:
-        `[batch, length, (heads + 2 * key heads) * size]`, or None.
+    Before: `q = rotary(x @ Wq + bq); k = rotary(x @ Wk + bk); v = x @ Wv + bv`, each `[batch, heads, length, size]`
+    After:  `rotary(x @ [Wq Wk Wv] + [bq bk bv])`, `[batch, length, (heads + 2 * key heads) * size]`, values rotated by
+            an angle of zero, which keeps them bit for bit
     """
     of_query, of_key = RotaryNode.of(query.producer()), RotaryNode.of(key.producer())
     if of_query is None or of_key is None:

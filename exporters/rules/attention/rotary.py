@@ -296,10 +296,7 @@ class LowerRotary:
 
 
 def rotated(build: Builder, rotary: RotaryNode, x: ir.Value, tables: RotaryTables) -> ir.Value:
-    """Build the runtime's operator for a rotary operator.
-
-    `x` is `[batch, heads, length, size]`, or the same as `[batch, length, heads * size]`.
-    """
+    """Build the runtime's operator; `x` may also be merged, `[batch, length, heads * size]`."""
     heads, size, half = static_dim(rotary.x, 1), static_dim(rotary.x, 3), static_dim(rotary.cos, 2)
     attributes: dict[str, int] = {"interleaved": rotary.interleaved}
     if size is None or half is None or size != 2 * half:

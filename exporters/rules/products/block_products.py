@@ -52,13 +52,11 @@ class BlockProducts:
     Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`; `e = Gather(table, ids)`
     After:  `y = MatMulNBits(x, w_Q4 [N, K/block, bytes], w_scales [N, K/block], w_zero_points [N, bytes])`, and the
             bias added behind it; `e = GatherBlockQuantized(table_Q4, ids, table_scales, table_zero_points)` for a table
-            that is tied to a head
+            that is tied to a head, as in onnxruntime-genai; other tables keep their precision
 
     Scales stored in fewer bits than a float are followed by a `Cast`, which ONNX Runtime folds when it opens the model.
-    Blocks of inputs in another order read them through a `Gather`, which products of one input share; it has the mark
-    `INPUT_ORDER`, by which the weight is found in its usual order again.
-    A matrix is read and quantized when it is written. An embedding that is not tied to a head keeps its precision, as
-    in onnxruntime-genai.
+    Blocks of inputs in another order read them through a `Gather` marked `INPUT_ORDER`, which products of one input
+    share. A matrix is read and quantized when it is written.
     """
 
     graph: ir.Graph  # the model's graph, which gets the initializers

@@ -23,27 +23,21 @@ _REMAINDERS = 2 * ROW_LARGEST  # integers of a step: the rounding error is at mo
 
 @dataclass(frozen=True)
 class ColumnProducts:
-    """Products of a graph in int8.
+    """Products of a graph in int8, by operators of the ONNX standard.
 
     Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`
     After:  `s = Max(ReduceMax(x * factors), -ReduceMin(x * factors), tiny) / 127`, `s [..., 1]`
             `q = QuantizeLinear(x * factors, s, 128, block_size=K)`
             `y = MatMul(DequantizeLinear(q, 1, 128), DequantizeLinear(w_quantized [K, N], w_scale [N])) * s`, and the
             bias added behind it
+    After:  `r = x * factors / s - q`, `y = (MatMul(q, w) + MatMul(r rounded, w)) * s` in one product, with 16 bits
 
-    All operators are of the ONNX standard. ONNX Runtime fuses the dequantization with the product to one operator
-    (`MatMulIntegerToFloat`), which multiplies integers. A row is rounded by its own largest value, so that it has the
-    same result in any batch. Products of one tensor share its rounding. A matrix is read and quantized when it is
-    written.
+    ONNX Runtime fuses both dequantizations with the product to `MatMulIntegerToFloat`, which multiplies integers. A row
+    is rounded by its own largest value, so its result is the same in any batch; products of one tensor share its
+    rounding. A matrix is read and quantized when it is written.
 
-    A vector, or a tensor of unknown rank, is divided by `s` first and rounded by steps of 1: a scale of one value has
-    no blocks.
-
-    With factors, channels of `x` are scaled closer to each other before rounding, and the rows of the matrix are
-    divided by the same factors (see `input_factors`). With 16 bits the rounding error is rounded once more, and both
-    parts are multiplied in one product:
-
-    After:  `r = x * factors / s - q`, `y = (MatMul(q, w) + MatMul(r rounded, w)) * s`
+    A vector, or a tensor of unknown rank, is divided by `s` and rounded by steps of 1: a scale of one value has no
+    blocks. Factors bring channels of `x` closer to each other; the matrix is divided by them (see `input_factors`).
     """
 
     graph: ir.Graph  # the model's graph, which gets the initializers

@@ -16,9 +16,7 @@ def fold_transposes(model: ir.Model) -> PassResult[ir.Model]:
     """Fold the transposes of weights that are only read transposed into their initializers.
 
     Before: `y = MatMul(x, Transpose(w))`
-    After:  `y = MatMul(x, w)`, with `w` stored `[in, out]`
-
-    A weight with other readers, such as a tied embedding, stays as it is, so that it is stored once.
+    After:  `y = MatMul(x, w)`, with `w` stored `[in, out]`; one with other readers stays, so that it is stored once
     """
     count = 0
     for value in list(model.graph.initializers.values()):
@@ -85,10 +83,9 @@ def fill_vectors(model: ir.Model) -> PassResult[ir.Model]:
     Before: `y = Cos(x)`, `z = ReduceSum(x, axes=[-1])`, `x [..., 6]`
     After:  `y = Cos(Pad(x))[..., :6]`, `z = ReduceSum(Pad(x), axes=[-1])`, `Pad(x) [..., 8]`
 
-    Eigen computes the values after a tensor's last whole SIMD vector one by one, with a function that differs in the
-    last digits. It sums a row one by one up to the first vector-aligned address, then by vectors, so that rows with
-    different alignment, such as the weights of six routes of a token, are summed in different orders. Rows padded to a
-    multiple of the vector have neither remainder.
+    Eigen computes the values after a tensor's last whole SIMD vector with another function, which differs in the last
+    digits, and sums a row one by one up to its first vector-aligned address. Rows of whole vectors have neither
+    remainder.
     """
     count = 0
     padded: dict[tuple[ir.Graph | ir.Function, ir.Value], ir.Value] = {}

@@ -199,9 +199,9 @@ _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # names of the constants 
 
 
 def parameter_names(value: ir.Value) -> list[tuple[str, ...]]:
-    """Return the parameters that an initializer may hold by its name, side by side along its output features.
+    """Return every reading of an initializer's name as parameters, side by side along its output features.
 
-    `attn.q_proj+k_proj.weight` is `attn.q_proj.weight` and `attn.k_proj.weight`. A name can be read in several ways.
+    `attn.q_proj+k_proj.weight` is `attn.q_proj.weight` and `attn.k_proj.weight`.
     """
     origin = value.metadata_props.get(_FOLDED_FROM)
     if origin is not None:

@@ -69,13 +69,13 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     Before: `y, present... = GroupQueryAttention(f(input_ids, position_ids), past..., lengths, total, bias)`
     After:  `y, present... = GroupQueryAttention(rows(f(tokens, positions)), past..., lengths, total, attended)`
 
-    `tokens [1, tokens]` are the ids that count, `rows` scatters their values to `[batch, length]`, and attention's
-    output is gathered to `[1, tokens]` again. Mask and positions are no longer inputs: both follow from the lengths. If
-    input and output of a cache are one buffer, an idle row's cache stays as it is.
+    `tokens [1, tokens]` are the ids that count, `rows` scatters values to `[batch, length]`, and attention's output is
+    gathered to `[1, tokens]` again. Mask and positions follow from the lengths, and are no inputs. If input and output
+    of a cache are one buffer, an idle row's cache stays as it is.
 
     `attended` is `Max(query_seqlens, attention_seqlens)`: ONNX Runtime's attention kernel for one token differs from
-    that for several in the last bits, so rows that verify tokens ask for the latter. A model that keeps states has no
-    such input, since its rows cannot be set back.
+    that for several in the last bits, so rows that verify tokens ask for the latter. A model that keeps states lacks
+    that input, since its rows cannot be set back.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
@@ -232,8 +232,8 @@ class LogitsOfRows:
     After:  `logits = MatMul(Gather(x, logits_indices or last), head)`, or `logits = rows(MatMul(x, head))`
 
     The input `logits_indices` chooses tokens; if it is empty, the last of each row. There is no such input if the head
-    reads more than the tokens, such as the adapter of each row, or if the model keeps states. Logits of an idle row,
-    and of positions that do not count, have no meaning.
+    reads more than the tokens, such as the adapter of each row, or if the model keeps states. Logits of idle rows and
+    uncounted positions mean nothing.
     """
 
     logits: str  # `"last"` or `"all"`

@@ -59,9 +59,8 @@ class FlattenTokens:
     After:  `t = Gather(Reshape(x), tokens); y = Attention(back(t @ Wq), back(t @ Wk), back(t @ Wv), bias)`
             `z = back(LayerNormalization(Add(Gather(Reshape(y), tokens) @ Wo, t)))`
 
-    `tokens` are the indices of all positions that the padding mask keeps, and of the first position of each row, which
-    classifiers read; `back` scatters rows to their positions. Only attention sees the padded form. Outputs are zero at
-    padding, where the mask says that they have no meaning.
+    `tokens` are all positions that the padding mask keeps, and the first of each row, which classifiers read; `back`
+    scatters rows to their positions. Outputs are zero at padding.
 
     Matrices help even without padding: ONNX Runtime fuses an addition and the normalization of a tensor of three axes
     to `SkipLayerNormalization`, whose kernel takes five times as long on a CPU.

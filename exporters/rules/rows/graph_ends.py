@@ -45,9 +45,8 @@ def optional_inputs_of_rows(model: ir.Model) -> PassResult[ir.Model]:
     """Give inputs that a program need not know a default that means none, so that callers may leave them out.
 
     Before: `graph(input_ids, query_seqlens, past_seqlens, attention_seqlens, logits_indices, text_seqlens, ...)`
-    After:  the same with `attention_seqlens = [0]`, `logits_indices = []` and `text_seqlens = [0]` as defaults
-
-    A program that knows only the first three inputs gets the logits after the last token of each row.
+    After:  the same with `attention_seqlens = [0]`, `logits_indices = []` and `text_seqlens = [0]` as defaults, so that
+            a caller who knows only the first three inputs gets the logits after each row's last token
     """
     inputs = {str(value.name): value for value in model.graph.inputs}
     defaults: dict[str, NDArray[Any]] = {

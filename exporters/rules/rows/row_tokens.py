@@ -91,12 +91,8 @@ def row_tokens(
         token_at = max(cumsum(counts.flat) - 1, 0) cached = max(past + attended - 1, 0)
         total = max(max(cached) + 1, length)
 
-    Args:
-        build: Makes the nodes.
-        input_ids: `[batch, length]`.
-        query: `[batch]` int32, how many tokens of each row count.
-        past: `[batch]` int32, how many were read before.
-        attended: `[batch]` int32, how many attention reads; None for those that count.
+    `input_ids` are `[batch, length]`. Of each row, `[batch]` int32, `query` tokens count, `past` were read before, and
+    attention reads `attended`; None for those that count.
     """
     attended = query if attended is None else attended
     lengths = RowLengths(build, input_ids, query)

@@ -34,10 +34,7 @@ class TokenGroups:
 def highest_id(build: Builder, query: ir.Value, ids: ir.Value) -> ir.Value:
     """Return `[1]`, the highest adapter id among the rows that read tokens, `max(ids * min(query, 1))`.
 
-    Args:
-        build: Makes the nodes.
-        query: `[batch]` int32, how many tokens of each row count.
-        ids: `[batch]`, the adapter of each row.
+    `query`, the number of tokens of each row that count, and `ids` are `[batch]`.
     """
     reads = build("Min", build("Cast", query, to=ir.DataType.INT64), 1)
     return build("ReduceMax", build("Mul", ids, reads), keepdims=1)
@@ -48,19 +45,14 @@ def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Va
 
     A tile has as many tokens as the longest row, at most `TILE`. If all rows that read tokens have one adapter, their
     tokens are one tile, whose adapter is copied once: then `counts` and `ids` below are those of all rows together, and
-    `length` and `size` the number of tokens.
+    `length` and `size` the number of tokens. `input_ids` are `[batch, length]`; `query`, which counts a row's tokens,
+    and `ids` are `[batch]`.
 
         size = max(min(length, TILE), 2)                            offsets = arange(ceil(length / size)) * size
         row, tile = nonzero(offsets < counts[:, None])              starts = cumsum(counts) - counts
         tokens = (starts[row] + offsets[tile])[:, None] + arange(size), at most the last token
         begins = (cumsum(ceil(counts / size)) - ceil(counts / size)) * size
         slots = (begins[:, None] + arange(length)).flat[flatnonzero(arange(length) < counts[:, None])]
-
-    Args:
-        build: Makes the nodes.
-        input_ids: `[batch, length]`.
-        query: `[batch]` int32, how many tokens of each row count.
-        ids: `[batch]`, the adapter of each row.
     """
     lengths = RowLengths(build, input_ids, query)
     zero, one = lengths.zero, lengths.one
@@ -111,21 +103,14 @@ def ids_of_tokens(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.
 def tokens_of_adapters(
     build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Value, adapters: ir.Value
 ) -> tuple[TokenGroups, ir.Value]:
-    """Group the tokens of rows padded on the right by adapter, one group for each of the stack.
+    """Group the tokens of rows padded on the right by adapter, one group for each of the stack of `adapters`.
 
-    No adapter is copied then. That is faster while the groups are short and few adapters of the stack are unused: a
-    copy is read, written and read again.
+    No adapter is copied then, which is faster while the groups are short and few adapters are unused. The other
+    arguments are those of `token_tiles`.
 
         own = ids[row of each token]                                hits = own[:, None] == arange(adapters)
         most = max(max(sum(hits, 0)), 2)                            before = sum(cumsum(hits, 0) * hits, 1) - 1
         slots = own * most + before                                 tokens.flat[slots] = arange(number of tokens)
-
-    Args:
-        build: Makes the nodes.
-        input_ids: `[batch, length]`.
-        query: `[batch]` int32, how many tokens of each row count.
-        ids: `[batch]`, the adapter of each row.
-        adapters: How many adapters are in the stack, a scalar.
     """
     lengths = RowLengths(build, input_ids, query)
     zero, one = lengths.zero, lengths.one
