@@ -84,8 +84,7 @@ def acting_of(config: AdapterConfig) -> Inserting | None:
 def starts_in(ids: Tensor, acting: Mapping[str, tuple[int, ...]], rows: Mapping[str, Rows] | None) -> dict[str, Tensor]:
     """Return the column of each prompt `[batch, tokens]` from which each adapter acts; the number of tokens if never.
 
-    `acting` has the tokens at which an adapter starts, `rows` each adapter's rows, to warn of those where it never
-    acts.
+    `acting` has the tokens at which an adapter starts; given its `rows`, those where it never acts get a warning.
     """
     part, found = _part(), {}
     for name, tokens in acting.items():

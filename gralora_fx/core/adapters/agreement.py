@@ -59,9 +59,8 @@ def disagreements(
 ) -> list[str]:
     """Describe contradictions between a configuration and the layers that have tensors.
 
-    Every layer with tensors must be selected by the configuration, and every name of `target_modules` and every pattern
-    key must fit a layer with tensors. If the model's layers and parameters are known, each that is selected must have
-    tensors. Names excluded by other fields, and layers that depend on the model, are not judged.
+    A layer with tensors must be selected, and every name of `target_modules` and every pattern key must fit one; if the
+    model's layers are `known`, those selected must have tensors. Layers that depend on the model are not judged.
     """
     rule = _rule(config, None if known is None else known.model_type)
     problems = [

@@ -40,7 +40,6 @@ class Base:
 
     Attributes:
         tree: A plain module with everything that the graph reads, at its paths, and the adapters below `gralora`.
-        traced: The trace.
         trainable: Names of the parameters that required gradients before there was an adapter.
         running_block: Returns a block of the module that runs, by its path.
         computed: Packed and streamed weights by name; the tree has buffers in place of packed ones.

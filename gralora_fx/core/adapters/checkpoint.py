@@ -154,10 +154,10 @@ def _write_adapters(
     directory: str | Path,
     traced: TracedModel,
 ) -> None:
-    """Write adapters in PEFT's format, with the same meaning there; an error writes none.
+    """Write adapters in PEFT's format, all or none.
 
-    Shorthands are expanded as PEFT expands them: `all-linear` becomes the list of adapted layers. Targets with
-    `exclude_modules`, which PEFT does not know, become such a list too.
+    What means another thing there, or nothing, becomes a list of adapted layers: `all-linear`, as PEFT expands it, and
+    targets with `exclude_modules`, which PEFT does not know.
     """
     writers = {
         name: adapter_writers(saved_config(adapter, traced), functools.partial(dict, tensors[name]))
@@ -185,8 +185,8 @@ def _match_keys(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Match a file's tensors with the keys that an adapter expects, and describe those that do not fit.
 
-    PEFT stores some twice: the weight of an adapted head, and with `bias="all"` the biases of a saved module, as
-    `<module>.original_module.bias` (the base's) and `<module>.modules_to_save.bias` (the trained one).
+    PEFT stores twice the weight of an adapted head, and with `bias="all"` the biases of a saved module: the base's
+    below `original_module`, the trained ones below `modules_to_save`.
     """
     matched = {key: tensor for key, tensor in tensors.items() if key in expected}
     problems = []

@@ -30,14 +30,10 @@ if TYPE_CHECKING:
 
 
 class CurrentGraph:
-    """A base model, its adapters, and the graph of the current state.
+    """A base model, its adapters by name, and the graph of the current state.
 
     A thread that runs the model takes one reference, so it sees one state from beginning to end. Changes are
     serialized.
-
-    Attributes:
-        base: The base model; its module tree owns every tensor.
-        adapters: Adapters by name.
     """
 
     def __init__(self, traced: TracedModel) -> None:
@@ -128,11 +124,7 @@ class CurrentGraph:
     def run(
         self, inputs: Mapping[str, Any], form: RunForm | None = None, rows: Mapping[str, Rows] | None = None
     ) -> Any:
-        """Run the graph of one state, even if another thread switches adapters meanwhile.
-
-        `form` selects a variant of the graph, and `rows` gives each adapter its rows in place of the active
-        adapters.
-        """
+        """Run one state's graph, even if a thread switches adapters meanwhile; `rows` replace the active ones."""
         if torch.compiler.is_compiling():
             current, inputs = self._for_rows(inputs, rows)
             current.is_lent = True

@@ -39,10 +39,10 @@ def fold_adapters(
 
 
 def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
-    """Fold updates into the weights in place, keeping no copy.
+    """Fold updates into the weights in place, keeping no copy; every weight is checked before the first one changes.
 
-    Every weight is checked before the first one changes. One that cannot be written in place, such as an expanded
-    tensor whose elements share memory, is replaced by a new tensor.
+    A weight that cannot be written, such as an expanded tensor whose elements share memory, is replaced by a new
+    tensor.
     """
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])

@@ -133,8 +133,7 @@ def _sharing_memory(graph_module: fx.GraphModule, sites: Sequence[LinearSite]) -
 def check_not_shared(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> None:
     """Raise if something else reads the weights of sites, since folding would change its result.
 
-    A layer whose weight the model reads itself, without calling the layer, may have an update that changes nothing:
-    its adapter gets no gradient, so training leaves it so.
+    A layer that the model reads but never calls may have an update of zero: its adapter gets no gradient.
     """
     entries = {entry.site.path: entry for entry in work}
     shared = shared_sites(graph_module, [entry.site for entry in entries.values()])

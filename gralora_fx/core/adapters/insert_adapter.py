@@ -51,15 +51,12 @@ class InsertAdapter:
     After:  `y = linear(x, w, b); h = project(x, A); y_1 = accumulate(y, h, B, scale); z = relu(y_1)`
 
     `AdapterMethod.add_output` makes the nodes, running on the graph's own proxies. A parameter of other code, such as
-    stacked matrices, is changed where the graph reads it, whatever the graph computes with it:
+    stacked matrices, is changed where the graph reads it:
 
     Before: `w = self.moe.down_proj; y = grouped_mm(x, w, offsets)`
     After:  `w = self.moe.down_proj; ...; w_1 = baddbmm(w, B, A, alpha=scale); y = grouped_mm(x, w_1, offsets)`
-
-    An adapter that acts on some tokens only reads zeros at the others; layers that read one value share the masked
-    input:
-
-    After:  `x_1 = at_tokens(x, acting); y = linear(x, w, b); h = project(x_1, A); ...`
+    After:  `x_1 = at_tokens(x, acting); y = linear(x, w, b); h = project(x_1, A); ...`, where it acts on some tokens;
+            layers that read one value share `x_1`
     """
 
     adapter: str  # name of the adapter
@@ -223,12 +220,10 @@ def _proxy(node: fx.Node, tracer: GraphAppendingTracer) -> Tensor:
 
 @contract(needs={INSERTED})
 def protect_outputs(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Make an adapter add, or write rows, out of place where another node reads the layer's output.
+    """Make an adapter add, or write rows, out of place where another node, inserted since, reads the layer's output.
 
     Before: `y = linear(x, w, b); p = probe(y); ...; z = accumulate(y, h, B, scale)`
     After:  `y = linear(x, w, b); p = probe(y); ...; z = accumulate(y, h, B, scale, in_place=False)`
-
-    Insertion redirects every reader to the adapter's result, so only a later pass can add such a reader.
     """
     changed = 0
     for node in [node for node in graph.nodes if node.target in (accumulate, set_rows)]:

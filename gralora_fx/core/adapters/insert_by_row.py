@@ -34,9 +34,8 @@ class InsertByRow:
 
     Before: `y = linear(x, w, b)`
     After:  `y = linear(x, w, b); x_a = take_rows(x, rows_a); y_a = take_rows(y, rows_a);
-            z_a = accumulate(y_a, project(x_a, A), B, scale); ...; y_1 = set_rows(y, [rows_a, ...], [z_a, ...])`
-
-    The rows of each adapter are an input of the graph, `adapter_rows`.
+            z_a = accumulate(y_a, project(x_a, A), B, scale); ...; y_1 = set_rows(y, [rows_a, ...], [z_a, ...])`,
+            with the rows as input `adapter_rows` of the graph
     """
 
     adapters: tuple[ModelAdapter, ...]
@@ -206,7 +205,7 @@ class _Layout:
     def batch_argument(self, node: fx.Node, where: str) -> tuple[fx.Node, ...]:
         """Return `take_rows`' argument `batch` for a node's value, at the insertion point; empty with a batch axis.
 
-        Raises if the first axis is neither the batch nor the batch flattened with its positions, row after row.
+        Raise if the first axis is neither the batch nor the batch flattened with its positions, row after row.
         """
         shape = shape_of(node)
         if shape and _expression(shape[0]) in self._symbols:

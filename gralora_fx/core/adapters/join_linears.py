@@ -38,8 +38,7 @@ def join_adapted_linears(graph: fx.Graph) -> PassResult[fx.Graph]:
     Before: `q = linear(x, wq); q_1 = accumulate(q, project(x, aq), bq, s); k = linear(x, wk); k_1 = accumulate(...)`
     After:  `q_1, k_1 = adapted_linears(x, None, [wq, wk], [None] * 2, [0, 1], [aq, ak], [bq, bk], [s, s], [None] * 2)`
 
-    Layers whose adapters have dropout are not joined, since each draws its own mask. With adapters by row, each adapter
-    is an entry with its rows (see `adapter_rows`).
+    Layers with dropout are not joined, since each draws its own mask. By row, each adapter is an entry with its rows.
     """
     places = {node: place for place, node in enumerate(graph.nodes)}
     writes = [places[node] for node in graph.nodes if is_mutable(node.target)]
@@ -173,16 +172,9 @@ def adapted_linears(
 ) -> tuple[Tensor, ...]:
     """Compute adapted layers of one input: `accumulate(linear(x, weight, bias), project(dropped, A), B, scale)` each.
 
-    Args:
-        x: The layers' input, `[..., in]`.
-        dropped: Their adapters' input, after dropout; None if it is `x`.
-        weights: The layers' weights, `[out, in]`, or what unpacks them.
-        biases: Their biases, `[out]`, or None.
-        adapted: For each adapter, the index of its layer.
-        As: The first factors, as for `project`.
-        Bs: The second factors, as for `accumulate`.
-        scales: Factors of the updates.
-        rows: For each adapter, its rows of the first axis; None for all.
+    `x` is `[..., in]`, and `dropped` is it after dropout, or None. There is one of `weights`, `[out, in]` or what
+    unpacks them, and of `biases` for each layer; one of `adapted`, the layer's index, of `As`, `Bs`, `scales` and
+    `rows`, of the first axis or None for all, for each adapter.
     """
     from gralora_fx.core.adapters.adapted_linears import AdaptedLinears, compute_layers
 

@@ -34,9 +34,8 @@ class RedirectParameters:
     Before: `w = self.classifier.weight; y = linear(x, w)`
     After:  `w = self.gralora.default.classifier.weight; y = linear(x, w)`
 
-    A parameter that another module holds too (a tied head) keeps its node for that module's uses, and a second node is
-    added. One that only this module holds is replaced at all its uses, as `nn.MultiheadAttention` uses the weight of
-    its `out_proj` without calling the layer.
+    A parameter that another module holds too (a tied head) keeps its node for that module's uses. Any other is replaced
+    at all its uses: `nn.MultiheadAttention` uses the weight of its `out_proj` without calling the layer.
     """
 
     tree: ModuleTree  # the modules of the source model

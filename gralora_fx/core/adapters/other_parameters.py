@@ -26,8 +26,8 @@ class UntieWeights:
     Before: `w = self.head.weight; e = embedding(w, ids); y = linear(x, w)`
     After:  `w = self.head.weight; w_1 = self.embed.weight; e = embedding(w_1, ids); y = linear(x, w)`
 
-    If both read the layer's own name, the others are redirected to another name of the tied weight. If the weight has
-    no other name, the layer reads `separated_path(site)`. A tied weight with a node for each name needs no new node.
+    If both read the layer's own name, the others get another name of the tied weight; without one, the layer reads
+    `separated_path(site)`.
     """
 
     sites: tuple[LinearSite, ...]  # the sites to untie

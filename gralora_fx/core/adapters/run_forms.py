@@ -62,8 +62,8 @@ def form_of(
 ) -> RunForm | None:
     """Return the graph variant that a call needs, or None for the graph itself; remove the inputs that choose it.
 
-    A mask is added to the inputs for rows that hold several texts. `keeps_cache` is the default of `use_cache`, and
-    `ends_at` the layer before which the graph ends.
+    A mask is added for rows that hold several texts. `keeps_cache` is the default of `use_cache`; the graph ends before
+    the layer `ends_at`.
     """
     if PAST not in traced.input_names:
         _check_not_packed(inputs)

@@ -73,8 +73,7 @@ def saved_config(adapter: ModelAdapter, traced: TracedModel) -> AdapterConfig:
 def _own_targets(adapter: ModelAdapter, traced: TracedModel) -> dict[str, object]:
     """Return the fields that select layers, such that PEFT's rules over paths select exactly the adapted ones.
 
-    Names and indices that the model does not have are left out. If the rules select a layer without adapter (where none
-    can take effect), or miss an adapted one (whose weight was named), every adapted layer is listed.
+    Names and indices that the model lacks are left out. If the rules cannot select exactly those, all are listed.
     """
     config = adapter.config
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))

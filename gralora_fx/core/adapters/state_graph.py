@@ -179,8 +179,8 @@ class StateGraph:
 class GraphCache:
     """An LRU cache of graphs by state.
 
-    A graph with merged weights has memory of its own, and rebuilding one with a user's pass may give another graph.
-    Such a graph is kept only for its other mode, and for the end of a block in which adapters are disabled.
+    Graphs with merged weights, which take memory, and with a user's pass, which a rebuild may change, are kept only for
+    their other mode, and for the end of a block in which adapters are disabled.
     """
 
     def __init__(self) -> None:

@@ -66,20 +66,14 @@ def callable_blocks(flat: fx.GraphModule, found: Sequence[str]) -> tuple[list[st
 
 
 def call_blocks(flat: fx.GraphModule, paths: Collection[str]) -> tuple[fx.Graph, list[BlockCall]]:
-    """Return a copy of a graph that calls blocks as modules, and the blocks' own graphs; the flat graph is unchanged.
+    """Return a copy of a graph that calls blocks as modules, and the calls in order, each with its block's graph.
 
     Before: `w = self.layers.0.fc.weight; h = linear(x, w); y = gelu(h); z = norm(y)`
     After:  `y = self.layers.0(x); z = norm(y)`, and in the block `h = linear(x, self.fc.weight); return gelu(h)`
 
     Nodes that draw random numbers or write into tensors keep their order. Tensors outside the block, such as those of
-    adapters, are its arguments.
-
-    Returns:
-        The graph, for the flat graph's module with blocks at their paths; and the calls in order. All calls of one
-        block have the same graph.
-
-    Raises:
-        NoBlock: The nodes of a block cannot run together.
+    adapters, are its arguments. All calls of a block have the same graph; one whose nodes cannot run together raises
+    `NoBlock`.
     """
     graph = copy_graph(flat)
     graph.owning_module = flat

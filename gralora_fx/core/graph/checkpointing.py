@@ -51,9 +51,7 @@ def offloaded_checkpoint(block: nn.Module, *args: Any, **options: Any) -> Any:
 
 
 def checkpoint_blocks(graph: fx.Graph, blocks: Iterable[BlockCall], checkpointing: Checkpointing) -> None:
-    """Recompute blocks in the backward pass, instead of keeping their activations.
-
-    A block that updates a buffer, as BatchNorm does, is not checkpointed, since it would update it twice.
+    """Recompute blocks in the backward pass, except those that update a buffer, which would be updated twice.
 
     Before: `y = self.layers.0(x, mask)`
     After:  `y = checkpoint(self.layers.0, x, mask, use_reentrant=False)`

@@ -77,8 +77,7 @@ class LinearSite:
 def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSite, ...]:
     """Return every linear layer of the model, in the order of its modules, with the graph's calls of it.
 
-    A layer called several times is one site. One that is never called is a site without calls, so that adapters and
-    checkpoints cover the same layers as in PEFT.
+    One that is never called is a site without calls: adapters and checkpoints then cover the same layers as in PEFT.
     """
     tensors = {**dict(graph_module.named_parameters(remove_duplicate=False)), **tree.parameters}
     nodes = graph_module.graph.nodes
@@ -244,7 +243,7 @@ def _owner(
 ) -> str:
     """Return the path of the linear layer that a call belongs to, or of the module around a functional call.
 
-    If a layer is never called itself, a use of its weight counts as its call, as `nn.MultiheadAttention` uses its
+    A use of the weight of a layer that is never called counts as its call, as `nn.MultiheadAttention` uses its
     `out_proj`.
     """
     if call.operand is not None and (layer := _layer_of(weight, tree)) is not None:
@@ -275,10 +274,9 @@ def _is_own_name(name: str, path: str, tree: ModuleTree) -> bool:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ParameterSite(LinearSite):
-    """A parameter of 2 or 3 dimensions that an adapter can change, whatever the graph computes with it.
+    """A parameter, a matrix or a stack of them, that an adapter can change, whatever the graph computes with it.
 
-    One of 3 dimensions is a stack of matrices. `path` is the parameter's name, `kind` is `"parameter"`, and `calls` are
-    the names of the nodes that read the parameter itself (`get_attr`).
+    `path` is the parameter's name, `kind` is `"parameter"`, and `calls` name the nodes that read it (`get_attr`).
     """
 
     # whether its matrices are stored `[in, out]` rather than `[out, in]`, by the attribute `is_transposed` of the

@@ -152,8 +152,8 @@ def copy_in_mode(root: nn.Module, graph: fx.Graph, training: bool, class_name: s
 def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> CountedGraph:
     """Return a graph module over a tree's tensors, not compiled until its graph is complete.
 
-    The graph sees replacements of tensors in the tree. A tensor that `replace_parameters` puts into the result, and an
-    adapter removed from the tree, affect only that one of the two.
+    The graph sees replacements of tensors in the tree, but not an adapter's removal; the tree does not see tensors that
+    `replace_parameters` puts into the result.
     """
     graph_module = CountedGraph(nn.Module(), fx.Graph(), "GraloraGraph")
     for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -198,11 +198,9 @@ def map_parameters(root: nn.Module, new: Callable[[nn.Parameter, str], nn.Parame
 
 @contextmanager
 def placeholder_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Replace parameters on the meta device by placeholders without memory, within the block, for tracing.
+    """Replace parameters on the meta device by placeholders within the block, for tracing: shapes over a single zero.
 
-    A trace needs only shapes, dtypes and a device. A placeholder has those and a single zero as its storage, so that a
-    model is traced as with its weights. (Fake tensors would do as well, but fake parameters make `torch.export` corrupt
-    memory, as seen with torch 2.13.)
+    Fake tensors would do as well, but fake parameters make `torch.export` corrupt memory, as seen with torch 2.13.
     """
     originals: dict[nn.Parameter, nn.Parameter] = {}
 

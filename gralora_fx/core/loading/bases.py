@@ -162,8 +162,8 @@ def inferred_task(
 def _check_bases(name: str, configs: Mapping[str, AdapterConfig], base_quantization: Any) -> None:
     """Raise for adapters of another base before anything is loaded.
 
-    A hub id may not have been downloaded yet, or may have moved: for it only proven differences are refused here, and
-    the rest when the adapter is added to the loaded model.
+    For a hub id, which may not be downloaded or may have moved, only proven differences are refused here; the rest is
+    checked when the adapter is added to the loaded model.
     """
     used = BaseSource(name, record=base_quantization)
     for adapter, config in configs.items():

@@ -123,16 +123,9 @@ class TextTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
     ) -> dict[str, Any]:
-        """Tokenize a text, or several, each with a second one or none.
+        """Tokenize a text, or several, each with a second one or none, by transformers' arguments.
 
-        Args:
-            text: The text, or several.
-            pairs: A second text for each of several.
-            add_special_tokens: Whether to add the tokens with which the model's texts begin and end.
-            padding: Whether to pad all to the longest.
-            truncation: Whether to cut texts that are too long.
-            max_length: The most tokens to keep of a text; None for the tokenizer's limit.
-            return_tensors: `"np"` for arrays; None for lists.
+        `return_tensors` is `"np"`, or None for lists; `max_length` is at most the tokenizer's limit.
         """
         if return_tensors not in (None, "np"):
             raise ValueError(f"tensors of {return_tensors!r} need transformers; ask for 'np', or install it")

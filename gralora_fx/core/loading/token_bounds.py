@@ -117,8 +117,7 @@ def _bound_of(backend: Tokenizer) -> TokenBound | None:
 class _Shares:
     """The least share of a token for each character: 0 if it may be dropped or be part of an unknown token.
 
-    Attributes:
-        longest: Number of characters in the longest token that contains each character.
+    `longest` is the number of characters in the longest token that contains each.
     """
 
     def __init__(self, model: _Parts, contents: Iterable[str]) -> None:

@@ -57,10 +57,7 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
 
 
 def read_tokenizer(directory: Path, error: type[GraloraError]) -> TextTokenizer | None:
-    """Read the tokenizer of an export; None if it has no tokenizer files.
-
-    transformers loads those that `TextTokenizer` does not read, and its tokenizers have all that is used of one.
-    """
+    """Read an export's tokenizer, by transformers if `TextTokenizer` cannot; None without tokenizer files."""
     read = None
     with suppress(Exception):  # of damaged files, which are named below
         read = _read_here(directory)
@@ -72,9 +69,9 @@ def read_tokenizer(directory: Path, error: type[GraloraError]) -> TextTokenizer 
 
 
 def read_ahead(directory: Path, error: type[GraloraError]) -> Callable[[], TextTokenizer | None]:
-    """Begin `read_tokenizer` in a thread, while the caller opens a session; return what waits for its result.
+    """Begin `read_tokenizer` in a thread, while the caller opens a session; return a function that waits for it.
 
-    A tokenizer that transformers loads, or that is damaged, is read when it is needed; without one, no thread is begun.
+    That function itself reads a tokenizer that transformers has to load, or that is damaged.
     """
     if not (directory / TOKENIZER_FILE).is_file():
         return partial(read_tokenizer, directory, error)

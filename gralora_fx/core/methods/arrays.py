@@ -109,10 +109,9 @@ def row_norms(matrix: Array) -> Array:
 
 
 def without_gradients(function: F) -> F:
-    """Make a function record no gradients of tensors; numpy's arrays have none.
+    """Make a function record no gradients of tensors, and numpy as silent about overflow and division by zero as torch.
 
-    numpy is made as silent about overflow and division by zero as torch: the code that writes the values checks that
-    they are finite.
+    The code that writes the values checks that they are finite.
     """
 
     @functools.wraps(function)

@@ -76,17 +76,11 @@ class DoraConfig(LoraConfig, asked_for_by="use_dora"):
 
 
 class DoraFactors(NamedTuple):
-    """Tensors of a DoRA adapter at one layer.
+    """Tensors of a DoRA adapter at one layer."""
 
-    Attributes:
-        A: `[r, in]`.
-        B: `[out, r]`.
-        magnitude: `[out]`, the norms of the new weight's rows.
-    """
-
-    A: Tensor
-    B: Tensor
-    magnitude: Tensor
+    A: Tensor  # `[r, in]`
+    B: Tensor  # `[out, r]`
+    magnitude: Tensor  # `[out]`, the norms of the new weight's rows
 
     @property
     def features(self) -> tuple[int, int]:
@@ -156,8 +150,8 @@ class Dora(AdapterMethod):
     ) -> Tensor:
         """Compute `y + (ratio - 1) * (x @ W.T) + ratio * scale * x @ A.T @ B.T`, with the ratio of magnitudes to norms.
 
-        As in PEFT, dropout applies to `x` in both products, while the layer's own output `y` is of the whole input.
-        Without dropout, the first product is `y` minus the bias.
+        As in PEFT, dropout applies to `x` in both products, not to `y`. Without it the first product is `y` minus the
+        bias.
         """
         from torch.nn.functional import linear
 

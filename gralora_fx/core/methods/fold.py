@@ -20,13 +20,8 @@ if TYPE_CHECKING:
 def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False, out: Tensor | None = None) -> Tensor:
     """Fold updates into a weight, block by block, without another tensor of the weight's size beside the result.
 
-    Half-precision weights are accumulated in float32 one block at a time and rounded once.
-
-    Args:
-        weight: `[out, in]`, or `[in, out]` if `transposed`, read only; a stack has its axis before these.
-        updates: The updates; their methods and sizes may differ.
-        transposed: Whether the weight is stored `[in, out]`.
-        out: The result's memory, of the weight's shape and dtype; the weight itself folds in place. None allocates it.
+    The weight is `[out, in]`, or `[in, out]` if `transposed`, with a stack's axis before; it is only read unless it is
+    `out`, the result's memory. Half precision is accumulated in float32, one block at a time, and rounded once.
     """
     import torch
 
@@ -43,14 +38,10 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
 
 @without_gradients
 def fold_region(part: Array, updates: Sequence[Update], rows: slice, columns: slice, shape: Sequence[int]) -> None:
-    """Fold updates into a part of a weight, in place; otherwise as `fold`.
+    """Fold updates of a weight `[out, in]`, its `shape`, into a part of it, in place; otherwise as `fold`.
 
-    Args:
-        part: `[rows, columns]` of the weight; it may be a view.
-        updates: The updates of the whole weight; with one that is not of low rank, the part must be the whole weight.
-        rows: Output features of the part, with start and stop.
-        columns: Input features of the part, with start and stop.
-        shape: `[out, in]` of the whole weight.
+    The part is `weight[rows, columns]`, or a view; slices have start and stop. An update that is not of low rank needs
+    the whole weight.
     """
     _fold_region(part, part, updates, (rows, columns), shape)
 

@@ -57,11 +57,9 @@ def as_gralora(factors: AdapterTensors) -> Factors:
 def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
     """Return the blocks of the same update for another `k`, exactly: a multiple of the current one, or 1.
 
-    For a multiple `K = m*k` every block pair is cut into `m*m`, each with the rank of the whole one: block column
-    `n*m + a` takes rows a of `A[n]` in every column group `j*m + b` that belongs to group j.
-
-    Returns:
-        `A [k, in/k, R]` and `B [k, R, out/k]`, with `R = r * k / (current k)`, or `R = r * (current k)` for 1.
+    For a multiple `K = m*k` every block pair is cut into `m*m`, each with the rank of the whole one: block column `n*m
+    + a` takes rows a of `A[n]` in every column group `j*m + b` that belongs to group j. The result is `A [k, in/k, R]`
+    and `B [k, R, out/k]`, with `R = r * k / (current k)`, or `R = r * (current k)` for 1.
     """
     r, old_k, _ = factors.sizes
     if k == old_k:
@@ -80,8 +78,8 @@ def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
 def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybrid_r: int = 0) -> Factors:
     """Return factors of scale 1 whose update is the sum of several, exactly (up to the rounding of `scale * B`).
 
-    With the same `k` the ranks of the block pairs add up: each pair `(j, n)` has its own `s` columns of `A[n]` and rows
-    of `B[j]`, which are concatenated. Updates with another `k` are converted to this one first.
+    Updates are converted to one `k`, with which ranks add up: each block pair `(j, n)` has its own `s` columns of
+    `A[n]` and rows of `B[j]`, which are concatenated.
     """
     import torch
 
@@ -133,12 +131,10 @@ def as_update(difference: Array) -> Update:
 
 @without_gradients
 def as_data(update: Update, k: int) -> tuple[Array, ...]:
-    """Return the same update as tensors for an exported model (see `gralora_fx.format.adapter_inputs`).
+    """Return the same update as tensors for an exported model, in float32 or better (see `format.adapter_inputs`).
 
-    Returns:
-        `A [k, in/k, r]`, `B [k, r, out/k]`, `A_general [in, hybrid_r]` and `B_general [hybrid_r, out]`, in float32 or
-        better; a part that the update lacks has rank 0. In LoRA's form (`k = 0`) only the last two, of rank `k*r +
-        hybrid_r`.
+    They are `A [k, in/k, r]`, `B [k, r, out/k]`, `A_general [in, hybrid_r]` and `B_general [hybrid_r, out]`, of rank 0
+    where the update lacks a part. In LoRA's form (`k = 0`) only the last two, of rank `k*r + hybrid_r`.
     """
     if k == 0:
         A, B = update.lora_form()
@@ -160,14 +156,11 @@ def as_data(update: Update, k: int) -> tuple[Array, ...]:
 
 @without_gradients
 def block_norms(tensors: AdapterTensors, scale: float) -> Tensor:
-    """Return Frobenius norms of the `k x k` blocks of a weight update, without the dense update.
+    """Return Frobenius norms `[k output blocks, k input blocks]` of a weight update, without the dense update.
 
     Block (j, n) is `L @ R`, with `L` the columns of `B[j]` that meet input block n beside the rows of `B_general`, and
     `R` the matching columns of `A[n]` above those of `A_general`. Its squared norm is the sum over `(L.T @ L) * (R @
-    R.T)`, two matrices of side `r/k + hybrid_r`. They are float64, since their entries are squares.
-
-    Returns:
-        `[k, k]` float64 on the CPU: row j is an output block, column n an input block.
+    R.T)`, two matrices of side `r/k + hybrid_r`, in float64 on the CPU, since their entries are squares.
     """
     import torch
 
@@ -191,32 +184,19 @@ def block_norms(tensors: AdapterTensors, scale: float) -> Tensor:
 
 
 class Truncated(NamedTuple):
-    """An update truncated to a rank.
+    """An update truncated to a rank."""
 
-    Attributes:
-        A: `[rank, in]`, float32.
-        B: `[out, rank]`, float32; `B @ A` is the approximation.
-        lost: Frobenius norm of the truncated part.
-        norm: Frobenius norm of the whole update.
-    """
-
-    A: NDArray[np.float32]
-    B: NDArray[np.float32]
-    lost: float
-    norm: float
+    A: NDArray[np.float32]  # `[rank, in]`
+    B: NDArray[np.float32]  # `[out, rank]`; `B @ A` is the approximation
+    lost: float  # Frobenius norm of the truncated part
+    norm: float  # Frobenius norm of the whole update
 
 
 def truncate(A: Array, B: Array, scale: float, rank: int) -> Truncated:
-    """Return the update of `rank` nearest to `scale * B @ A` in the Frobenius norm, by its singular values.
+    """Return the update of `rank`, or of its own if less, nearest to `scale * B @ A` in the Frobenius norm; in float64.
 
     With `B = Q R` and `A.T = P S` the singular values of `B @ A` are those of the small `R @ S.T` (truncating them is
-    best by Eckart and Young, 1936). Everything is computed in float64.
-
-    Args:
-        A: `[R, in]`.
-        B: `[out, R]`.
-        scale: Factor of the update.
-        rank: Rank of the result; less if the update's own rank cannot be that large.
+    best by Eckart and Young, 1936). `A` is `[R, in]` and `B` `[out, R]`.
     """
     Q, left = np.linalg.qr(_float64(B) * scale)
     P, right = np.linalg.qr(_float64(A).T)
@@ -246,15 +226,9 @@ def _float64(array: Array) -> NDArray[Any]:
 
 @without_gradients
 def delta_weight(update: Update, *, transposed: bool = False, weight: Tensor | None = None) -> Tensor:
-    """Return the dense matrix that an update adds to a weight.
+    """Return the dense matrix that an update adds to a weight or stack: `[out, in]`, or `[in, out]` if `transposed`.
 
-    Args:
-        update: The update.
-        transposed: Whether weights are stored `[in, out]`.
-        weight: The layer's weight as it is stored, for an update that depends on it.
-
-    Returns:
-        `[out, in]`, or `[in, out]` if `transposed`; for a stack, with its axis before these.
+    An update that depends on the layer's weight needs it, as it is stored.
     """
     import torch
 

@@ -79,13 +79,10 @@ class Factors(NamedTuple):
             yield self.B_general[rows], self.A_general[:, columns]
 
     def lora_form(self) -> tuple[Tensor, Tensor]:
-        """Return the same update, exactly, as a plain LoRA pair of rank `k*r + hybrid_r` with block-sparse factors.
+        """Return the same update, exactly, as a LoRA pair: `A [k*r + hybrid_r, in]` and `B [out, k*r + hybrid_r]`.
 
         Row `n*r + j*s + i` of the result's `A` is column `j*s + i` of `A[n]`, placed on input block n; the matching
-        column of `B` is row `n*s + i` of `B[j]`, placed on output block j.
-
-        Returns:
-            `A [k*r + hybrid_r, in]` and `B [out, k*r + hybrid_r]`, with `B @ A` the unscaled update.
+        column of `B` is row `n*s + i` of `B[j]`, placed on output block j; the rest is zero. `B @ A` is unscaled.
         """
         r, k, _ = self.sizes
         s, in_block, out_block = r // k, self.A.shape[1], self.B.shape[2]

@@ -16,14 +16,9 @@ Rows = slice | Tensor  # rows of a batch: a slice, or an index tensor
 
 
 def add_low_rank(call: LayerCall, A: Tensor, B: Tensor, scale: float, *, dropout: float = 0.0) -> Tensor:
-    """Add a low-rank pair's output to a layer's own: `y + scale * x @ A.T @ B.T`; works on `torch.fx` proxies too.
+    """Add a pair `A [r, in]`, `B [out, r]` to a layer's own output: `y + scale * x @ A.T @ B.T`; works on proxies too.
 
-    Args:
-        call: The layer's input and output; see `accumulate` for when the latter is overwritten.
-        A: `[r, in]`.
-        B: `[out, r]`.
-        scale: Factor of the product.
-        dropout: Probability of zeroing input values in training.
+    See `accumulate` for when `call.y` is overwritten.
     """
     return accumulate(call.y, project(drop_inputs(call.x, dropout), A), call.of_rows(B), scale)
 
@@ -34,23 +29,15 @@ def drop_inputs(x: Tensor, probability: float) -> Tensor:
 
 
 def at_tokens(x: Tensor, acting: Tensor) -> Tensor:
-    """Return a layer's input with zeros at tokens on which the adapter does not act, so that it adds nothing there.
-
-    `x` is `[batch, tokens, in]` or `[batch * tokens, in]`, and `acting` `[batch, tokens]`.
-    """
+    """Return `x`, `[batch, tokens, in]` or `[batch * tokens, in]`, with zeros where the adapter does not act."""
     return torch.where(acting.reshape(*x.shape[:-1], 1), x, 0)
 
 
 def project(x: Tensor, A: Tensor) -> Tensor:
-    """Multiply a layer's input by the first factor.
+    """Multiply a layer's input `[..., in]` by the first factor.
 
-    Args:
-        x: `[..., in]`.
-        A: `[r, in]`; or `[k (input block), in/k, r]`, whose columns `[j*s:(j+1)*s]`, with `s = r/k`, are for output
-            block j.
-
-    Returns:
-        `[T, r]`; or `[k (output block), T, r]`, whose columns `[n*s:(n+1)*s]` come from input block n.
+    `A [r, in]` gives `[T, r]`. `A [k (input block), in/k, r]`, whose columns `[j*s:(j+1)*s]`, with `s = r/k`, are for
+    output block j, gives `[k (output block), T, r]`, whose columns `[n*s:(n+1)*s]` come from input block n.
     """
     if has_torch_function((x, A)):  # so that running on the proxies of a graph makes a node of the call
         result: Tensor = handle_torch_function(project, (x, A), x, A)
@@ -63,16 +50,12 @@ def project(x: Tensor, A: Tensor) -> Tensor:
 def accumulate(y: Tensor, hidden: Tensor, B: Tensor, scale: float, *, in_place: bool = True) -> Tensor:
     """Multiply by the second factor, and add the product to a layer's output: in place where that is correct and fast.
 
-    It allocates a new tensor in training, since writing into a view costs autograd a copy of the whole gradient; under
-    `torch.compile` and `torch.export`, which cannot undo the write; and under autocast, which gives the result its own
-    dtype.
+    `hidden` is `[T, r]` with `B [out, r]`, or `[k, T, r]` with `B [k, r, out/k]`: then `scale * hidden[j] @ B[j]` is
+    added to block j of `y`, which is contiguous.
 
-    Args:
-        y: The output, `[..., out]`, contiguous; overwritten where no gradient is recorded.
-        hidden: `[T, r]`, or `[k, T, r]`.
-        B: `[out, r]`, or `[k, r, out/k]`, whose block j adds `scale * hidden[j] @ B[j]` to block j of `y`.
-        scale: Factor of the product.
-        in_place: False never overwrites, for a `y` with other readers.
+    It allocates a new tensor if `in_place` is false, for a `y` with other readers; in training, since writing into a
+    view costs autograd a copy of the whole gradient; under `torch.compile` and `torch.export`, which cannot undo the
+    write; and under autocast, which gives the result its own dtype.
     """
     operands = (y, hidden, B)
     if has_torch_function(operands):

@@ -42,10 +42,7 @@ def without_trainer() -> Iterator[None]:
 
 
 def _peft_model() -> type[nn.Module] | None:
-    """Return PEFT's model class, the only one for which Trainer handles adapter files; None without Trainer.
-
-    It needs accelerate, without which PEFT cannot be imported either.
-    """
+    """Return PEFT's class, the only one whose adapter files Trainer handles; None without Trainer or accelerate."""
     if not _is_for_trainer.get():
         return None
     from gralora_fx.base.compat.packages import missing_packages
@@ -61,11 +58,10 @@ def _imported_peft_model() -> type[nn.Module] | None:
 
 
 def class_for(base: type[_Model], traced: TracedModel) -> type[_Model]:
-    """Create the class of a trace's rewritten model.
+    """Create the class of a trace's rewritten model, whose `forward` lists the traced inputs and the labels.
 
-    The signature of its `forward` lists the traced inputs and the labels. If PEFT is installed it is a `PeftModel` too,
-    which is what transformers' Trainer checks before it writes adapter files instead of a state dict. Methods of PEFT's
-    class that this one does not support raise.
+    If PEFT is installed it is a `PeftModel` too: transformers' Trainer checks that before it writes adapter files
+    instead of a state dict. Methods of PEFT's class that this one does not support raise.
     """
     source = class_name(traced) if traced.config is not None else ""
     return _class(base, source, traced.input_names, label_names(traced.loss_function))

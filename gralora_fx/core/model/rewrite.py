@@ -74,10 +74,9 @@ def merge(
 
 
 def merge_lazily(model: GraloraModel, adapter_names: Sequence[str] | str | None = None) -> TracedModel:
-    """Merge like `merge`, with lazy folded weights on the meta device, computed when read (see `lazy_tensors`).
+    """Merge like `merge`, with lazy weights on the meta device, each computed and checked to be finite when read.
 
-    So a whole model is folded and written with the memory of one weight; it cannot be run. Each weight is checked to be
-    finite when it is computed.
+    So a whole model is folded and written with the memory of one weight; it cannot be run.
     """
     names, work = _work(model, adapter_names)
     return _merged(model, names, lazy_weights(model.traced.graph_module, work))

@@ -290,11 +290,7 @@ def _with_root(module: nn.Module) -> nn.Module:
 
 
 class GraphDropout(nn.Dropout):
-    """The dropout of a graph, as a module for code that turns dropout off by setting `p` of every such module to 0.
-
-    Args:
-        state: The graph.
-    """
+    """The dropout of a graph, as a module for code that turns dropout off by setting `p` of every such module to 0."""
 
     def __init__(self, state: AdapterGraph) -> None:
         nn.Module.__init__(self)

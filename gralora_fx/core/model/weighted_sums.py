@@ -20,10 +20,10 @@ def weighted_sum(
 ) -> tuple[AdapterConfig, dict[str, AdapterTensors]]:
     """Return the adapter whose update at every site is the weighted sum of the given ones.
 
-    The scale is 1 everywhere, and all sites have the same sizes, so that PEFT, which reads no patterns of GraLoRA,
-    loads the sum: ranks add up, missing ones are filled with zeros, and different `gralora_k` become one. The sum of
-    LoRA adapters is a LoRA adapter; of different methods it is a GraLoRA adapter, with the LoRA in its `hybrid_r`.
-    Everything that is not a size comes from the first adapter's configuration.
+    Its scale is 1 and its sizes are the same at all sites, so that PEFT, which reads no patterns of GraLoRA, loads it:
+    ranks add up, missing ones are zeros, and different `gralora_k` become one. LoRA adapters give a LoRA adapter,
+    different methods a GraLoRA adapter with the LoRA in its `hybrid_r`. All but the sizes comes from the first
+    configuration.
     """
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(
@@ -90,8 +90,7 @@ def _sums(
 def _common_sizes(sites: Sequence[Sequence[Update]]) -> tuple[int, int, int]:
     """Return the `(k, r, hybrid_r)` of smallest rank with which the sum at every site can be written.
 
-    `k` is the least common multiple of all, if it divides the widths, or 1; `r` is at least `k`, since GraLoRA has
-    blocks.
+    `k` is the least common multiple of all, if it divides the widths, or 1; `r` is at least `k`.
     """
     sizes = [[as_gralora(update.factors).sizes for update in updates] for updates in sites]
     hybrid_r = max(sum(entry.hybrid_r for entry in summands) for summands in sizes)

@@ -194,7 +194,7 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 class MaskOfBlocks(Call[V]):
     """`gralora::mask_of_blocks`: the mask of a text with blocks, whose positions all see each other.
 
-    A trace has both masks until it is known whether there are blocks (see `tracing.normalize.clean`).
+    A trace has both masks until it is known whether there are blocks (see `without_empty_blocks`).
     """
 
     blocks: V  # `[batch, past + length]`, the index of each position's block, -1 for none
@@ -242,12 +242,10 @@ def _holds_only(node: Any, number: int) -> bool:
 
 @contract(needs={COMPUTING, _ONE_MASK})
 def padding_as_argument(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Replace attention's causal mask by the padding mask and the window that it was computed from.
+    """Replace attention's causal mask, but no other reader's, by the padding mask and the window it was made from.
 
     Before: `m = gralora.mask(to(padding, bool), length, 4); y = attention(query, key, value, m, window=0)`
     After:  `y = attention(query, key, value, padding, window=4)`
-
-    A mask with other readers, such as an addition to it, stays for those.
     """
     changed = 0
     for node, attention in Attention.all_in(graph):

@@ -49,10 +49,9 @@ _shape_only: dict[Any, Any] = {}  # shape-only counterparts by their real operat
 class Call(Generic[V]):
     """A call of an operator; each operator has a subclass, made by `operator`. Its first argument is a tensor.
 
-    A pass reads `Attention.of(node).mask`, and changes a node by `replace(call, mask=padding).write(node)`.
-
-    A subclass may have a method `shape_only`, which returns a tensor of the result's shape and dtype without values. It
-    is for operators that a model calls while it is traced, not for those that only passes insert.
+    A pass reads `Attention.of(node).mask`, and changes a node by `replace(call, mask=padding).write(node)`. An operator
+    that models call while they are traced may have `shape_only`, which returns a tensor of the result's shape and
+    dtype.
     """
 
     target: ClassVar[Any]  # the operator, as the target of a graph's node
@@ -89,10 +88,7 @@ class Call(Generic[V]):
 
     @classmethod
     def all_in(cls, graph: Any) -> Iterator[tuple[Any, Self]]:
-        """Yield every node of a graph that calls the operator, in the graph's order, with its call.
-
-        The nodes are listed first, and each is read when its turn comes, so a pass may change the graph meanwhile.
-        """
+        """Yield the nodes that call the operator, in order, with their calls; the graph may change meanwhile."""
         for node in list(graph.find_nodes(op="call_function", target=cls.target)):
             yield node, cls(*node.args, **node.kwargs)
 
@@ -132,9 +128,8 @@ def operator(
 ) -> Callable[[type[C]], type[C]]:
     """Make a class of calls a frozen dataclass, and define its operator in the namespace `gralora`.
 
-    PyTorch derives the operator's gradients, its shape on fake tensors and its decomposition from the class's `result`.
-    `contracts` marks an operator that multiplies and sums, by weights or between activations: it runs in a model's own
-    precision.
+    PyTorch derives gradients, shapes on fake tensors and decomposition from the class's `result`. `contracts` marks an
+    operator that multiplies and sums, by weights or between activations: it runs in a model's own precision.
     """
 
     def define(kind: type[C]) -> type[C]:

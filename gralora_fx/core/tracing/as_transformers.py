@@ -69,11 +69,7 @@ class _ToHead(nn.Module):
 
 
 class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # transformers has no types
-    """A view of a traced graph with the attributes of a transformers model; it owns no parameters.
-
-    Args:
-        viewed: The callbacks.
-    """
+    """A view of a traced graph with the attributes of a transformers model; it owns no parameters."""
 
     model_tags: list[str] | None = None  # tags for the model's card on the hub
     main_input_name = "input_ids"

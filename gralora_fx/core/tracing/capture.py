@@ -165,8 +165,8 @@ _SHOWN = 6  # names of modules in a message
 def trace_both_modes(draft: Draft) -> Captured:
     """Return the draft with a graph for both modes, captured in training mode, where dropouts have their probability.
 
-    If that fails, or differs from the model in evaluation mode, modules with a separate training branch are traced in
-    evaluation mode, or else the whole model; a warning says what training then lacks.
+    If that fails, or differs from the model in evaluation mode, modules with a separate training branch, or else all,
+    are traced in evaluation mode; a warning says what training then lacks.
     """
     captured = _first_right(draft)
     check_other_sizes(captured)

@@ -106,8 +106,7 @@ def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
 def _defaults(name: str, rest: Mapping[str, Any]) -> Iterator[tuple[bool, Tensor]]:
     """Yield possible defaults of an input that is left out, each with whether positions count padding.
 
-    Some models count the positions of a step from zero, whatever is cached (Bamba). Here they continue after the cache,
-    as in other models and as `generate` gives them.
+    Some models count a step's positions from zero, whatever is cached (Bamba); here they continue, as in `generate`.
     """
     value = default_input(name, rest, counts_padding=True)
     if value is None:
@@ -200,8 +199,7 @@ def check_other_sizes(draft: Captured) -> None:
 def other_sizes(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield inputs of other sizes to check a trace with, each with its description.
 
-    They have one row, one more row, and longer sequences; with a cache, one position after a long past, and an empty
-    cache.
+    They have one row, one more row, and longer sequences; with a cache, one position after a long past, and none.
     """
     if PAST in sample and isinstance(model, PreTrainedModel):
         from gralora_fx.core.tracing.inputs.cached_steps import other_steps

@@ -48,8 +48,7 @@ _linear, _cat = nn.functional.linear, torch.cat
 def decoder_operators(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
     """Let a decoder call single operators for attention, recognised functions and products, within the block.
 
-    Nodes get no stack traces, which take a tenth of the time; each still records its module. torch 2.11 has no such
-    switch, and collects them.
+    Nodes get no stack traces, which take a tenth of the time; torch 2.11 has no such switch.
     """
     noted = patch.object(model, "forward", _with_noted_sizes(model.forward, _equal_sizes(inputs)))
     without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)

@@ -194,9 +194,10 @@ def called_as(draft: Draft) -> Iterator[None]:
 
 
 def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return a model's forward with constant arguments bound; a plain module's signature becomes its inputs.
+    """Return a model's forward with constant arguments bound.
 
-    A plain module may also return dataclasses and take keywords that its signature does not name.
+    A plain module's gets the inputs as its signature, and may return dataclasses and take keywords that it does not
+    name.
     """
     if isinstance(model, PreTrainedModel):
         return functools.partial(model.forward, **constants) if constants else model.forward

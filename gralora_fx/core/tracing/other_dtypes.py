@@ -75,10 +75,9 @@ def once_each(convert: Convert) -> Convert:
 
 
 def trace_converted(traced: Convertible, convert: Convert) -> Captured | None:
-    """Trace the source model in its tensors' new dtype and on their new device, without converting anything.
+    """Return the source's graph in its tensors' new dtype and on their new device, over placeholder parameters.
 
-    Return its new graph, over placeholders for the parameters; None if the old graph stays right. Raise `TraceError` if
-    the source model is not known, or cannot be traced this way.
+    None if the old graph stays right; a `TraceError` if the source is not known, or cannot be traced this way.
     """
     kinds = {(p.dtype, p.device) for p in traced.tree.parameters.values() if p.is_floating_point() and not is_lazy(p)}
     named = _devices(traced.graph_module.graph)

@@ -20,9 +20,8 @@ def bind_call(
 ) -> dict[str, Any]:
     """Bind the arguments of a call to the inputs of a trace with these examples, in the graph's order.
 
-    If these are the source's defaults, a missing mask becomes all ones, missing token types zeros, and missing
-    positions count from zero or continue after a cache. A missing cache becomes an empty one; a given one is put in the
-    trace's form.
+    As the source's defaults say, a missing mask is all ones, missing token types zeros, and missing positions count
+    from zero or continue after a cache. A missing cache is empty; a given one is put in the trace's form.
     """
     kwargs = _with_cache_name(signature.inputs, kwargs)
     example = examples.get(PAST)

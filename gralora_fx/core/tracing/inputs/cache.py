@@ -106,10 +106,9 @@ def empty_cache(like: Cache, batch: int) -> Cache:
 
 
 def fitted_cache(cache: Cache, example: Cache, batch: int) -> Cache:
-    """Return a cache in the form that a trace with states takes; it must be empty or returned by the model.
+    """Return a cache, empty or returned by the model, in the form that a trace with states takes.
 
-    A model may keep a window of inputs that is longer than the trace's by one; the oldest, never read again, is
-    dropped.
+    A window of inputs that is one longer than the trace's loses its oldest, which is never read again.
     """
     are_decoders = isinstance(cache, DynamicCache) and isinstance(example, DynamicCache)
     if not are_decoders or not keeps_state(tensors_of(example)):

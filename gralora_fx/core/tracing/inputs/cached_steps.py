@@ -83,11 +83,9 @@ def cached_inputs(
 ) -> dict[str, Any]:
     """Return the inputs of one step: `length` new positions after `past` cached ones, one row padded on the left.
 
-    Returns:
-        `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` if the
-        model takes them, and a `DynamicCache` with what the model keeps of the cached positions: keys and values
-        `[batch, key heads, past, size]`, or states. With `beside`, also the inputs that features add to the ids (see
-        `beside_ids`).
+    They are `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` if the
+    model takes them, and a `DynamicCache` of keys and values `[batch, key heads, past, size]`, or states. With
+    `beside`, also the inputs that features add to the ids (see `beside_ids`).
     """
     check_has_step(model)
     generator = torch.Generator().manual_seed(0)
@@ -164,9 +162,9 @@ def decoder_step(
 ) -> dict[str, Any]:
     """Return the inputs of one call: the source, `decoder_input_ids [batch, length]`, and an `EncoderDecoderCache`.
 
-    The cache holds the decoder's own keys and values, `[batch, heads, past, size]`. Those of the encoder's output are
-    computed in every call of a trace, which holds encoder and decoder in one graph; an export splits the two and caches
-    them. With `beside`, the source has the inputs that features add to its ids, too.
+    The cache holds the decoder's own keys and values, `[batch, heads, past, size]`: a trace, which has encoder and
+    decoder in one graph, computes those of the encoder's output in every call. With `beside`, the source has the inputs
+    that features add to its ids, too.
     """
     generator = torch.Generator().manual_seed(0)
     size = getattr(model.config.get_text_config(decoder=True), "vocab_size", 100)
@@ -194,8 +192,7 @@ def _source_of(sample: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return a step with the inputs that a user's example has, in sizes that fix no axis.
 
-    For a decoder, only the names in the example matter: changing its sizes consistently would be harder than a new
-    step.
+    For a decoder only the example's names matter: a new step is easier to make than consistent sizes.
     """
     if model.config.is_encoder_decoder:
         source, beside = _source_of(sample)

@@ -104,10 +104,7 @@ def batch_of(values: Iterable[Any]) -> int:
 
 
 def by_own_names(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a step's inputs under the names of a forward's arguments.
-
-    transformers' newer name of the cache is `cache`. Most models take the older one too; some would ignore it.
-    """
+    """Return a step's inputs by a forward's own names: some models take transformers' newer `cache` alone."""
     taken = inspect.signature(forward).parameters
     if PAST not in inputs or PAST in taken or "cache" not in taken:
         return inputs

@@ -37,13 +37,12 @@ _REGIONS: dict[Any, Any] = {_hop.wrap_with_set_grad_enabled: enter_grad_mode, _h
 
 @contract(leaves={INLINED})
 def inline_subgraphs(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Inline subgraphs that run exactly once into the calling graph.
+    """Inline subgraphs that run exactly once into the calling graph, which exposes their linear calls.
 
     Before: `y = wrap_with_set_grad_enabled(False, self.submod, x, w)[0]`
     After:  `before = enter_grad_mode(False); y = linear(x, w); leave_grad_mode(before)`
 
-    This exposes their linear calls. Regions without gradients or under autocast are kept; a checkpoint computes the
-    same but saves no memory. Branches and loops (`torch.cond` and the like) stay subgraphs.
+    A checkpoint computes the same but saves no memory. Branches and loops (`torch.cond` and the like) stay subgraphs.
     """
     count = 0
     waiting = deque(graph.nodes)
@@ -148,8 +147,7 @@ def inline_leaves(graph: fx.Graph) -> PassResult[fx.Graph]:
     Before: `y = self.fc(x); z = self.feed_forward(y)`
     After:  `y = linear(x, self.fc.weight, self.fc.bias); ...; z = linear(h, self.feed_forward.2.weight, ...)`
 
-    A module that cannot be traced by itself, or has hooks, stays a call, annotated with the reason (see
-    `out_of_reach`).
+    A module that cannot be traced, or has hooks, stays a call, annotated with the reason (see `out_of_reach`).
     """
     root, count = module_of(graph), 0
     skipped: list[Skip] = []

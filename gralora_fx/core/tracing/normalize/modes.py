@@ -48,8 +48,8 @@ _FUNCTIONAL = {
 class AnnotateModes:
     """Annotate every node that depends on the mode with its argument in training and in evaluation.
 
-    The annotation is in `node.meta["custom"]`, which copies and re-exports keep. An attention node has its dropout only
-    in a graph traced in training mode: a trace in evaluation mode has lost it.
+    The annotation is in `node.meta["custom"]`, which copies and re-exports keep. A trace in evaluation mode has lost
+    the dropout of attention.
     """
 
     # The mode that the model was traced in. An argument that is on in an evaluation trace, such as a dropout that

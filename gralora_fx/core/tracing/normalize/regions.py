@@ -55,13 +55,10 @@ LEAVE: dict[Callable[..., Any], Callable[..., Any]] = {enter_grad_mode: leave_gr
 
 @contract(needs={INLINED})
 def drop_idle_grad_regions(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Drop regions without gradients through which no gradient would flow anyway.
+    """Drop regions without gradients whose values depend on no parameter and no float input, and so need none.
 
     Before: `before = enter_grad_mode(False); y = cos(position_ids); leave_grad_mode(before); z = linear(x, w) * y`
-    After:  `y = cos(position_ids); z = linear(x, w) * y`
-
-    Rotary angles and masks, which transformers computes in such regions, need none. Values that depend on a parameter
-    or on a float input do.
+    After:  `y = cos(position_ids); z = linear(x, w) * y`, as transformers computes rotary angles and masks
     """
     if not any(node.target is enter_grad_mode for node in graph.nodes):
         return PassResult(0)
@@ -125,12 +122,10 @@ def _drop_regions(graph: fx.Graph, enters: set[fx.Node]) -> None:
 
 @contract(needs={INLINED})
 def leave_after_errors(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Make a graph's code leave its regions on errors too, as a `with` block does.
+    """Make a graph's code, and that of its copies, leave its regions on errors too, as a `with` block does.
 
     Before: `before = enter_grad_mode(False); y = linear(x, w); leave_grad_mode(before)`
     After:  `before = enter_grad_mode(False); try: y = linear(x, w); finally: leave_grad_mode(before)`
-
-    Copies of the graph keep it, since it is part of the code generator.
     """
     if not any(node.target in LEAVE for node in graph.nodes) or isinstance(code_transformer(graph), _Blocks):
         return PassResult(0)
