@@ -50,8 +50,7 @@ class Call(Generic[V]):
     """A call of an operator; each operator has a subclass, made by `operator`. Its first argument is a tensor.
 
     A pass reads `Attention.of(node).mask`, and changes a node by `replace(call, mask=padding).write(node)`. An operator
-    that models call while they are traced may have `shape_only`, which returns a tensor of the result's shape and
-    dtype.
+    that a model calls while it is traced may have `shape_only`, which returns a tensor like the result, without values.
     """
 
     target: ClassVar[Any]  # the operator, as the target of a graph's node

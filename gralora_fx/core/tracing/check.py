@@ -199,7 +199,7 @@ def check_other_sizes(draft: Captured) -> None:
 def other_sizes(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield inputs of other sizes to check a trace with, each with its description.
 
-    They have one row, one more row, and longer sequences; with a cache, one position after a long past, and none.
+    One row, one more row, and longer sequences; with a cache, one position after a long past, and an empty cache.
     """
     if PAST in sample and isinstance(model, PreTrainedModel):
         from gralora_fx.core.tracing.inputs.cached_steps import other_steps
