@@ -31,6 +31,7 @@ from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, r
 from gralora_fx.exporters.fold.checkpoint_changes import TensorChanges, find_changes
 from gralora_fx.exporters.fold.checkpoint_names import Names, in_layers, names_in_files, names_of
 from gralora_fx.exporters.fold.edits import ValuesEdit
+from gralora_fx.format.export_directory import class_of
 from gralora_fx.format.tasks import task_of
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class MergeReport(Report):
         replaced = f", replaced {len(self.replaced)} tensors" if self.replaced else ""
         result = f"merged {len(self.merged)} weight{'s' * (len(self.merged) > 1)}{replaced}; every value is finite"
         place = str(self.output_dir)
-        python = f"from transformers import AutoModel; AutoModel.from_pretrained({place!r})"
+        name = class_of(self.output_dir)
+        python = f"from transformers import {name}; {name}.from_pretrained({place!r})"
         usage = Invocation(python, "gralora-fx export", {"model": place, "output": f"{place}-onnx"})
         notes = [f"{MODEL_FILE}: {change}" for change in self.config_changes]
         notes += [f"added {listed(self.added, 2)}"] if self.added else []

@@ -10,9 +10,11 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Self
 
 _REMEDY = re.compile("\0([^\0]*)\0([^\0]*)\0")  # within a text: in the words of Python, and of the command line
+_copies: ContextVar[str] = ContextVar("copies", default="")  # folder that messages leave out
 _COMMAND_OPTIONS = {  # options whose name or value differs on the command line
     "base": "--model",
     "do_sample=False": "--temperature 0",
@@ -176,7 +178,19 @@ def warn_caller(message: str, *, also: tuple[str, ...] = ()) -> None:
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in within:
         frame = frame.f_back
         level += "importlib._bootstrap" not in frame.f_code.co_filename  # `warn` skips import frames
-    warnings.warn(Message(message), stacklevel=level)
+    warnings.warn(Message(message.replace(_copies.get(), "")), stacklevel=level)
+
+
+@contextmanager
+def without_folder(folder: str) -> Iterator[None]:
+    """Leave a folder of copies out of messages while the block runs: its path means nothing to the caller."""
+    token = _copies.set(f"{folder}/")
+    try:
+        yield
+    except GraloraError as error:
+        raise type(error)(marked(error).replace(f"{folder}/", "")) from error
+    finally:
+        _copies.reset(token)
 
 
 def first_line(error: BaseException) -> str:

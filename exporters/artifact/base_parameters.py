@@ -79,7 +79,15 @@ class BaseParameters:
 
     def with_own_embeddings(self, stored: StoredAdapter) -> StoredAdapter:
         """Return an adapter with those of its saved embeddings that the export does not hold as trained parameters."""
-        return stored.with_own_embeddings(partial(self._holds, stored.directory))
+        adapter = stored.with_own_embeddings(partial(self._holds, stored.directory))
+        own = [name for name in adapter.copies if name not in stored.copies]
+        if any(isinstance(self._own(name), str) for name in own):
+            raise ExportError(
+                f"{stored.directory} holds values of its own for {listed(own)}, as PEFT saves them over a resized "
+                "vocabulary, and the export takes none for these; export the base that the adapter was trained on, or "
+                f"this adapter merged ({option(adapters='merged')})"
+            )
+        return adapter
 
     def _holds(self, adapter: Path, name: str, saved: StoredTensor) -> bool:
         """Return whether the export holds these values of an embedding, or their rounding."""

@@ -11,8 +11,8 @@ import json
 import shlex
 from pathlib import Path
 
-from gralora_fx.base.sources.model_files import EXPORT_FILE, described
-from gralora_fx.errors import GraloraError, first_line, option, remedy
+from gralora_fx.base.sources.model_files import EXPORT_FILE, MODEL_FILE, described, read_json_object
+from gralora_fx.errors import ExportError, GraloraError, first_line, option, remedy
 
 MANIFEST_NAME = EXPORT_FILE
 PLAIN_KIND, DECODER_KIND, ENCODER_DECODER_KIND = "plain", "decoder", "encoder-decoder"  # kinds of export
@@ -35,6 +35,9 @@ TEXT_SWITCH = "gralora_text_switch"  # metadata: the longest text of the first k
 CPU_FUNCTION = "gralora_cpu_function"  # metadata of a node: the function of the model that computes it on the CPU
 ROWS_FORM = "gralora_rows_form"  # metadata of a decoder's rows: the version of their graph; absent before 2
 
+# the task with a cache that a class is exported for, by the end of its name
+_TASKS = {"ForCausalLM": "text-generation-with-past", "LMHeadModel": "text-generation-with-past"}
+
 
 def not_an_export(directory: Path) -> str:
     """Return why a directory is not an export, and what to do."""
@@ -44,8 +47,10 @@ def not_an_export(directory: Path) -> str:
     if is_export(directory.parent):
         return f"{directory} is a part of an export; give the directory of the export, {directory.parent}"
     if kind == "is a model":
+        name = class_of(directory)
+        task = next((f", task={task!r}" for end, task in _TASKS.items() if name.endswith(end)), "")
         export = remedy(
-            f"export_onnx(trace(AutoModel.from_pretrained({str(directory)!r})), output_dir)",
+            f"export_onnx(trace({name}.from_pretrained({str(directory)!r}){task}), output_dir)",
             f"gralora-fx export --model {shlex.quote(str(directory))} --output DIR",
         )
         return f"{directory} {kind}, not an export; export it first: {export}"
@@ -54,6 +59,12 @@ def not_an_export(directory: Path) -> str:
             f"{directory} {kind}, not an export; give the directory of an export, and this one as {option(adapter=...)}"
         )
     return f"no {MANIFEST_NAME} in {directory}, which {kind}; give the directory of an export"
+
+
+def class_of(directory: Path) -> str:
+    """Return the name of the class in transformers that a saved model is of; `AutoModel` if it names none."""
+    names = read_json_object(directory / MODEL_FILE, ExportError).get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "AutoModel"
 
 
 def is_export(directory: Path) -> bool:

@@ -7,7 +7,7 @@ weights decide, as far as the files are available locally.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,13 @@ _SIZES = (
     *("patch_size", "num_channels", "num_mel_bins", "hidden_sizes", "depths"),
 )
 
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|shared|embed_in|embed_out)\.weight$")
+
+
+def is_embedding(parameter: str) -> bool:
+    """Return whether a parameter's name is that of an embedding, which PEFT may save beside an adapter."""
+    return _EMBEDDINGS.search(parameter) is not None
+
 
 @dataclass(frozen=True)
 class BaseSource:
@@ -48,6 +55,7 @@ class BaseSource:
     fields: Mapping[str, Any] | None = None  # its configuration in use; None for that of its directory
     # its quantization in use as a record (see `BaseQuantization.of`); None for that of its configuration
     record: Any = None
+    is_resized: bool = False  # whether its vocabulary may have been resized since: its size and embeddings tell nothing
 
     @cached_property
     def directory(self) -> Path | None:
@@ -200,29 +208,30 @@ def _compared(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str,
     """Return what was compared, the outcome and the reason."""
     if not made.name and made.fields is None:
         return (), UNKNOWN, "its adapter_config.json names no base model, so there is nothing to compare"
-    one, other = made.hub_id, used.hub_id
-    is_named_alike = one is not None and other is not None and one.casefold() == other.casefold()
+    name, its = made.hub_id, used.hub_id
+    is_named_alike = name is not None and its is not None and name.casefold() == its.casefold()
     if is_named_alike or (made.directory is not None and made.directory == used.directory):
         has_fields = made.fields is not None or used.fields is not None  # the name may refer to another model now
         if has_fields and made.config is not None and used.config is not None:
-            if different := _differing_fields(made.config, used.config):
+            if different := _differing_fields(made, used):
                 return (NAME, CONFIG), DIFFERENT, different
         return _revisions(made, used) if is_named_alike else ((NAME,), SAME, "")
     compared = (NAME,) if made.name and used.name else ()
     if made.config is None or used.config is None:
         lacking = (made if made.config is None else used).name or "the model"
         return compared, UNKNOWN, f"no config.json of {lacking} is available, so only the names can be compared"
-    different = _differing_fields(made.config, used.config)
+    different = _differing_fields(made, used)
     if different is None:
         known = "their configurations have no common field that would tell them apart"
     else:
         compared, known = (*compared, CONFIG), "both have the same model_type and sizes"
     if different:
         return compared, DIFFERENT, different
-    files = made.directory, used.directory
+    one, other = made.directory, used.directory
     from gralora_fx.base.sources.saved_weights import differing_weights
 
-    weights = None if files[0] is None or files[1] is None else differing_weights(files[0], files[1])
+    left_out = is_embedding if made.is_resized else None
+    weights = None if one is None or other is None else differing_weights(one, other, left_out=left_out)
     if weights is None:
         return compared, UNKNOWN, f"{known}, but the weights cannot be compared"
     compared = (*compared, WEIGHTS)
@@ -243,14 +252,16 @@ def _revisions(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str
     return (NAME, REVISION), DIFFERENT, f"the model is of commit {used.commit[:12]}, not {made.commit[:12]}"
 
 
-def _differing_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+def _differing_fields(made: BaseSource, used: BaseSource) -> str | None:
     """Describe how two configurations differ: "" if they do not, None if they have no fields in common.
 
     A model contained in another is the same base: each whole is compared with the other whole and with its parts, but
     never parts with parts, such as the vision towers of two sizes of a model.
     """
+    one, other = made.config or {}, used.config or {}
+    sizes = [name for name in ("model_type", *_sizes()) if name != "vocab_size" or not made.is_resized]
     pairs = [(one, other), *((one, part) for part in _parts(other)), *((part, other) for part in _parts(one))]
-    found = [differences for a, b in pairs if (differences := _differences(a, b)) is not None]
+    found = [differences for a, b in pairs if (differences := _differences(a, b, sizes)) is not None]
     if not found or not all(found):
         return "" if found else None
     closest = next((differences for differences in found if not differences[0].startswith("model_type ")), found[0])
@@ -270,9 +281,11 @@ def _sizes() -> tuple[str, ...]:
     return (*_SIZES, *(name for names in parts("config sizes") for name in names))
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str] | None:
+def _differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], sizes: Sequence[str], prefix: str = ""
+) -> list[str] | None:
     """Return fields that differ, also in parts of the same name; None if they have none in common."""
-    fields = [name for name in ("model_type", *_sizes()) if one.get(name) is not None and other.get(name) is not None]
+    fields = [name for name in sizes if one.get(name) is not None and other.get(name) is not None]
     pairs = {name: (_plain(one[name]), _plain(other[name])) for name in fields}
     found = [
         f"{prefix}{name} {first} and {second}"
@@ -283,7 +296,7 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str =
     for name, part in one.items():
         same = other.get(name)
         if isinstance(part, Mapping) and isinstance(same, Mapping) and ("model_type" in part or "model_type" in same):
-            within = _differences(part, same, f"{prefix}{name}.")
+            within = _differences(part, same, sizes, f"{prefix}{name}.")
             is_known = is_known or within is not None
             found += within or []
     return found if is_known else None

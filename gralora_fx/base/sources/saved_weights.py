@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -163,15 +163,20 @@ def stored_quantization(directory: Path) -> BaseQuantization | None:
 
 
 def differing_weights(
-    one: Path, other: Path, how: BaseQuantization | None = None, other_how: BaseQuantization | None = None
+    one: Path,
+    other: Path,
+    how: BaseQuantization | None = None,
+    other_how: BaseQuantization | None = None,
+    *,
+    left_out: Callable[[str], bool] | None = None,
 ) -> WeightComparison | None:
-    """Compare the safetensors files of two directories.
+    """Compare the safetensors files of two directories, except tensors whose keys `left_out` selects.
 
     Tensors of different dtypes are equal if their values agree within the coarser one's rounding.
     """
     try:
         first, second = _tensors(one), _tensors(other)
-        common = [key for key in first if key in second]
+        common = [key for key in first if key in second and not (left_out is not None and left_out(key))]
         if not common or 2 * len(common) < min(len(first), len(second)):
             return None
         return _comparison([(first[key], second[key]) for key in common], how, other_how)

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from gralora_fx.base.sources.atomic_save import Writer, read_together
 from gralora_fx.base.sources.model_directories import resolve_directory
 from gralora_fx.base.sources.safetensors_files import Layout, header_bytes, read_layout
+from gralora_fx.base.sources.same_base import is_embedding
 from gralora_fx.core.adapters.agreement import check_target_names
 from gralora_fx.core.adapters.saved_form import SIZES, file_metadata, sorted_arrays, sorted_metadata, tensors_digest
 from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
@@ -54,15 +55,17 @@ def read_files(
 ) -> tuple[Path, AdapterConfig, T]:
     """Return a saved adapter's directory, its configuration, and the result of `read`, all from one save."""
 
-    def read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Any], T]:
+    def read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Any], bool, T]:
         fields = read_fields(config)
         _check_weights_file(weights)
         layout = read_layout(weights)
-        return fields, _recorded_sizes(layout), read(layout)
+        return fields, _recorded_sizes(layout), any(map(is_embedding, layout.tensors)), read(layout)
 
     path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
-    fields, sizes, found = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], read_both)
+    fields, sizes, has_embeddings, found = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], read_both)
     config = config_from_fields(fields, str(path / CONFIG_NAME))
+    if has_embeddings:
+        config = config.changed(saves_embeddings=True)
     _check_sizes(config, sizes, path)
     return path, config, found
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from gralora_fx.base.sources.atomic_save import save_together
 from gralora_fx.base.sources.lazy_tensors import values_of
-from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
+from gralora_fx.base.sources.same_base import BaseComparison, compare_bases, is_embedding
 from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
 from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers, read_adapter
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
 from gralora_fx.core.adapters.base import base_of, is_sharded
-from gralora_fx.core.adapters.saved_embeddings import check_vocabulary, is_embedding, training
+from gralora_fx.core.adapters.saved_embeddings import check_vocabulary, training
 from gralora_fx.core.adapters.saved_form import saved_config
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX, check_adapter_name

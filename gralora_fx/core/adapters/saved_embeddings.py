@@ -10,25 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.errors import CheckpointError, listed, option, warn_caller
+from gralora_fx.errors import CheckpointError, listed, remedy, warn_caller
 
-_NAMES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 _WEIGHT = ".weight"
-
-
-def is_embedding(parameter: str) -> bool:
-    """Return whether a parameter's name is that of an embedding, which PEFT may save beside an adapter."""
-    module = parameter.removesuffix(_WEIGHT)
-    return module != parameter and module.rpartition(".")[2] in _NAMES
 
 
 def check_vocabulary(parameter: str, saved: Sequence[int], own: Sequence[int], adapter: object) -> None:
     """Raise a `CheckpointError` if an adapter's embedding has another size than the base's."""
     if tuple(saved) != tuple(own):
         raise CheckpointError(
-            f"{adapter} holds {parameter} of {saved[0]} tokens, and the base's has {own[0]}: it was trained on a base "
-            f"with a resized vocabulary. Resize the base likewise (resize_token_embeddings({saved[0]})), save it with "
-            f"the adapter's tokenizer, and give it as {option(model=...)}"
+            f"{adapter} holds {parameter} of {saved[0]} tokens, and the base's has {own[0]}: its base had a resized "
+            f"vocabulary. Resize yours likewise (resize_token_embeddings({saved[0]})), save it with the adapter's "
+            f"tokenizer, and {remedy('take that', 'give it as --model')}"
         )
 
 

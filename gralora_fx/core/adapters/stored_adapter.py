@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
+from gralora_fx.base.sources.same_base import is_embedding
 from gralora_fx.core.adapters.adapter_files import SAVED_COPY, current_key, modules_of, read_files, recorded_parameters
 from gralora_fx.core.adapters.agreement import KnownLayers, check_agreement, warn_of_unused
 from gralora_fx.core.adapters.parameter_keys import names_of_parameters, names_parameter, parameters_in
-from gralora_fx.core.adapters.saved_embeddings import is_embedding, training
+from gralora_fx.core.adapters.saved_embeddings import training
 from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX, pattern_key
 from gralora_fx.core.methods import AdapterMethod, AdapterTensors, Sizes, Update, method_of

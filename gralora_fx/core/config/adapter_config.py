@@ -68,6 +68,9 @@ class AdapterConfig(ABC):
     DROPOUT: ClassVar[str]
     ALPHA: ClassVar[str]
 
+    # whether its file holds embeddings, as PEFT's do where a vocabulary was resized; set when the file is read
+    saves_embeddings: ClassVar[bool] = False
+
     target_modules: set[str] | str | None
     exclude_modules: set[str] | str | None
     fan_in_fan_out: bool
@@ -126,7 +129,8 @@ class AdapterConfig(ABC):
         """The base that the adapter was made for, as far as it is named."""
         from gralora_fx.base.sources.same_base import BaseSource
 
-        return BaseSource(self.base_model_name_or_path, self.revision, record=self.base_quantization)
+        name, record = self.base_model_name_or_path, self.base_quantization
+        return BaseSource(name, self.revision, record=record, is_resized=self.saves_embeddings)
 
     @abstractmethod
     def check_sizes(self) -> None:

@@ -162,7 +162,8 @@ def load_with_report(
     except Exception as error:  # transformers, safetensors and pickle raise types of their own
         if directory is not None:
             check_readable(directory)
-        raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
+        hub = "; there is no such directory, so it was taken for a hub id" if directory is None else ""
+        raise TraceError(f"no model can be loaded from {name} ({first_line(error)}){hub}") from error
     if asked is not None:
         if packed:
             pack_layers(model, quantized_layers(model, asked), asked)

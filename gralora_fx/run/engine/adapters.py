@@ -335,6 +335,8 @@ def _is_number(value: object) -> bool:
 def _file(path: str | Path) -> Path:
     """Return the absolute path of an adapter file; its reader checks that it exists."""
     file = usable_path(path, ServingError, remedy="give the path of an .onnx_adapter file").absolute()
+    if not file.exists():
+        raise ServingError(f"there is no {file}; give the path of an {SUFFIX} file")
     if file.is_dir() or file.suffix != SUFFIX:
         raise ServingError(f"{file} is not an {SUFFIX} file; {command('export_adapter')} makes one of a PEFT adapter")
     return file

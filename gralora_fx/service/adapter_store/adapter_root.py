@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.base.sources.model_files import usable_path
-from gralora_fx.errors import ConfigError, GraloraError, ServingError, first_line, marked, shown
+from gralora_fx.errors import ConfigError, ServingError, first_line, shown, without_folder
 from gralora_fx.format.adapter_format import AdapterContent
 from gralora_fx.format.adapter_paths import SUFFIX, check_adapter_kind, is_name, record_path
 from gralora_fx.format.manifest import Manifest
@@ -98,10 +98,8 @@ class AdapterRoot:
         with tempfile.TemporaryDirectory(prefix="gralora-fx-") as folder:
             copy = Path(folder, Path(text).name)
             _write(contents, copy)
-            try:
+            with without_folder(folder):
                 return in_memory(copy, onnx_dir, name, manifest)
-            except GraloraError as error:  # the copy's path means nothing to the caller
-                raise type(error)(marked(error).replace(f"{folder}/", "")) from error
 
     def _contents(self, text: str) -> tuple[bool, dict[str, NDArray[np.uint8]]]:
         """Return whether the path is a directory, and the bytes of its files (or of a file and its record) by name."""
