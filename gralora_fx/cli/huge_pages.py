@@ -26,7 +26,7 @@ def use_huge_pages() -> None:
     if TUNABLE in tunables or sys.orig_argv[len(sys.orig_argv) - len(own) :] != own or not _on_request():
         return
     os.environ[VARIABLE] = ":".join([*([tunables] if tunables else []), f"{TUNABLE}=1"])
-    sys.stderr.write(f"restarting to use huge pages: {VARIABLE}={os.environ[VARIABLE]}\n")
+    sys.stderr.write(f"restarting with huge pages, for faster memory: {VARIABLE}={os.environ[VARIABLE]}\n")
     sys.stderr.flush()
     with contextlib.suppress(OSError):  # if the interpreter may not be restarted, go on
         os.execv(sys.executable, sys.orig_argv)

@@ -15,10 +15,14 @@ from gralora_fx.errors import CheckpointError, listed, remedy, warn_caller
 _WEIGHT = ".weight"
 
 
+class VocabularySizeError(CheckpointError):
+    """An adapter's embeddings have another number of tokens than the base's."""
+
+
 def check_vocabulary(parameter: str, saved: Sequence[int], own: Sequence[int], adapter: object) -> None:
-    """Raise a `CheckpointError` if an adapter's embedding has another size than the base's."""
+    """Raise a `VocabularySizeError` if an adapter's embedding has another size than the base's."""
     if tuple(saved) != tuple(own):
-        raise CheckpointError(
+        raise VocabularySizeError(
             f"{adapter} holds {parameter} of {saved[0]} tokens, and the base's has {own[0]}: its base had a resized "
             f"vocabulary. Resize yours likewise (resize_token_embeddings({saved[0]})), save it with the adapter's "
             f"tokenizer, and {remedy('take that', 'give it as --model')}"

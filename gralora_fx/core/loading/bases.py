@@ -18,6 +18,7 @@ from gralora_fx.base.sources.model_directories import check_model_files
 from gralora_fx.base.sources.same_base import SAME, BaseSource, compare_bases
 from gralora_fx.core.adapters.adapter_files import read_adapter
 from gralora_fx.core.adapters.checkpoint import base_names, settled_base
+from gralora_fx.core.adapters.saved_embeddings import VocabularySizeError
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.loading.adapter_facts import base_name, head_classes, needed_quantization
 from gralora_fx.core.loading.load_report import LoadReport
@@ -202,6 +203,8 @@ def trace_base(
     with timed("adding adapters"):
         try:
             rewritten = GraloraModel.from_pretrained(traced, base.adapter, adapter_name=adapter_name)
+        except VocabularySizeError:
+            raise
         except (TargetError, CheckpointError) as error:
             raise type(error)(_misfit(error, base)) from error
     if all(rewritten.adapter(name).is_zero for name in rewritten.configs):
