@@ -48,11 +48,12 @@ def not_an_export(directory: Path) -> str:
         return f"{directory} is a part of an export; give the directory of the export, {directory.parent}"
     if kind == "is a model":
         name = class_of(directory)
-        task = next((f", task={task!r}" for end, task in _TASKS.items() if name.endswith(end)), "")
-        export = remedy(
-            f"export_onnx(trace({name}.from_pretrained({str(directory)!r}){task}), output_dir)",
-            f"gralora-fx export --model {shlex.quote(str(directory))} --output DIR",
-        )
+        task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+        model, command = f"{name}.from_pretrained({str(directory)!r})", f"--model {shlex.quote(str(directory))}"
+        command = f"gralora-fx export {command} --output DIR"
+        export = remedy(f"export_onnx(trace({model}, task={task!r}), output_dir)", command)
+        if task is None:
+            export = remedy(f"export_onnx(trace({model}), output_dir)", command)
         return f"{directory} {kind}, not an export; export it first: {export}"
     if kind == "is an adapter":
         return (

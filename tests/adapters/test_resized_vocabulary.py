@@ -119,7 +119,7 @@ def test_a_base_with_fewer_tokens_is_refused_with_their_number(saved: Path, tmp_
         adapters="data",
         verify=False,
     )
-    message = rf"of {size + ADDED} tokens, and the base's has {size}.*\(resize_token_embeddings\({size + ADDED}\)\)"
+    message = rf"of {size + ADDED} tokens, and the base's has {size}.*\(resize_token_embeddings\)"
     for load in (
         lambda: GraloraModel.from_pretrained(_traced(saved / "base"), saved / "adapter"),
         lambda: merge_checkpoint(saved / "base", saved / "adapter", tmp_path / "merged"),

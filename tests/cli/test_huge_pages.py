@@ -39,7 +39,8 @@ def test_the_program_is_replaced_by_itself(
     assert huge_pages.os.environ[huge_pages.VARIABLE] == f"{after}{huge_pages.TUNABLE}=1"
     huge_pages.use_huge_pages()
     assert len(started) == 1  # once
-    assert capsys.readouterr().err == f"restarting with huge pages, for faster memory: GLIBC_TUNABLES={after}{huge_pages.TUNABLE}=1\n"
+    printed = f"restarting with huge pages, for faster memory: GLIBC_TUNABLES={after}{huge_pages.TUNABLE}=1\n"
+    assert capsys.readouterr().err == printed
 
 
 def test_what_a_user_says_is_left(started: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:

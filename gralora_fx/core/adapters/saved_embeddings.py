@@ -24,7 +24,7 @@ def check_vocabulary(parameter: str, saved: Sequence[int], own: Sequence[int], a
     if tuple(saved) != tuple(own):
         raise VocabularySizeError(
             f"{adapter} holds {parameter} of {saved[0]} tokens, and the base's has {own[0]}: its base had a resized "
-            f"vocabulary. Resize yours likewise (resize_token_embeddings({saved[0]})), save it with the adapter's "
+            f"vocabulary. Resize yours likewise (resize_token_embeddings), save it with the adapter's "
             f"tokenizer, and {remedy('take that', 'give it as --model')}"
         )
 

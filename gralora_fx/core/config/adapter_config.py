@@ -67,9 +67,7 @@ class AdapterConfig(ABC):
     SAVED_IF_USED: ClassVar[tuple[str, ...]] = ()
     DROPOUT: ClassVar[str]
     ALPHA: ClassVar[str]
-
-    # whether its file holds embeddings, as PEFT's do where a vocabulary was resized; set when the file is read
-    saves_embeddings: ClassVar[bool] = False
+    saves_embeddings: ClassVar[bool] = False  # of its file, as PEFT's does where a vocabulary was resized
 
     target_modules: set[str] | str | None
     exclude_modules: set[str] | str | None

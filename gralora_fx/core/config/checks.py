@@ -122,7 +122,7 @@ def check_acts_everywhere(tokens: tuple[int, ...], adapter: object, purpose: str
     """Check that an adapter acts on all tokens (`acts_from` is empty), for a purpose such as "merging"."""
     if tokens:
         raise error(
-            f"{adapter} acts only on its tokens {shown(list(tokens))} and what follows them; {purpose} would let it act on "
+            f"{adapter} acts only on its tokens {shown(list(tokens))} and what follows; {purpose} would let it act on "
             f"every token: keep it as it is, or export it as data ({option(adapters='data')})"
         )
 
