@@ -49,11 +49,13 @@ def not_an_export(directory: Path) -> str:
     if kind == "is a model":
         name = class_of(directory)
         task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
-        model, command = f"{name}.from_pretrained({str(directory)!r})", f"--model {shlex.quote(str(directory))}"
-        command = f"gralora-fx export {command} --output DIR"
-        export = remedy(f"export_onnx(trace({model}, task={task!r}), output_dir)", command)
-        if task is None:
-            export = remedy(f"export_onnx(trace({model}), output_dir)", command)
+        model = f"{name}.from_pretrained({str(directory)!r})"
+        export = remedy(
+            f"export_onnx(trace({model}), output_dir)"
+            if task is None
+            else f"export_onnx(trace({model}, task={task!r}), output_dir)",
+            f"gralora-fx export --model {shlex.quote(str(directory))} --output DIR",
+        )
         return f"{directory} {kind}, not an export; export it first: {export}"
     if kind == "is an adapter":
         return (
