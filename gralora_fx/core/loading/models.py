@@ -122,9 +122,15 @@ def load_model(
         allow_random_head: Whether other parameters may be missing and get random values, as for a head still to be
             trained.
         base_quantization: How the layers of a float checkpoint are rounded, as bitsandbytes does when a QLoRA adapter
-            is trained on it: whatever `BaseQuantization.of` takes; None for not at all.
+            is trained on it: `"nf4"`, `"nf4-double"`, `"int8"`, or whatever `BaseQuantization.of` takes; None for not
+            at all.
         packed: Whether these layers, or those of a quantized checkpoint, keep their weights packed in memory, for a
             rewritten model to unpack when it runs. While the model is loaded, its floats are in memory.
+
+    Raises:
+        TraceError: The task is unknown, or no model can be loaded.
+        CheckpointError: Tensors are missing in the checkpoint or have other shapes; each is named.
+        ConfigError: The checkpoint is quantized already, and is to be rounded, or bitsandbytes is not installed.
     """
     model, report = load_with_report(
         name, task, num_labels=num_labels, base_quantization=base_quantization, packed=packed
@@ -226,10 +232,21 @@ def load_streamed(
     supplied: Set[str] = frozenset(),
     base_quantization: Any = None,
 ) -> PreTrainedModel:
-    """Load the same model with its weights left in their safetensors files, as lazy parameters on the meta device.
+    """Load the same model with its weights left in their files, as lazy parameters on the meta device.
 
-    Once traced, it runs, is rewritten and exported, reading one tensor at a time; weights are rounded as they are read.
-    The arguments are those of `load_model`.
+    Once traced, it runs, is rewritten and exported, reading one tensor at a time.
+
+    Args:
+        name: Local directory or hub id, of safetensors files.
+        task: One of optimum's task names; None for the class that the model's configuration names.
+        num_labels: Number of classes of a classification head; None for the configuration's.
+        supplied: Names of parameters that the files may lack, since an adapter supplies them.
+        base_quantization: As in `load_model`; the weights are rounded as they are read.
+
+    Raises:
+        TraceError: The task is unknown, or no model can be made.
+        CheckpointError: The files do not fit the model.
+        ConfigError: As in `load_model`.
     """
     check_model_files(name, TraceError)
     asked = None if base_quantization is None else BaseQuantization.of(base_quantization)

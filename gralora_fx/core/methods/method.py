@@ -108,11 +108,17 @@ def first_tensor(factors: AdapterTensors) -> Tensor:
 
 @dataclass(frozen=True)
 class Update:
-    """An adapter's effect on a weight: its tensors and their scale."""
+    """An adapter's effect on a weight: its tensors and their scale.
 
-    factors: AdapterTensors  # with an axis of the stack first, for stacked matrices
+    Attributes:
+        factors: The tensors; for stacked matrices, each with an axis of the stack before the others.
+        scale: The factor.
+        stack: Number of matrices in a weight of 3 dimensions; None for a single one, of 2.
+    """
+
+    factors: AdapterTensors
     scale: float
-    stack: int | None = None  # number of matrices in a weight of 3 dimensions; None for a single one, of 2
+    stack: int | None = None
 
     @property
     def is_low_rank(self) -> bool:
@@ -137,15 +143,25 @@ class Update:
 
 
 class LayerCall(NamedTuple):
-    """A call of a linear layer, as tensors or as the proxies of a graph."""
+    """A call of a linear layer, as tensors or as the proxies of a graph.
 
-    x: Tensor  # `[..., in]`; any number of leading axes, zero rows included
-    y: Tensor  # `[..., out]`, contiguous, or only the columns `rows` of it
-    features: tuple[int, int]  # widths `in` and `out` of the layer
-    weight: Tensor | None = None  # as it is stored
-    bias: Tensor | None = None  # the bias in `y`, `[out]`
-    is_transposed: bool = False  # whether the weight is stored `[in, out]`
-    rows: tuple[int, int] | None = None  # start and end of the output features in `y`; None for all
+    Attributes:
+        x: Its input, `[..., in]`; any number of leading axes, zero rows included.
+        y: Its output, `[..., out]`, contiguous, or only the columns `rows` of it.
+        features: Widths `in` and `out` of the layer.
+        weight: Its weight as it is stored.
+        bias: The bias in `y`, `[out]`; None for none.
+        is_transposed: Whether the weight is stored `[in, out]`.
+        rows: Start and end of the output features in `y`; None for all.
+    """
+
+    x: Tensor
+    y: Tensor
+    features: tuple[int, int]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    is_transposed: bool = False
+    rows: tuple[int, int] | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -236,9 +252,10 @@ class AdapterMethod(StackedTensors):
         """Return the sizes in words, such as `r=32 k=2`."""
 
     def settings(self, config: Any) -> dict[str, Any]:
-        """Return a configuration's sizes, dropout, and scale where no pattern overrides it, by field name, for tables.
+        """Return a configuration's sizes, scale and dropout by field name, for tables.
 
-        Unused patterns are left out, and so are the start tokens of an adapter that acts on all tokens.
+        Unused patterns are left out, and so are the start tokens of an adapter that acts on all tokens; `scale` is the
+        factor where no pattern overrides it.
         """
         unused = set(config.PATTERNS) - set(config.used_patterns)
         names = [name for name in config.SIZE_FIELDS if name not in unused]
@@ -282,10 +299,18 @@ class AdapterMethod(StackedTensors):
     def add_output(
         self, call: LayerCall, factors: Any, scale: float, *, dtype: torch.dtype | None = None, **options: Any
     ) -> Tensor:
-        """Run `forward` in the adapter's dtype; return its result in the shape and dtype of `call.y`.
+        """Run `forward`, in the adapter's dtype if that differs from the layer's.
 
-        If `dtype` is given, the adapter's input is cast to it, and its output, or the whole output if it depends on the
-        layer, is cast back.
+        Args:
+            call: The layer's input and output.
+            factors: The adapter's tensors.
+            scale: Factor of the adapter's update.
+            dtype: Dtype of the adapter, if it differs: the adapter's input is cast to it, and its output (or, if that
+                depends on the layer, the whole output) is cast back to that of `y`.
+            options: As for `forward`.
+
+        Returns:
+            The layer's output with the adapter, of the shape and dtype of `y`.
         """
         import torch
 

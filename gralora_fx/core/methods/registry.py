@@ -22,7 +22,10 @@ _loading = threading.Lock()
 
 
 def __getattr__(name: str) -> Any:
-    """Load every method on first use of `METHODS`, the list of all, GraLoRA first, to which `register` adds."""
+    """Load every method on first use of `METHODS`, the list of all, to which `register` adds.
+
+    GraLoRA comes first: granular low-rank adaptation, in blocks, with a plain LoRA beside them in the hybrid form.
+    """
     if name != "METHODS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return known_methods()
