@@ -214,7 +214,9 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
-            _logger.warning("%s again: ended at once, requests that ran are lost", signal.Signals(sig).name)
-            logging.shutdown()
-            os._exit(128 + sig)  # even if threads are running
+            try:  # the signal may have interrupted a line on stderr, into which no other can be written
+                _logger.warning("%s again: ended at once, requests that ran are lost", signal.Signals(sig).name)
+                logging.shutdown()
+            finally:
+                os._exit(128 + sig)  # even if threads are running
         super().handle_exit(sig, frame)

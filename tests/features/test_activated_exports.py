@@ -185,7 +185,7 @@ def test_what_cannot_be_is_refused_by_name(export: Path) -> None:
         lambda: model.decoder(rows=1).open("judge"),
         lambda: model.mix_adapters("sum", {"judge": 1.0, "plain": 1.0}),
     ):
-        with pytest.raises(ServingError, match=r"adapter 'judge' acts from its tokens \[7, 8\] on"):
+        with pytest.raises(ServingError, match=r"adapter 'judge' acts only on its tokens \[7, 8\] and what follows"):
             refused()
     judge = model.adapters["judge"]
     record = dataclasses.replace(judge.record, config={**judge.record.config, "alora_invocation_tokens": [-1]})

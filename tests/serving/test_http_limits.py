@@ -172,6 +172,7 @@ def test_a_second_sigterm_ends_at_once(export: Path) -> None:
             time.sleep(0.3)
             process.send_signal(signal.SIGTERM)
             next(line for line in process.stderr if "Shutting down" in line)
+            time.sleep(0.1)  # a signal within the line before would leave no place for its own
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 128 + signal.SIGTERM
