@@ -30,7 +30,7 @@ from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.sessions.session import CPU, Runtime, mapped_options, open_session, yielding_options
 
 Arrays = Mapping[str, NDArray[Any]]
-_COPIED = 2**28  # bytes of an export whose weights sessions may copy, if its model is streamed
+_COPIED = 2**30  # bytes of an export whose weights sessions may copy, if its model is streamed
 _RUN_ROWS = {CPU, "CUDAExecutionProvider"}  # providers whose attention takes the lengths of rows
 
 
@@ -49,14 +49,14 @@ def open_comparable(
 ) -> Iterator[Comparable]:
     """Open sessions over an export, or its float32 copy where needed, while the block runs.
 
-    Those of a large streamed model read weights from their files, without copies for faster products, and take turns.
+    Those of a streamed model take turns, and if it is large read weights from their files, without copies for faster
+    products.
     """
-    in_turn = False
-    if streamed and runtime is None:
+    in_turn = streamed and runtime is None
+    if in_turn:
         from gralora_fx.exporters.verify.mapped_sessions import mapped_runtime
 
         runtime = mapped_runtime(directory, _COPIED)
-        in_turn = runtime is not None
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
         yield _opened(directory, manifest, runtime, precision, in_turn=in_turn)
