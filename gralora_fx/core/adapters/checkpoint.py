@@ -217,7 +217,9 @@ def _with_own_embeddings(
         base = tree.parameters.get(name)
         if base is None or not is_embedding(name):
             continue
-        if trains_whole_at(name.rpartition(".")[0], config.saved_module_names):
+        module = key.rpartition(".")[0]
+        is_adapted = any(other.startswith(f"{module}.") for other in tensors if other != key)
+        if is_adapted or trains_whole_at(name.rpartition(".")[0], config.saved_module_names):
             continue
         check_vocabulary(name, tensor.shape, base.shape, adapter)
         if not _repeats(tensor, values_of(base, name)):
