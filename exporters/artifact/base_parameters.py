@@ -89,11 +89,11 @@ class BaseParameters:
             )
         return adapter
 
-    def _holds(self, adapter: Path, name: str, saved: StoredTensor) -> bool:
-        """Return whether the export holds these values of an embedding, or their rounding."""
+    def _holds(self, adapter: Path, name: str, saved: StoredTensor) -> bool | None:
+        """Return whether the export holds these values of an embedding, or their rounding; None if it lacks it."""
         rows = self._rows_of(name)
         if rows is None:  # an embedding that the model does not read
-            return True
+            return None
         read, shape, dtype = rows
         check_vocabulary(name, saved.shape, shape, adapter)
         values = saved.array()

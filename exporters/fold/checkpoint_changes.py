@@ -152,11 +152,11 @@ def _common_dtype(base: SavedWeights) -> str:
     return dtypes.most_common(1)[0][0] if dtypes else "F32"
 
 
-def _holds(base: SavedWeights, names: Names, adapter: Path, name: str, saved: StoredTensor) -> bool:
-    """Return whether a base has these values of an embedding; one that is not read as floats is told of later."""
+def _holds(base: SavedWeights, names: Names, adapter: Path, name: str, saved: StoredTensor) -> bool | None:
+    """Return whether a base has these values of an embedding; None if it has no floats for it."""
     key = names.key_of(name)
     if key is None or (own := base.tensors[key]).dtype not in FLOATS:
-        return True
+        return None
     check_vocabulary(name, saved.shape, own.shape, adapter)
     return _same_values(own, saved)
 

@@ -62,7 +62,7 @@ def load_adapter(
 ) -> None:
     """Load a saved adapter into the model's adapter of that name and configuration, or into a new one."""
     config, tensors = read_adapter(directory, revision=revision)
-    config = _with_own_embeddings(config, tensors, state.traced.tree, directory)
+    config, tensors = _with_own_embeddings(config, tensors, state.traced.tree, directory)
     base = settled_base(config, state.traced, directory, strict=strict_base)
     planned = planned_for(state.traced, config)
     if name in state.adapters:
@@ -209,9 +209,9 @@ def _match_keys(
 
 def _with_own_embeddings(
     config: AdapterConfig, tensors: Mapping[str, Tensor], tree: ModuleTree, adapter: object
-) -> AdapterConfig:
-    """Return the configuration of a file whose untrained embeddings are not the base's: it trains these too."""
-    own = []
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Return a file's configuration, which trains saved embeddings that are not the base's, and its other tensors."""
+    own, same = [], set()
     for key, tensor in tensors.items():
         name = key.removeprefix(KEY_PREFIX)
         base = tree.parameters.get(name)
@@ -222,9 +222,11 @@ def _with_own_embeddings(
         if is_adapted or trains_whole_at(name.rpartition(".")[0], config.saved_module_names):
             continue
         check_vocabulary(name, tensor.shape, base.shape, adapter)
-        if not _repeats(tensor, values_of(base, name)):
+        if _repeats(tensor, values_of(base, name)):
+            same.add(key)
+        else:
             own.append(name)
-    return training(config, own, adapter)
+    return training(config, own, adapter), {key: tensor for key, tensor in tensors.items() if key not in same}
 
 
 def _repeats(tensor: Tensor, other: Tensor) -> bool:

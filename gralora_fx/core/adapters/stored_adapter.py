@@ -88,15 +88,18 @@ class StoredAdapter:
         _check(self.directory, problems)
         return replace(self, sites=dict(sorted(sites.items())), unnamed={})
 
-    def with_own_embeddings(self, is_of_base: Callable[[str, StoredTensor], bool]) -> StoredAdapter:
-        """Return the adapter with those of its saved embeddings that a base does not hold as trained parameters."""
-        saved = {name: tensor for name, tensor in self.repeats.items() if is_embedding(name)}
-        own = {
-            name: tensor
-            for name, tensor in saved.items()
-            if name.rpartition(".")[0] not in self.sites and not is_of_base(name, tensor)
+    def with_own_embeddings(self, is_of_base: Callable[[str, StoredTensor], bool | None]) -> StoredAdapter:
+        """Return the adapter with those of its saved embeddings that a base does not hold as trained parameters.
+
+        Those that the base holds are left out; those that cannot be compared (None) stay among the repeats.
+        """
+        of_base = {
+            name: is_of_base(name, tensor)
+            for name, tensor in self.repeats.items()
+            if is_embedding(name) and name.rpartition(".")[0] not in self.sites
         }
-        repeats = {name: tensor for name, tensor in self.repeats.items() if name not in own}
+        own = {name: self.repeats[name] for name, is_same in of_base.items() if is_same is False}
+        repeats = {name: tensor for name, tensor in self.repeats.items() if of_base.get(name) is None}
         config = training(self.config, own, self.directory)
         return replace(self, config=config, copies={**self.copies, **own}, repeats=repeats)
 
