@@ -87,7 +87,8 @@ class AdapterRoot:
         is_directory, contents = self._contents(text)
         copy = folder / Path(text).name
         _write(contents, copy if is_directory else folder)
-        return adapter_as_data(copy, onnx_dir, copy, name)
+        with without_folder(str(folder)):
+            return adapter_as_data(copy, onnx_dir, copy, name)
 
     def source(self, text: str, name: str, onnx_dir: Path, manifest: Manifest) -> AdapterContent | AdapterInMemory:
         """Read an adapter's files once; arguments and errors are those of `copy`, plus the export's manifest."""
