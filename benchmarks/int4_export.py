@@ -30,7 +30,7 @@ from gralora_fx.run.sessions.session import open_session
 
 OUTPUT = Path("runs/int4_export")
 STAGES = (
-    (calibration, "_drawn", "the model draws texts"),
+    (calibration, "drawn_to_choose", "the model draws texts"),
     (calibration, "measure_sensitivities", "it is run forward and backward"),
     (choice, "_candidate", "bits are chosen"),
     (choice, "round_in_order", "it is run layer by layer"),

@@ -19,3 +19,9 @@ def test_names_that_a_benchmark_imports_exist(file: Path) -> None:
             for alias in node.names:
                 if not hasattr(importlib.import_module(module), alias.name):
                     importlib.import_module(f"{module}.{alias.name}")  # which raises where there is no such file
+
+
+def test_stages_whose_time_a_benchmark_takes_exist() -> None:
+    from benchmarks.int4_export import STAGES
+
+    assert [name for owner, name, _ in STAGES if not hasattr(owner, name)] == []

@@ -38,6 +38,8 @@ def test_every_name_is_there(name: str) -> None:
         ("torch.utils._pytree", "tree_flatten", ["tree", "is_leaf"]),
         ("torch.utils._pytree", "tree_leaves", ["tree", "is_leaf"]),
         ("torch.utils._pytree", "tree_unflatten", ["leaves", "treespec"]),
+        ("torch.cpu", "_is_avx512_bf16_supported", []),
+        ("torch.cpu", "_is_amx_tile_supported", []),
         ("torch.amp.autocast_mode", "_enter_autocast", ["vals"]),
         ("torch.amp.autocast_mode", "_exit_autocast", ["mode"]),
         ("torch.onnx._internal.exporter._decomp", "get_onnx_implemented_overloads", ["registry"]),

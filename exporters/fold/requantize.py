@@ -178,16 +178,13 @@ class _StoredBlocks:
 
     def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
         """Return whether the stored values are as close to others as rounding puts them, by each row's error."""
-        from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks
-        from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
+        from gralora_fx.exporters.quantize.quantized_arrays import nearest_errors
 
         if not np.isfinite(source).all():
             return False
-        ordered = self._ordered(source)
-        nearest = quantize_blocks(np.ascontiguousarray(ordered.T, dtype=np.float32), self.form)
-        least = dequantize_blocks(nearest, self.weight.bits, source.shape[1]) - ordered
-        errors = [np.square(change).sum(1) for change in (self.values(outputs) - source, least)]
-        return bool((errors[0] <= _LARGEST_ERROR * errors[1] + 1e-7 * np.square(source).sum(1) + 1e-20).all())
+        least = nearest_errors(np.ascontiguousarray(self._ordered(source), np.float32), self.form)
+        errors, squares = (np.einsum("ij,ij->i", values, values) for values in (self.values(outputs) - source, source))
+        return bool((errors <= _LARGEST_ERROR * least + 1e-7 * squares + 1e-20).all())
 
     def store(self, outputs: slice, values: NDArray[Any], path: str, *, is_near: bool) -> None:
         """Quantize values `[n, in]` of some outputs, rounded to the export's precision first, as an export does.

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gralora_fx.base.compat.torch_graphs import multiplies_bfloat16
 from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.block_arrays import BlockArrays
 
-_TOGETHER, _FEWEST, _IN_CACHE = 2**22, 1024, 2**17  # values and fewest columns rounded at once; values searched at once
+_TOGETHER, _FEWEST, _IN_CACHE = 2**23, 1024, 2**17  # values and fewest columns rounded at once; values searched at once
 _PANEL, _PART = 128, 16  # inputs rounded between two products with all errors so far, and with those of their panel
 _RANGES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of a block's range, tried in a search
 _TINY = 1e-30  # minimum width of a block's range
@@ -54,9 +55,9 @@ class InputProducts:
         found = []
         for products in self._damped:
             order = products.diagonal().argsort(descending=True, stable=True)
-            lower = torch.linalg.cholesky(products[order][:, order].flip(0, 1))
-            factor = lower.flip(0, 1)
-            found.append(InputWindow(order, factor / factor.diagonal()))
+            last_first = order.flip(0)
+            factor = torch.linalg.cholesky(products[last_first][:, last_first]).flip(0, 1)
+            found.append(InputWindow(order, factor.div_(factor.diagonal().clone())))
         return tuple(found)
 
     @cached_property
@@ -76,12 +77,14 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | 
     count = -(-height // form.block_size)
     weights = torch.ones(count * form.block_size) if inputs is None else inputs.squares
     windows, dtype = None if inputs is None else inputs.windows, scale_dtype(form, matrix.dtype)
-    step = max(_FEWEST, _TOGETHER // len(weights))
+    step = max(_FEWEST, min(-(-outputs // torch.get_num_threads()), _TOGETHER // len(weights)))
+
+    source = torch.from_numpy(matrix if matrix.flags.writeable else matrix.copy())
 
     def rounded(start: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
-        columns = matrix[:, start : start + step]
+        columns = source[:, start : start + step]
         values = torch.zeros(len(weights), columns.shape[1])
-        values[:height] = torch.from_numpy(np.ascontiguousarray(columns, np.float32))
+        values[:height] = columns
         found = _search(values, weights, windows, form, dtype)
         if inputs is not None:
             found = _without_drift(found, values, form, dtype)
@@ -124,7 +127,7 @@ class _Found(NamedTuple):
 def _without_drift(found: _Found, values: Tensor, form: Blocks, dtype: Any) -> _Found:
     """Replace columns that are far from their values by columns searched without knowledge of inputs."""
     usual = found.scales.square().sum(0) * (form.block_size / 12)
-    is_far = found.errors.square().sum(0) > _FARTHEST * usual
+    is_far = torch.linalg.vector_norm(found.errors, dim=0).square() > _FARTHEST * usual
     if not is_far.any():
         return found
     plain = _search(values[:, is_far], torch.ones(len(values)), None, form, dtype)
@@ -164,11 +167,13 @@ def _made_up_for(
     """
     blocks = window.order // (len(values) // len(scales))
     integers, errors = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
+    # rounded to eight bits where such products are faster: shares of errors, far smaller than a step
+    known = torch.empty_like(errors, dtype=torch.bfloat16 if multiplies_bfloat16() else None)
     rows, of_blocks = errors.unbind(), list(zip(scales.unbind(), (1 / scales).unbind(), zeros.unbind(), strict=True))
     for begin in range(0, len(values), _PANEL):  # one product adds the errors of all inputs before a panel
         places, own = window.order[begin : begin + _PANEL], blocks[begin : begin + _PANEL]
         ordered, feedback = values[places], window.feedback[:, begin : begin + _PANEL].t().contiguous()
-        wanted = torch.addmm(ordered, feedback[:, :begin], errors[:begin])
+        wanted = ordered + feedback[:, :begin].to(known.dtype) @ known[:begin]
         ordered.addcmul_(scales[own], zeros[own])
         for place, (block, target, value) in enumerate(
             zip(own.tolist(), wanted.unbind(), ordered.unbind(), strict=True)
@@ -181,6 +186,7 @@ def _made_up_for(
             target.addmv_(errors[first:index].t(), feedback[place, first:index])
             torch.addcmul(zero, target, step, out=target).round_().clamp_(0, largest)
             torch.addcmul(value, target, scale, value=-1, out=rows[index])
+        known[begin : begin + _PANEL] = errors[begin : begin + _PANEL]
         integers[places] = wanted.to(torch.uint8)
     result = torch.empty_like(errors)
     result[window.order] = errors

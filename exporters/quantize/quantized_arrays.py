@@ -21,6 +21,8 @@ from gralora_fx.exporters.formats import Blocks, InputOrder
 from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_blocks, zeros_of
 from gralora_fx.exporters.quantize.block_search import InputProducts, packed, scale_dtype, searched_blocks
 
+_IN_CACHE = 2**16  # values rounded at once
+
 
 def quantize_blocks(
     matrix: NDArray[Any], form: Blocks, inputs: InputProducts | None = None, name: str = "a matrix"
@@ -38,6 +40,40 @@ def quantize_blocks(
     if stored == matrix.dtype:
         return blocks
     return _on_grid(_in_blocks(matrix, form), blocks._replace(scales=_rounded_up(scales, stored)), form)
+
+
+def nearest_errors(rows: NDArray[np.float32], form: Blocks) -> NDArray[np.float32]:
+    """Return the squared error that rounding to nearest gives each row of a matrix `[n, in]`: `[n]`.
+
+    It is that of `quantize_blocks` in a fifth of the time: rows are read where they are, a few at a time.
+    """
+    padded = (
+        rows if rows.shape[1] % form.block_size == 0 else np.pad(rows, ((0, 0), (0, -rows.shape[1] % form.block_size)))
+    )
+    blocks = padded.reshape(len(rows), -1, form.block_size)
+    step = max(1, _IN_CACHE // padded.shape[1])
+    parts = [_nearest_errors(blocks[first : first + step], form) for first in range(0, len(rows), step)]
+    return np.concatenate([np.zeros(0, np.float32), *parts])
+
+
+def _nearest_errors(blocks: NDArray[np.float32], form: Blocks) -> NDArray[np.float32]:
+    largest, middle = 2**form.bits - 1, np.float32(2 ** (form.bits - 1))
+    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+    if form.zero_points:
+        scales = (high - low) / largest
+        zeros = np.rint(-low / np.where(scales == 0, 1, scales)).clip(0, largest)
+    else:
+        scales, zeros = np.where(-low > high, low, high) / -middle, np.full(low.shape, middle)
+    stored = scale_dtype(form, blocks.dtype)
+    steps = (scales if stored == blocks.dtype else _rounded_up(scales, stored))[..., None]
+    change = blocks / np.where(steps == 0, 1, steps)
+    change += zeros[..., None]
+    np.clip(np.rint(change, out=change), 0, largest, out=change)
+    change -= zeros[..., None]
+    change *= steps
+    change -= blocks
+    errors: NDArray[np.float32] = np.einsum("ijk,ijk->i", change, change)
+    return errors
 
 
 def order_of(order: InputOrder) -> NDArray[np.int64]:

@@ -18,13 +18,14 @@ from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.tracing.normalize.regions import LEAVE
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.formats import Blocks
+from gralora_fx.exporters.quantize.bfloat16_products import Bfloat16Product, narrow_products
 from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_blocks
 from gralora_fx.exporters.quantize.block_search import InputProducts
 from gralora_fx.exporters.quantize.kept_work import KeptBlocks, KeptWork, arrays_of, blocks_of, memory_for
 from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
 
 WINDOW = 2048  # neighbouring inputs with joint error compensation: memory grows with its square
-
+_PARTS = 4  # of a window's products that are computed at once: with more, fewer are computed twice, in smaller products
 _SILENT = 1e-20  # mean square of inputs that are practically zero
 
 
@@ -56,12 +57,18 @@ class Moments:
         self.reads += len(rows)
         padded = torch.nn.functional.pad(rows, (0, count * size - rows.shape[1]))
         parts = padded.reshape(len(rows), count, size).transpose(0, 1)  # [windows, positions, size]
-        self.windows.baddbmm_(parts.transpose(1, 2), parts)
+        step = -(-size // _PARTS)
+        for first in range(0, size, step):  # rows of the lower triangle: products are symmetric
+            last = min(first + step, size)
+            before = parts[..., :last]
+            self.windows[:, first:last, :last].baddbmm_(before[..., first:].mT, before)
 
     @cached_property
     def products(self) -> InputProducts | None:
         """Their means, once all positions were added; None if all inputs were zero."""
         means = self.windows.div_(max(1, self.reads))  # in place: nothing is added any more
+        for window in means:
+            window.copy_(window.tril().add_(window.tril(-1).mT))
         return InputProducts(means) if float(means.diagonal(dim1=1, dim2=2).mean()) > _SILENT else None
 
 
@@ -114,6 +121,7 @@ def round_in_order(
     work = work or KeptWork()
     layers, results = _layers(model, forms, work), dict[str, str]()
     runs = [_run(model, case) for case in cases]
+    narrow = narrow_products(model)
     unread = _read_when_rounded(layers)
     for node in counted(list(model.graph_module.graph.nodes), "rounding", "operations"):
         for layer, call in layers.pop(node, ()):
@@ -134,16 +142,22 @@ def round_in_order(
             break
         is_left = node.target in LEAVE or node.target in LEAVE.values()  # gradients are off, and casts not exported
         if not is_left and node not in unread:
-            _run_node(node, runs)
+            _run_node(node, runs, narrow.get(node))
     return KeptBlocks(work, results)
 
 
-def _run_node(node: fx.Node, runs: Sequence[fx.Interpreter]) -> None:
-    """Run a node in all runs, once if it has no inputs, and forget what nothing reads any more."""
+def _run_node(node: fx.Node, runs: Sequence[fx.Interpreter], product: Bfloat16Product | None = None) -> None:
+    """Run a node in all runs, once if it has no inputs, and forget what nothing reads any more.
+
+    A product in bfloat16 is run in the place of the node's own.
+    """
     for run in runs:
         if node not in run.env:
             is_same = not node.all_input_nodes and node in runs[0].env
-            run.env[node] = runs[0].env[node] if is_same else run.run_node(node)
+            if product is not None:
+                run.env[node] = product.multiplied(*run.fetch_args_kwargs_from_env(node)[0])
+            else:
+                run.env[node] = runs[0].env[node] if is_same else run.run_node(node)
     for run in runs:
         for done in run.user_to_last_uses.get(node, ()):
             run.env.pop(done, None)

@@ -28,6 +28,7 @@ from gralora_fx.core.graph.packed_weights import StreamedWeight
 from gralora_fx.core.graph.sites import other_readers
 from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.quantize.bfloat16_products import with_bfloat16_products
 
 _aten = torch.ops.aten
 
@@ -132,7 +133,7 @@ def measure_sensitivities(
     layers: dict[str, Sensitivity] = {}
     tables: dict[str, TableSensitivity] = {}
     kept: Callable[[], AbstractContextManager[None]] = nullcontext
-    tapped = _tapped(model, layers, tables)
+    tapped = with_bfloat16_products(_tapped(model, layers, tables))
     if any(isinstance(node.target, StreamedWeight) for node in tapped.graph_module.graph.nodes):
         from gralora_fx.exporters.quantize.saved_tensors import SavedTensors
 

@@ -12,6 +12,7 @@ from gralora_fx.base.progress.stages import counted
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.kinds.conversion import base_trace
+from gralora_fx.exporters.quantize.bfloat16_products import with_bfloat16_products
 from gralora_fx.exporters.quantize.kept_work import KeptWork
 from gralora_fx.exporters.quantize.sensitivity import draw
 from gralora_fx.exporters.verify.cases import context_of, vocabulary_of
@@ -68,7 +69,8 @@ def draw_texts(model: TracedModel | GraloraModel, wanted: Mapping[str, Beginning
     counts = [len(each.first) for each in wanted.values()]
     ids = torch.tensor([[token] for each in wanted.values() for token in each.first])
     generators = [torch.Generator().manual_seed(each.seed) for each in wanted.values()]
-    steps = ModelSteps(model, len(ids))
+    narrow = with_bfloat16_products(model) if isinstance(model, TracedModel) else model
+    steps = ModelSteps(narrow, len(ids))
     longest = max(each.length for each in wanted.values())
     for length in counted(range(1, longest), "drawing texts", "tokens"):
         logits = steps(ids[:, -1:], torch.ones(len(ids), length, dtype=torch.long))[:, -1].float()

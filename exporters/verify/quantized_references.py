@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from gralora_fx.base.features import marks, parts
-from gralora_fx.base.sources.lazy_tensors import computed_like, values_of
+from gralora_fx.base.sources.lazy_tensors import computed_like, raw_values_of
 from gralora_fx.base.sources.reused_memory import READ
 from gralora_fx.core.graph.sites import LinearSite, other_readers
 from gralora_fx.core.graph.surgery import copy_graph, map_parameters
@@ -38,7 +38,7 @@ from gralora_fx.format.quantized_weights import QuantizedWeights
 from gralora_fx.run.sessions.ort_values import as_tensor, run_values
 from gralora_fx.run.sessions.session import check_external_data, open_session
 
-_ROWS = 1024  # dequantized at once
+_ROWS = 256  # dequantized at once
 
 
 def with_stored_weights(
@@ -104,7 +104,7 @@ def _rounded(site: LinearSite, stored: _StoredWeight, known: dict[int, bool]) ->
     held, values = stored_values(weight), READ.empty((site.out_features, site.in_features))
     firsts = range(0, len(values), _ROWS)
     # its own values are read, in float32, until all of them are known to round
-    own = None if all(map(known.get, firsts)) else values_of(site.weight, site.path)
+    own = None if all(map(known.get, firsts)) else READ.cast(raw_values_of(site.weight, site.path), site.weight.dtype)
 
     def fill(first: int) -> None:
         rows, outputs = slice(first, first + _ROWS), slice(start + first, min(start + first + _ROWS, stop))

@@ -25,7 +25,7 @@ from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks, dequantize_columns
-from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks, quantize_columns
+from gralora_fx.exporters.quantize.quantized_arrays import nearest_errors, quantize_blocks, quantize_columns
 
 CACHED = "text-generation-with-past"
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)
@@ -85,6 +85,20 @@ def test_nearest_blocks_are_those_of_onnxruntimes_quantizer(
         tensor = ours[name].const_value
         assert tensor is not None
         assert np.array_equal(tensor.numpy(), theirs[f"w{suffix}"])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero_points", [True, False])
+@pytest.mark.parametrize("scale_bits", [16, 32])
+def test_errors_of_rounding_to_nearest_are_those_of_the_blocks(bits: int, zero_points: bool, scale_bits: int) -> None:
+    form = Blocks(bits, zero_points=zero_points, scale_bits=scale_bits)
+    rows = np.random.default_rng(0).standard_normal((40, 72)).astype(np.float32)  # 72: the last block is a part of one
+    rows[3], rows[5, 7], rows[7] = 0, 50, np.abs(rows[7])
+    blocks = quantize_blocks(np.ascontiguousarray(rows.T), form)
+    expected = np.square(dequantize_blocks(blocks, bits, 72) - rows).sum(1)
+    assert np.allclose(nearest_errors(rows, form), expected, rtol=1e-4, atol=1e-9)
+    assert nearest_errors(rows, form)[3] == 0
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -57,6 +57,7 @@ __all__ = [
     "is_transformed",
     "leave_autocast",
     "memory_of",
+    "multiplies_bfloat16",
     "returns_alias",
     "schema_of",
     "set_convention",
@@ -91,6 +92,11 @@ def is_transformed() -> bool:
 def has_kernel(operator: str, device: str) -> bool:
     """Return whether an operator, `namespace::name`, has its own kernel for a device, such as `CPU`."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, device))
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether the processor has instructions for products of bfloat16."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def is_traced(tensor: Tensor) -> bool:

@@ -45,11 +45,12 @@ class StreamedWeight:
 
     parameter: nn.Parameter
     name: str  # for messages
+    dtype: torch.dtype | None = None  # of the values; None for the parameter's
     __name__ = "streamed_weight"
 
     def __call__(self) -> Tensor:
         """Return the values in memory that is their own while they are used, or memory-mapped."""
-        return READ.cast(raw_values_of(self.parameter, self.name), self.parameter.dtype)
+        return READ.cast(raw_values_of(self.parameter, self.name), self.dtype or self.parameter.dtype)
 
 
 @dataclass(frozen=True, eq=False)
