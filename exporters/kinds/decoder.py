@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult
@@ -34,6 +35,7 @@ from gralora_fx.exporters.rules.onnx_pipeline import (
     FUSED_CACHED_ATTENTION,
     ROTARY_NODES,
     TRANSLATED,
+    OnnxIrPass,
     OnnxPipeline,
 )
 from gralora_fx.exporters.rules.products.float_matrices import fill_vectors, fold_transposes, merge_matmuls
@@ -128,6 +130,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
             *parts("optional inputs", conversion.traced.signature.inputs),  # after all folding
             optional_inputs_of_rows,
             *insertion_passes(conversion),  # after packing
+            OnnxIrPass(CommonSubexpressionEliminationPass()),  # sessions over rows leave it out
             *storing_passes(conversion),
         ),
         given=TRANSLATED - {ROTARY_NODES} | {FOLDED_TRANSPOSES, FUSED_CACHED_ATTENTION},
