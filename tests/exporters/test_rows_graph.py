@@ -399,3 +399,17 @@ def test_a_manifest_that_names_another_graph_is_refused(rows: Any, tmp_path: Pat
     path.write_text(json.dumps({**json.loads(path.read_text()), "rows": rows}))
     with pytest.raises(ExportError, match=r"rows.*export the model again"):
         read_manifest(tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_nothing_is_computed_twice_for_a_session_to_find(name: str, tmp_path: Path) -> None:
+    """Sessions over rows do not search for common subexpressions, which takes a sixth of the time of opening one."""
+    config = GraloraConfig(r=8, gralora_k=2, alpha=8, target_modules="all-linear", init_weights=False)
+    export_onnx(rewrite(fresh_trace(name, task=CACHED), config), tmp_path / "onnx", adapters="data", verify=False)
+    counts = []
+    for left_out in ([], ["CommonSubexpressionElimination"]):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(str(tmp_path / "onnx" / ROWS_NAME), options, disabled_optimizers=left_out)
+        counts.append(len(onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node))
+    assert counts[0] == counts[1]
