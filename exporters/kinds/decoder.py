@@ -130,7 +130,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
             *parts("optional inputs", conversion.traced.signature.inputs),  # after all folding
             optional_inputs_of_rows,
             *insertion_passes(conversion),  # after packing
-            OnnxIrPass(CommonSubexpressionEliminationPass()),  # sessions over rows leave it out
+            OnnxIrPass(CommonSubexpressionEliminationPass()),  # sessions over its rows leave it out
             *storing_passes(conversion),
         ),
         given=TRANSLATED - {ROTARY_NODES} | {FOLDED_TRANSPOSES, FUSED_CACHED_ATTENTION},

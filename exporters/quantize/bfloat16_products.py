@@ -47,7 +47,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, product: Bfloat16Product, *arguments: Any) -> Tensor:
-        ctx.product, ctx.count = product, len(arguments)
+        ctx.product = product
         ctx.save_for_backward(arguments[product.weight])
         return product.multiplied(*arguments)
 
@@ -55,7 +55,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         product, weight = ctx.product, ctx.saved_tensors[0].bfloat16()
         weight = weight if product.target in _LINEAR else weight.mT
-        result: list[Any] = [None] * (1 + ctx.count)
+        result: list[Any] = [None] * len(ctx.needs_input_grad)
         result[product.weight] = (gradient.bfloat16() @ weight).float()  # by the input, which is before the weight
         return tuple(result)
 
@@ -83,7 +83,7 @@ def _large(model: TracedModel) -> Iterator[tuple[LinearCall, int]]:
 
 
 def with_bfloat16_products(model: TracedModel) -> TracedModel:
-    """Return a float32 model with large products in bfloat16, or the model itself where that is no faster.
+    """Copy a float32 model with its large products in bfloat16; return the model itself if it has none to change.
 
     Before: `w = streamed_weight(); y = linear(x, w)`
     After:  `w = streamed_weight(); y = bfloat16_product(x, w)`, the weight read in bfloat16

@@ -78,7 +78,6 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | 
     weights = torch.ones(count * form.block_size) if inputs is None else inputs.squares
     windows, dtype = None if inputs is None else inputs.windows, scale_dtype(form, matrix.dtype)
     step = max(_FEWEST, min(-(-outputs // torch.get_num_threads()), _TOGETHER // len(weights)))
-
     source = torch.from_numpy(matrix if matrix.flags.writeable else matrix.copy())
 
     def rounded(start: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
@@ -168,7 +167,7 @@ def _made_up_for(
     blocks = window.order // (len(values) // len(scales))
     integers, errors = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
     # rounded to eight bits where such products are faster: shares of errors, far smaller than a step
-    known = torch.empty_like(errors, dtype=torch.bfloat16 if multiplies_bfloat16() else None)
+    known = torch.empty_like(errors, dtype=torch.bfloat16) if multiplies_bfloat16() else errors
     rows, of_blocks = errors.unbind(), list(zip(scales.unbind(), (1 / scales).unbind(), zeros.unbind(), strict=True))
     for begin in range(0, len(values), _PANEL):  # one product adds the errors of all inputs before a panel
         places, own = window.order[begin : begin + _PANEL], blocks[begin : begin + _PANEL]

@@ -187,8 +187,8 @@ def _candidate(
 
 def _expected_errors(weight: Tensor, form: Blocks) -> Tensor:
     """Return expected squared errors of a weight `[out, in]`: a twelfth of the squared step of each block."""
-    inputs = weight.shape[1]
-    padded = torch.nn.functional.pad(weight, (0, -inputs % form.block_size)) if inputs % form.block_size else weight
+    inputs, missing = weight.shape[1], -weight.shape[1] % form.block_size
+    padded = torch.nn.functional.pad(weight, (0, missing)) if missing else weight
     blocks = padded.reshape(len(weight), -1, form.block_size)
     least, largest = blocks.aminmax(dim=2, keepdim=True)
     steps = (largest.clamp(min=0) - least.clamp(max=0)) / (2**form.bits - 1)

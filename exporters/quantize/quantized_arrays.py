@@ -45,11 +45,10 @@ def quantize_blocks(
 def nearest_errors(rows: NDArray[np.float32], form: Blocks) -> NDArray[np.float32]:
     """Return the squared error that rounding to nearest gives each row of a matrix `[n, in]`: `[n]`.
 
-    It is that of `quantize_blocks` in a fifth of the time: rows are read where they are, a few at a time.
+    It is that of `quantize_blocks` in a third of the time: rows are read where they are, a few at a time.
     """
-    padded = (
-        rows if rows.shape[1] % form.block_size == 0 else np.pad(rows, ((0, 0), (0, -rows.shape[1] % form.block_size)))
-    )
+    missing = -rows.shape[1] % form.block_size
+    padded = np.pad(rows, ((0, 0), (0, missing))) if missing else rows
     blocks = padded.reshape(len(rows), -1, form.block_size)
     step = max(1, _IN_CACHE // padded.shape[1])
     parts = [_nearest_errors(blocks[first : first + step], form) for first in range(0, len(rows), step)]
@@ -66,9 +65,7 @@ def _nearest_errors(blocks: NDArray[np.float32], form: Blocks) -> NDArray[np.flo
         scales, zeros = np.where(-low > high, low, high) / -middle, np.full(low.shape, middle)
     stored = scale_dtype(form, blocks.dtype)
     steps = (scales if stored == blocks.dtype else _rounded_up(scales, stored))[..., None]
-    change = blocks / np.where(steps == 0, 1, steps)
-    change += zeros[..., None]
-    np.clip(np.rint(change, out=change), 0, largest, out=change)
+    change = _integers(blocks, steps, zeros[..., None], form)
     change -= zeros[..., None]
     change *= steps
     change -= blocks
@@ -114,10 +111,15 @@ def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays,
 
 def _on_grid(values: NDArray[np.float32], grid: BlockArrays, form: Blocks) -> BlockArrays:
     """Quantize values `[N, K/block, block]` with the given blocks' scales and zero points."""
-    scales = np.where(grid.scales == 0, 1, grid.scales)[..., None]
-    integers = values / scales + zeros_of(grid, form.bits)
-    whole = integers.round().clip(0, 2**form.bits - 1).astype(np.uint8)
-    return grid._replace(packed=packed(whole, form.bits))
+    integers = _integers(values, grid.scales[..., None], zeros_of(grid, form.bits), form)
+    return grid._replace(packed=packed(integers.astype(np.uint8), form.bits))
+
+
+def _integers(values: NDArray[Any], scales: NDArray[Any], zeros: NDArray[Any], form: Blocks) -> NDArray[Any]:
+    """Return the nearest integers, as floats, of values `[N, K/block, block]`; scales and zero points end in 1."""
+    integers: NDArray[Any] = values / np.where(scales == 0, 1, scales)
+    integers += zeros
+    return np.clip(np.rint(integers, out=integers), 0, 2**form.bits - 1, out=integers)
 
 
 def _in_blocks(matrix: NDArray[Any], form: Blocks) -> NDArray[np.float32]:

@@ -153,11 +153,12 @@ def _run_node(node: fx.Node, runs: Sequence[fx.Interpreter], product: Bfloat16Pr
     """
     for run in runs:
         if node not in run.env:
-            is_same = not node.all_input_nodes and node in runs[0].env
             if product is not None:
                 run.env[node] = product.multiplied(*run.fetch_args_kwargs_from_env(node)[0])
+            elif not node.all_input_nodes and node in runs[0].env:
+                run.env[node] = runs[0].env[node]
             else:
-                run.env[node] = runs[0].env[node] if is_same else run.run_node(node)
+                run.env[node] = run.run_node(node)
     for run in runs:
         for done in run.user_to_last_uses.get(node, ()):
             run.env.pop(done, None)
