@@ -44,7 +44,6 @@ GUIDES = {
         "speech",
         "deployment",
         "monitoring",
-        "triton",
     ),
     "Measured": ("verification", "tested", "performance", "lm-eval"),
     "Project": ("stability", "versions", "architecture", "release"),  # for who depends on it or changes it

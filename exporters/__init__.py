@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from gralora_fx.exporters.onnx_fold import fold_onnx
     from gralora_fx.exporters.onnx_verify import verify_onnx
     from gralora_fx.exporters.reports import ExportReport
-    from gralora_fx.exporters.triton import TritonReport, export_triton
     from gralora_fx.exporters.verify_report import VerifyReport
 
 __all__ = [
@@ -21,11 +20,9 @@ __all__ = [
     "FoldReport",
     "LoraReport",
     "MergeReport",
-    "TritonReport",
     "VerifyReport",
     "export_adapter",
     "export_onnx",
-    "export_triton",
     "fold_onnx",
     "merge_checkpoint",
     "to_lora",
@@ -39,11 +36,9 @@ _HOMES = {
     "FoldReport": "exporters.fold.fold_report",
     "LoraReport": "exporters.lora_form",
     "MergeReport": "exporters.checkpoint_merge",
-    "TritonReport": "exporters.triton",
     "VerifyReport": "exporters.verify_report",
     "export_adapter": "exporters.adapter_export",
     "export_onnx": "exporters.onnx",
-    "export_triton": "exporters.triton",
     "fold_onnx": "exporters.onnx_fold",
     "merge_checkpoint": "exporters.checkpoint_merge",
     "to_lora": "exporters.lora_form",

@@ -83,7 +83,7 @@ def test_files_are_changed_without_torch(name: str, made: Path, tmp_path: Path) 
 
 
 def test_help_and_bad_input_import_nothing_heavy(made: Path, tmp_path: Path) -> None:
-    commands = ["inspect", "export", "export-adapter", "fold", "verify", "to-lora", "merge", "serve", "export-triton"]
+    commands = ["inspect", "export", "export-adapter", "fold", "verify", "to-lora", "merge", "serve"]
     assert run(*((command, "--help") for command in commands)) == [(0, [])] * len(commands)
     adapter = ("--adapter", made / "gralora")
     bad: list[Sequence[object]] = [

@@ -24,7 +24,6 @@ from gralora_fx.errors import GraloraError
 from gralora_fx.exporters import (
     export_adapter,
     export_onnx,
-    export_triton,
     fold_onnx,
     merge_checkpoint,
     to_lora,
@@ -85,7 +84,6 @@ READING: dict[str, Callable[[Made, Any], object]] = {
     "to_lora": lambda made, path: to_lora(path, made.onnx.parent / "new"),
     "merge_checkpoint: base": lambda made, path: merge_checkpoint(path, made.adapter, made.onnx.parent / "new"),
     "merge_checkpoint: adapter": lambda made, path: merge_checkpoint(made.base, path, made.onnx.parent / "new"),
-    "export_triton: export": lambda made, path: export_triton(path, made.onnx.parent / "new"),
     "load": lambda made, path: load(path),
     "OrtModel.load_adapter": lambda made, path: made.served.load_adapter("x", path),
 }
@@ -101,7 +99,6 @@ WRITING: dict[str, Callable[[Made, Any], object]] = {
     "fold_onnx": lambda made, path: fold_onnx(made.onnx, made.adapter, path),
     "to_lora": lambda made, path: to_lora(made.adapter, path),
     "merge_checkpoint": lambda made, path: merge_checkpoint(made.base, made.adapter, path),
-    "export_triton": lambda made, path: export_triton(made.onnx, path),
 }
 FILES: dict[str, Callable[[Made, Any], object]] = {
     "to_html": lambda made, path: made.model.to_html(path),

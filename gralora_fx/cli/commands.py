@@ -18,7 +18,7 @@ from gralora_fx.base.sources.model_files import RECORD
 from gralora_fx.cli.export import check_base, export
 from gralora_fx.cli.generate import generate
 from gralora_fx.cli.serve import serve
-from gralora_fx.cli.values import check_rounding, export_directory, read_adapters
+from gralora_fx.cli.values import check_rounding
 from gralora_fx.cli.verify import verify
 from gralora_fx.cli.wording import Command, Group, notes, show
 from gralora_fx.core.config.checks import check_integer
@@ -193,37 +193,6 @@ def merge(
             from gralora_fx.exporters.checkpoint_merge import merge_checkpoint
         options: dict[str, Any] = {"overwrite": overwrite, "strict_base": strict_base, "base_quantization": how}
         report = merge_checkpoint(name, adapter, output, **options)
-    show(report, verbose=verbose)
-
-
-@command("export-triton", example="export-triton --onnx onnx --output models")
-def export_triton(
-    output: opt.Repository,
-    onnx: opt.OnnxToRun = None,
-    directory: opt.Directory = None,
-    name: opt.ModelName = None,
-    adapter: opt.AdapterFiles = None,
-    max_batch: opt.TritonBatch = 8,
-    threads: opt.TritonThreads = None,
-    overwrite: opt.ReplaceModel = False,
-    verbose: opt.Verbose = False,
-) -> None:
-    """Write an export for NVIDIA's Triton server.
-
-    It becomes a model of a model repository, for Triton's ONNX Runtime backend.
-    """
-    with CommandProgress():
-        with timed("importing"):
-            from gralora_fx.exporters import export_triton as write
-        report = write(
-            export_directory(onnx, directory),
-            output,
-            name=name,
-            adapters=read_adapters(adapter),
-            max_batch=max_batch,
-            threads=threads,
-            overwrite=overwrite,
-        )
     show(report, verbose=verbose)
 
 

@@ -141,39 +141,12 @@ Rank = Annotated[
         metavar="N", help="Shorten every update to this rank, which loses a part of it.  [default: the exact rank]"
     ),
 ]
-# of serve, generate and export-triton, which took the directory without a name before
+# of serve and generate, which took the directory without a name before
 OnnxToRun = Annotated[
     Path | None,
     text_option("--onnx", metavar="DIR", help="Read the export in this directory.", rich_help_panel=REQUIRED),
 ]
 Directory = Annotated[Path | None, typer.Argument(metavar="DIR", hidden=True, callback=utf8)]
-# of export-triton
-Repository = Annotated[
-    Path,
-    text_option("--output", metavar="DIR", help="Add the model to this model repository, whose other models stay."),
-]
-ModelName = Annotated[
-    str | None,
-    text_option("--name", metavar="NAME", help="Give the model this name.  [default: the export directory's]"),
-]
-AdapterFiles = Annotated[
-    list[str] | None,
-    text_option(
-        "--adapter",
-        metavar="NAME=FILE",
-        help="Add this .onnx_adapter file to those of the export, which has adapters as data; may be repeated.",
-    ),
-]
-TritonBatch = Annotated[
-    int, typer.Option("--max-batch", min=1, metavar="N", help="Let Triton run at most this many rows together.")
-]
-TritonThreads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", min=1, metavar="N", help="Compute on this many threads.  [default: ONNX Runtime's choice]"
-    ),
-]
-ReplaceModel = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model of the same name.")]
 # of demo
 DemoOutput = Annotated[Path, text_option(metavar="DIR", help="Write to this directory.")]
 Epochs = Annotated[int, typer.Option(min=1, metavar="N", help="Train MiniLM on all texts this many times.")]

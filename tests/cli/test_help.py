@@ -50,12 +50,10 @@ def test_no_type_of_the_parser_is_shown(command: str) -> None:
 def test_a_thing_has_one_name(command: str) -> None:
     """Commands that read an export take --onnx, those that write take --output; older names are options still."""
     params = {param.opts[0]: param for param in COMMANDS[command].params}
-    assert ("--onnx" in params) == (
-        command in ("export-adapter", "fold", "verify", "serve", "generate", "export-triton")
-    )
-    writes = ("export", "fold", "to-lora", "merge", "export-triton", "demo")
+    assert ("--onnx" in params) == (command in ("export-adapter", "fold", "verify", "serve", "generate"))
+    writes = ("export", "fold", "to-lora", "merge", "demo")
     assert ("--output" in params) == (command in writes)
-    assert not {"--base", "--name", "--directory"} & set(params) or command == "export-triton"
+    assert not {"--base", "--name", "--directory"} & set(params)
     text = run(command, "--help").stdout
     older = {name for param in params.values() for name in param.opts[1:] if name.startswith("--")}
     assert not [name for name in older if re.search(rf"{name}\b(?!-)", text) and name not in params]
@@ -66,7 +64,6 @@ def test_a_thing_has_one_name(command: str) -> None:
     [
         (("verify", "--output", "{empty}"), "no gralora_export.json in {empty}, which is empty"),
         (("serve", "{empty}"), "no gralora_export.json in {empty}, which is empty"),
-        (("export-triton", "{empty}", "--output", "{new}"), "no gralora_export.json in {empty}, which is empty"),
         (("generate", "{empty}", "--prompt", "x"), "no gralora_export.json in {empty}, which is empty"),
     ],
 )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.exporters.rules.branches import add_function
 from gralora_fx.exporters.rules.builder import Builder, Operand, add_input
 from gralora_fx.exporters.rules.rows.flatten_tokens import FlatTokens
@@ -276,28 +274,3 @@ def _rows(build: Builder, x: ir.Value, ids: ir.Value) -> Groups:
 
 def _shown(x: ir.Value) -> str:
     return f"[{', '.join(map(str, x.shape or ()))}]"
-
-
-@dataclass(frozen=True)
-class ConstantAdapters:
-    """Gives the stacked adapter tensors of a model their values, so that each row chooses among fixed adapters.
-
-    Before:
-        graph(input_ids, adapter_ids, query.gralora_A, ...)
-    After:
-        graph(input_ids, adapter_ids)      with initializers query.gralora_A, ...
-    """
-
-    arrays: Mapping[str, NDArray[Any]]  # the tensors of all adapters, stacked, by the names of the inputs
-
-    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Change the model."""
-        graph = model.graph
-        values = {value.name: value for value in graph.inputs}
-        for name, array in self.arrays.items():
-            value = values[name]
-            graph.inputs.remove(value)
-            value.const_value = ir.Tensor(array, name=name)
-            value.shape = ir.Shape(array.shape)
-            graph.register_initializer(value)
-        return PassResult(len(self.arrays))
