@@ -70,8 +70,9 @@ endef
 $(VENV)/bin/python:
 	$(call saying,making $(VENV),$(PYTHON) -m venv $(VENV))
 
+# with what the README's next lines need: PEFT, the service and a client of it
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	$(call saying,installing gralora-fx[demo],$(BIN)/python -m pip install --quiet --editable '.[demo]')
+	$(call saying,installing gralora-fx[demo$(comma)train$(comma)serve],$(BIN)/python -m pip install --quiet --editable '.[demo$(comma)train$(comma)serve]' openai)
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python

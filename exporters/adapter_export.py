@@ -12,7 +12,7 @@ from typing import Any
 from gralora_fx.base.progress.report import Invocation, Report, Summary, size_of
 from gralora_fx.base.sources.same_base import BaseComparison, compare_bases, read_config_fields
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter, open_adapter
-from gralora_fx.errors import CheckpointError, ExportError, command, listed, option, warn_caller
+from gralora_fx.errors import CheckpointError, ExportError, an, command, listed, option, warn_caller
 from gralora_fx.exporters.artifact.exported_adapters import Changes, adapter_tensors, write_adapter
 from gralora_fx.format.adapter_paths import SUFFIX, check_can_act, check_name, check_takes_adapters
 from gralora_fx.format.export_directory import ADAPTERS, DECODER_KIND
@@ -183,7 +183,7 @@ def _check_takes(stored: StoredAdapter, onnx_dir: str | Path, manifest: Manifest
     inputs = manifest.adapter_inputs
     if stored.method.scales_rows and inputs is not None and not inputs.scaled:
         raise ExportError(
-            f"{stored.directory} is a {stored.method.config.TITLE} adapter, which scales the outputs of layers, and "
+            f"{stored.directory} is {an(stored.method.config.TITLE)} adapter, which scales the outputs of layers, and "
             f"{onnx_dir} was exported with adapters that do not, so it takes none; export the model with "
             f"{option(adapters='data')} and {option(dora=True)}, or with this adapter merged "
             f"({option(adapters='merged')})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,6 @@ from gralora_fx.core.graph.pipeline import PassLog, PassReport, Skip
 from gralora_fx.errors import joined, option
 from gralora_fx.exporters.verify_report import VerifyReport
 from gralora_fx.format.adapter_inputs import AdapterInputs
-from gralora_fx.format.export_directory import ROWS_NAME
 from gralora_fx.format.export_usage import comparison_of
 from gralora_fx.format.manifest import RowsEntry
 from gralora_fx.format.quantized_weights import Quality, QuantizedWeights
@@ -135,7 +135,10 @@ class ExportReport(Report):
             if report is not None and report.plain:
                 found.append(f"{what} of {len(report.plain)} layer{'s' * (len(report.plain) > 1)} not fused")
         if self.rows is not None and self.rows.file is None:
-            found.append(f"no {ROWS_NAME}")
+            found.append(str(self.rows))
+        layers = () if self.quantization is None else self.quantization.layers.values()
+        for reason, count in Counter(layer.reason for layer in layers if layer.reason).items():
+            found.append(f"{count} matri{'x' if count == 1 else 'ces'} of the checkpoint rounded anew: {reason}")
         return found
 
     @property

@@ -146,6 +146,7 @@ class VersionError(GraloraError, ImportError):
     """An installed package's version lacks the private API that is used."""
 
 
+_VOWEL = re.compile("[AEIOaeio]|[Uu][np](?!i|[A-Z])|[FHLMNRSX][A-Z0-9]")  # beginnings that sound as one
 _SHOWN = 100  # characters of a value in a message
 
 
@@ -156,6 +157,11 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
         return f"a value of type {type(value).__name__}, too large to show"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def an(noun: str) -> str:
+    """Return a noun with its indefinite article, for a message: `an int`, `a UNet`, `an LSTM`."""
+    return f"{'an' if _VOWEL.match(noun) else 'a'} {noun}"
 
 
 def listed(names: Iterable[object], most: int = 20) -> str:

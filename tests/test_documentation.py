@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_paths_of_the_repository_exist(page: Path) -> None:
     named = re.findall(r"`((?:gralora_fx|exporters|tests|benchmarks|examples|docs)/[\w./]*)`", page.read_text("utf-8"))
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@every_page
+def test_names_of_public_modules_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"((?:`\w+`(?:, | and |\s))+)of\s+`(gralora_fx(?:\.\w+)*)`", text)
+    names = [(module, name) for listed, module in found for name in re.findall(r"`(\w+)`", listed)]
+    assert [(module, name) for module, name in names if not hasattr(import_module(module), name)] == []
 
 
 @every_page

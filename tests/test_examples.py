@@ -189,3 +189,15 @@ def test_the_classifier_is_compared_with_peft(tmp_path: Path, capsys: pytest.Cap
     assert [name for name, _ in found] == ["peft", "gralora_fx.peft"]
     theirs, ours = (metrics_of(tmp_path / "out" / f"{name}-0") for name in ("peft", "gralora_fx.peft"))
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-3)  # both begin at the same model
+
+
+def test_own_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_example("own_method.py", "--output", tmp_path)
+    output = capsys.readouterr().out
+    first, *_, last = map(float, re.findall(r"loss (\d\.\d+)", output))
+    assert last < first / 2
+    assert "saved and loaded: equal True" in output
+    assert "exported, compared: True" in output
+    differences = re.findall(r"differs? by (\S+)$", output, re.MULTILINE)
+    assert len(differences) == 2
+    assert all(float(difference) < 1e-4 for difference in differences)

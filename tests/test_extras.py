@@ -54,6 +54,17 @@ def test_every_module_is_of_its_package() -> None:
                 assert find_spec(module) is not None
 
 
+def test_one_installation_does_the_demo_and_what_the_readme_runs_after_it(tmp_path: Path) -> None:
+    command = ["make", "-n", "demo", f"VENV={tmp_path}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    installed = re.search(r"pip install --quiet --editable '\.\[([\w,]+)\]' (.*?);", printed)
+    assert installed is not None, printed
+    assert {"demo", "train", "serve"} <= set(installed[1].split(","))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "from openai import" in readme
+    assert "openai" in installed[2].split()
+
+
 def test_a_message_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing_packages("serve") == []
     require_extra("serve", "serve", ServingError)

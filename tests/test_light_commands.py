@@ -97,6 +97,22 @@ def test_help_and_bad_input_import_nothing_heavy(made: Path, tmp_path: Path) -> 
     assert run(*bad) == [(1, [])] * len(bad)
 
 
+def test_a_package_that_is_missing_is_one_line_with_the_remedy(made: Path, tmp_path: Path) -> None:
+    without_torch = (
+        "import sys; from importlib.machinery import PathFinder; from gralora_fx.cli import main\n"
+        "find = PathFinder.find_spec\n"
+        "PathFinder.find_spec = lambda name, *more: None if name.split('.')[0] == 'torch' else find(name, *more)\n"
+        "main()"
+    )
+    export = ["export", "--model", str(made / "base"), "--output", str(tmp_path / "onnx")]
+    result = subprocess.run([sys.executable, "-c", without_torch, *export], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    remedy = "pip install gralora-fx (in a clone: pip install -e .) installs all that it needs"
+    assert result.stderr.splitlines()[-1] == (f"error: gralora-fx export needs torch, which is not installed; {remedy}")
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_onnxruntime_reports_nothing(made: Path, tmp_path: Path) -> None:
     """Its official builds write a device id below the home, and send what they know of models."""
     code = f"import gralora_fx, onnxruntime\nonnxruntime.InferenceSession({str(made / 'onnx' / 'model.onnx')!r})"

@@ -18,7 +18,7 @@ from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.methods import config_from_fields, method_of
 from gralora_fx.core.planning.targets import rule_of, trains_whole_at
-from gralora_fx.errors import ExportError, MergeError, first_line, listed, marked, option, warn_caller
+from gralora_fx.errors import ExportError, MergeError, an, first_line, listed, marked, option, warn_caller
 from gralora_fx.exporters.rules.products.initializers import initializer_names
 from gralora_fx.exporters.rules.products.stored_rows import external_tensors, stored_bytes
 from gralora_fx.format.export_checks import check_files, weight_files
@@ -150,8 +150,8 @@ def check_earlier_adapters(manifest: Manifest, adapter: StoredAdapter, sha256: s
             if not method_of(config).IS_ADDITIVE and (shared := sorted(_adapted_again(earlier, adapter))):
                 raise MergeError(
                     f"{adapter.directory} and the adapter {name!r} of the export both adapt {listed(shared, 3)}, and "
-                    f"what a {config.TITLE} adapter does there depends on the weight; fold one of them into the base's "
-                    f"export, or give {option(force=True)}, so that the last fold acts on the result of the others"
+                    f"what {an(config.TITLE)} adapter does there depends on the weight; fold one of them into the "
+                    f"base's export, or give {option(force=True)}, so that the last acts on the result of the others"
                 )
 
 

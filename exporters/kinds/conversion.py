@@ -17,7 +17,7 @@ from gralora_fx.core.methods import method_of
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.rewrite import merge_lazily
 from gralora_fx.core.tracing.traced_model import CALL_TRACE, TracedModel
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, an
 from gralora_fx.exporters.formats import KEPT, Blocks, Format
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.rules.onnx_pipeline import export_log
@@ -120,7 +120,7 @@ def fold_adapters(model: TracedModel | GraloraModel) -> TracedModel:
         return model
     if not isinstance(model, GraloraModel):
         raise ExportError(
-            f"cannot export a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned"
+            f"cannot export {an(type(model).__name__)}; {CALL_TRACE} and give what it or rewrite() returned"
         )
     return merge_lazily(model) if model.active_adapters else model.traced
 
@@ -143,7 +143,7 @@ def is_streamed(model: TracedModel | GraloraModel) -> bool:
 def check_runnable(model: TracedModel | GraloraModel) -> None:
     """Check that a model is a traced or rewritten one whose weights have values."""
     if not isinstance(model, (TracedModel, GraloraModel)):
-        raise ExportError(f"cannot run a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned")
+        raise ExportError(f"cannot run {an(type(model).__name__)}; {CALL_TRACE} and give what it or rewrite() returned")
     traced = base_trace(model)
     for name, parameter in traced.tree.parameters.items():
         if parameter.is_meta and not is_lazy(parameter):

@@ -19,11 +19,12 @@ def use_huge_pages() -> None:
     systems give them on request (`madvise`), and glibc requests them if a variable is set when a program starts: so it
     is set, and the program replaces itself, keeping its process id and printing one line to stderr. First use of memory
     takes longer then, so this is for long-running programs. Nothing happens on other systems, if the variable is set
-    already, if the program was not started by its arguments, or if the interpreter cannot be restarted.
+    already, if the program was not started by its arguments as `serve`, or if the interpreter cannot be restarted.
     """
     tunables = os.environ.get(VARIABLE, "")
     own = sys.argv[1:]
-    if TUNABLE in tunables or sys.orig_argv[len(sys.orig_argv) - len(own) :] != own or not _on_request():
+    is_started = sys.orig_argv[len(sys.orig_argv) - len(own) :] == own and "serve" in own[:1]
+    if TUNABLE in tunables or not is_started or not _on_request():
         return
     os.environ[VARIABLE] = ":".join([*([tunables] if tunables else []), f"{TUNABLE}=1"])
     sys.stderr.write(f"restarting with huge pages, for faster memory: {VARIABLE}={os.environ[VARIABLE]}\n")

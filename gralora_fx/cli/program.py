@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 from typer.main import get_command
 
+from gralora_fx.base.compat.packages import is_installed
 from gralora_fx.cli.commands import app
 from gralora_fx.cli.wording import name_of, notes
 from gralora_fx.errors import GraloraError, in_command
@@ -49,6 +50,13 @@ def main() -> None:
         sys.exit(program(prog_name="gralora-fx", standalone_mode=False))
     except GraloraError as error:
         notes.print(f"error: {in_command(error)}", markup=False)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if not missing or is_installed(missing):
+            raise  # an error of a package's own
+        remedy = "pip install gralora-fx (in a clone: pip install -e .) installs all that it needs"
+        notes.print(f"error: gralora-fx {running} needs {missing}, which is not installed; {remedy}", markup=False)
         sys.exit(1)
     except _UsageError as error:
         command = program if running is None else program.commands[running]

@@ -14,6 +14,7 @@ from gralora_fx.base.compat.packages import require_extra
 from gralora_fx.base.features import parts
 from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import timed
+from gralora_fx.cli.huge_pages import use_huge_pages
 from gralora_fx.cli.options import Directory, OnnxToRun
 from gralora_fx.cli.values import Declared, export_directory, read_adapters, takes, text_option
 from gralora_fx.core.config.option import declared_options
@@ -111,6 +112,7 @@ def serve(
     else:
         _check_idle("has no effect without --engine ray", {"--replicas": replicas})
     read_manifest(path, ServingError)  # before anything slow is imported
+    use_huge_pages()  # now, since the restarted program repeats what was imported
     if engine == "ray":
         _check_idle(
             "has no effect with --engine ray, whose proxy takes the connections",

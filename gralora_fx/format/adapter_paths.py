@@ -12,6 +12,7 @@ from gralora_fx.format.export_directory import ADAPTERS, DECODER_KIND, check_own
 from gralora_fx.format.manifest import Manifest
 
 SUFFIX = ".onnx_adapter"
+PICKLED, _PICKLES = "adapter_model.bin", {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -85,7 +86,14 @@ def adapter_path(value: object) -> Path:
     return path
 
 
+def pickled(name: str) -> ServingError:
+    """Return the error for an adapter that is a pickle, or a directory that holds one."""
+    return ServingError(f"{name} is pickled; only safetensors is read: save it again, with PEFT's save_pretrained")
+
+
 def check_adapter_kind(path: Path, is_directory: bool, name: str) -> None:
     """Check that a path is a directory, or has the name of an adapter file."""
+    if not is_directory and path.suffix in _PICKLES:
+        raise pickled(name)
     if not is_directory and path.suffix != SUFFIX:
         raise ServingError(f"{name} is neither an {SUFFIX} file nor a directory that PEFT saved an adapter to")

@@ -140,11 +140,12 @@ class Quality:
         """The agreement with the float32 model's answers in a few words, to follow the quantization's name."""
         if self.tokens:
             least = min(self.tokens, key=lambda found: found.argmax_agreement)
-            share = f"{100 * least.argmax_agreement:.1f} % of positions"
+            share = f"{100 * least.argmax_agreement:.1f} % of {least.positions:,} positions"
             return f"keeps float32's next token at {share}, KL divergence {least.kl_divergence:.4f}"
-        agreements = [found.argmax_agreement for found in self.outputs if found.argmax_agreement is not None]
+        agreements = [(one.argmax_agreement, one.rows) for one in self.outputs if one.argmax_agreement is not None]
         if agreements:
-            return f"keeps {100 * min(agreements):.1f} % of float32's answers"
+            fewest, rows = min(agreements)
+            return f"keeps {100 * fewest:.1f} % of float32's {rows:,} answers"
         cosines = [found.min_cosine for found in self.outputs if found.min_cosine is not None]
         return f"differs from float32 by a cosine of {min(cosines):.4f} at least" if cosines else "was compared"
 

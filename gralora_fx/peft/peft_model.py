@@ -13,7 +13,7 @@ from gralora_fx.core.methods import read_config
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ConfigError, MergeError, RewriteError
+from gralora_fx.errors import ConfigError, MergeError, RewriteError, an
 from gralora_fx.peft.peft_arguments import check_adapter_dtype, check_unsupported, name_of, traced_with_cache
 from gralora_fx.peft.peft_configs import own_config
 
@@ -68,7 +68,7 @@ class PeftModel(GraloraModel):
     def __new__(cls, traced: TracedModel, *_: Any, **__: Any) -> Self:
         """Create a model over a trace."""
         if isinstance(traced, nn.Module):
-            raise RewriteError(f"a {cls.__name__} is made by get_peft_model(model, config); call that")
+            raise RewriteError(f"{an(cls.__name__)} is made by get_peft_model(model, config); call that")
         return super().__new__(cls, traced)  # type: ignore[return-value]
 
     @classmethod
@@ -216,7 +216,7 @@ class PeftModel(GraloraModel):
         state_dict: Mapping[str, Tensor] | None = None,
         **others: Any,
     ) -> None:
-        """Write adapters and the model's card, `README.md`, as PEFT does.
+        """Write adapters and the model's card, `README.md`, with PEFT's arguments.
 
         Args:
             save_directory: Where to write.
@@ -241,9 +241,6 @@ class PeftModel(GraloraModel):
             is_main_process=is_main_process,
             state_dict=state_dict,
         )
-        if is_main_process:
-            write_card: Any = self.create_or_update_model_card  # PEFT's method
-            write_card(str(save_directory))
 
     # -- the base ---------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.methods import method_of
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import RewriteError
+from gralora_fx.errors import RewriteError, an
 
 PLANNED = "planned"  # name and state of the adapter of a plan not carried out
 _LONGEST_TARGETS = 80  # characters of `target_modules` that are shown at once
@@ -154,7 +154,7 @@ def read_facts(model: TracedModel | AdaptedModel, plan: RewritePlan | None = Non
         if plan is not None:
             plan.check_fits(traced.adaptable)
     elif not hasattr(model, "adapter"):
-        raise RewriteError(f"cannot draw a {type(model).__name__}; give what trace() or rewrite() returned")
+        raise RewriteError(f"cannot draw {an(type(model).__name__)}; give what trace() or rewrite() returned")
     elif plan is not None:
         raise RewriteError("a rewritten model has plans of its own; leave plan out, or give the traced model with it")
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, an
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST, StepInput, beside_ids
 from gralora_fx.run.engine.limits import context_length
@@ -95,7 +95,7 @@ class CallInputs:
         elif not parts and dataclasses.is_dataclass(value):
             parts = vars(value)
         if not parts:
-            raise ServingError(f"input {name!r} is a {type(value).__name__}; give a list, tuple or dict of its parts")
+            raise ServingError(f"input {name!r} is {an(type(value).__name__)}; give a list, tuple or dict of its parts")
         for key, part in parts.items():
             yield from self._parts(f"{name}.{key}", part)
 

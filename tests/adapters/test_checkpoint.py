@@ -157,9 +157,10 @@ def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
     model = rewrite(traced("bert"), GraloraConfig(r=8, target_modules={"query", "value", "key"}))
     for side in ("a", "b"):
         model.save_pretrained(tmp_path / side)
-    for file in ("adapter_config.json", WEIGHTS_NAME):
+    files = ["README.md", "adapter_config.json", WEIGHTS_NAME]
+    for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", WEIGHTS_NAME]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == files
 
 
 def test_other_adapters_are_saved_in_folders_of_their_name(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import run
 
 from gralora_fx.cli import huge_pages
+from gralora_fx.format.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 
 ARGUMENTS = ["serve", "--onnx", "there"]
 
@@ -93,15 +95,29 @@ def test_a_command_that_decodes_runs_with_them(monkeypatch: pytest.MonkeyPatch) 
     assert text.split() == [f"{huge_pages.TUNABLE}=1", str(process.pid), "serve", "x", "y"]
 
 
-def test_the_program_is_replaced_before_it_imports_its_commands() -> None:
-    code = (
-        "import sys; from gralora_fx import cli\n"
-        "cli.use_huge_pages = lambda: sys.exit([name for name in ('typer', 'gralora_fx.cli.commands') "
-        "if name in sys.modules])\n"
-        "cli.main()"
-    )
-    command = [sys.executable, "-c", code, *ARGUMENTS]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert (result.returncode, result.stderr.strip()) == (1, "[]")
-    help_shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
-    assert (help_shown.returncode, "Usage" in help_shown.stdout) == (0, True)
+def test_the_program_is_replaced_once_the_export_is_found_and_before_the_service_is_imported(
+    tmp_path: Path, started: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["serve", "--onnx", str(tmp_path)]
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "gralora_fx.cli", *arguments])
+    assert "no gralora_export.json" in run(*arguments).error  # and nothing of a restart
+    assert started == []
+    (tmp_path / MANIFEST_NAME).write_text(Manifest(SCHEMA_VERSION, None, "fp32").to_json(), encoding="utf-8")
+
+    def replace(*call: object) -> None:
+        sys.exit(int("gralora_fx.service.app" in sys.modules))
+
+    monkeypatch.setattr(huge_pages.os, "execv", replace)
+    monkeypatch.delitem(sys.modules, "gralora_fx.service.app", raising=False)
+    found = run(*arguments)
+    assert (found.status, found.stderr.startswith("restarting with huge pages")) == (0, True)
+
+
+@pytest.mark.parametrize("arguments", [["-q", "tests"], ["generate", "serve"], []])
+def test_other_commands_and_programs_go_on(
+    arguments: list[str], started: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gralora-fx", *arguments])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "gralora_fx.cli", *arguments])
+    huge_pages.use_huge_pages()
+    assert started == []

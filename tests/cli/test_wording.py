@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from gralora_fx import GraloraConfig, LoraConfig, errors
 from gralora_fx.base.progress.report import Report, Summary
 from gralora_fx.cli import app
 from gralora_fx.cli.wording import show
-from gralora_fx.errors import ConfigError, command, in_command, marked, option
+from gralora_fx.errors import ConfigError, an, command, in_command, marked, option
 from gralora_fx.format.export_usage import comparison_of
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
@@ -155,6 +156,27 @@ def test_an_error_keeps_its_remedies_in_another() -> None:
     assert in_command(again) == "a: it exists; give --overwrite, or --output to gralora-fx to-lora"
     assert in_command(ConfigError(option(model="a b"))) == "--model 'a b'"
     assert repr(ConfigError(option(full=False))) == "ConfigError('full=False')"
+
+
+def test_a_value_has_the_article_that_fits() -> None:
+    assert [an(noun) for noun in ("int", "output scale", "LSTM", "Embedding", "Upsample")] == [
+        "an int",
+        "an output scale",
+        "an LSTM",
+        "an Embedding",
+        "an Upsample",
+    ]
+    assert [an(noun) for noun in ("list", "UNet", "uint8", "LoRA")] == ["a list", "a UNet", "a uint8", "a LoRA"]
+
+    def fixed(file: Path) -> Iterator[str]:
+        parts = ((node.lineno, node.values) for node in nodes(file) if isinstance(node, ast.JoinedStr))
+        for line, values in parts:
+            for before, value in pairwise(values):
+                text = before.value if isinstance(before, ast.Constant) else ""
+                if re.search(r"\ba $", str(text)) and isinstance(value, ast.FormattedValue):
+                    yield f"{line}: {text}{ast.unparse(value)}"
+
+    assert faults(FILES, fixed) == {}
 
 
 def test_the_library_names_no_option() -> None:

@@ -141,7 +141,7 @@ TEXTS = {
     "list": ("[]", "holds a list, not an object"),
     "null": ("null", "holds a NoneType, not an object"),
     "string": ('"GRALORA"', "holds a str, not an object"),
-    "number": ("3", "holds a int, not an object"),
+    "number": ("3", "holds an int, not an object"),
     "empty": ("", "is not valid JSON"),
     "twice": ('{"peft_type": "GRALORA", "r": 8, "r": 16}', "the key 'r' is in it twice"),
     "twice within": ('{"peft_type": "GRALORA", "rank_pattern": {"q": 4, "q": 8}}', "the key 'q' is in it twice"),

@@ -25,6 +25,7 @@ from gralora_fx.exporters import export_onnx, fold_onnx, merge_checkpoint, to_lo
 from gralora_fx.exporters.reports import AttentionReport, ExportReport
 from gralora_fx.exporters.verify_report import RoundingCheck, TensorCheck, TokenCheck, VerifyReport
 from gralora_fx.format.manifest import RowsEntry
+from gralora_fx.format.quantized_weights import OutputQuality, Quality, TokenQuality
 
 NAMES = ("first", "second", "third")
 
@@ -116,7 +117,7 @@ def test_what_must_not_be_missed_is_counted_and_named() -> None:
     )
     assert str(report).splitlines()[-1] == (
         "note: 2 differences above 0.0001, which float32's rounding explains; attention of 2 layers not fused; "
-        "no model_rows.onnx"
+        "no model_rows.onnx: of this test"
     )
     assert all(reason in report.details for reason in ("layer.1: its mask", "of this test", str(explained)))
     without = str(dataclasses.replace(report, verification=None)).splitlines()[0]
@@ -174,3 +175,13 @@ def test_the_command_of_a_report_can_be_pasted(exported: tuple[Path, GraloraMode
     assert program == "gralora-fx"
     assert arguments[:3] == ["generate", "--onnx", str(report.output_dir)]
     assert run(*arguments).status == 0
+
+
+def test_the_effect_of_few_bits_says_of_how_many_answers() -> None:
+    def logits(share: float, rows: int) -> OutputQuality:
+        return OutputQuality("logits", rows, share, 0.1, None, None)
+
+    quality = Quality("200 given texts", (logits(1.0, 200), logits(0.995, 1200)))
+    assert quality.outcome == "keeps 99.5 % of float32's 1,200 answers"
+    tokens = Quality("2 texts", tokens=(TokenQuality(None, 2, 3456, 0.5, 0.01, 4, 2.0),))
+    assert tokens.outcome == "keeps float32's next token at 50.0 % of 3,456 positions, KL divergence 0.0100"

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor, GotOcr2Processor
 
 from gralora_fx import GraloraConfig, rewrite, trace
+from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.features.images.program_graphs import DECODER
 from gralora_fx.serving import load
@@ -63,6 +64,11 @@ def test_chats_with_images_are_answered_as_by_transformers_processors(name: str,
         answers.append(processor.decode(tokens, skip_special_tokens=True))
         torch.testing.assert_close(torch.from_numpy(decoder.step({row: ids})[row]), expected, rtol=1e-4, atol=1e-4)
         decoder.close(row)
+    for prompts, images in ((ids, several[0]), ([ids, "A text."], [several[0], None])):
+        with pytest.raises(
+            ServingError, match=r"prompts as text or chats.*give the text in place of ids, or the ids with in"
+        ):
+            model.generate(prompts, images=images, max_new_tokens=_NEW)
     text = model.generate("A text.", max_new_tokens=_NEW)
     chats = [_chat(1), "A text.", _chat(3)]
     found = model.generate(chats, images=[several[0], None, several[1]], max_new_tokens=_NEW)

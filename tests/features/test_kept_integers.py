@@ -261,6 +261,9 @@ def test_a_merged_layer_is_rounded_anew_and_the_report_says_so(base: Path, adapt
     assert report.quality.tokens[0].kl_divergence < 0.01
     assert read_manifest(tmp_path / "export").quantization == report.quantization
     assert distance(logits(adapted), logits(load(tmp_path / "export"))) < 0.1
+    unverified = export_onnx(model, tmp_path / "export", verify=False)
+    note = "2 matrices of the checkpoint rounded anew: an adapter is merged into it"
+    assert all(note in str(one).splitlines()[-1] for one in (report, unverified))
     with_floats = export_onnx(model, tmp_path / "export", quantize="float")
     assert with_floats.quantization is None
     assert distance(logits(adapted), logits(load(tmp_path / "export"))) < 1e-5

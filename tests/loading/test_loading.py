@@ -17,7 +17,7 @@ from gralora_fx.cli import app
 from gralora_fx.core.loading.adapter_facts import base_name
 from gralora_fx.core.loading.bases import load_base, load_traced
 from gralora_fx.core.loading.models import load_model, load_streamed
-from gralora_fx.errors import CheckpointError, ConfigError, TraceError
+from gralora_fx.errors import CheckpointError, ConfigError, GraloraError, TraceError, in_command
 
 CLASSIFIER = "text-classification"
 
@@ -160,6 +160,24 @@ def test_the_base_that_an_adapter_was_made_for_is_named(folder: Path, tmp_path: 
     assert "it was made for owner/own-base, so give that base as model=..." in headline
     assert len(problems) == 2  # A and B of one layer
     assert all(problem.startswith("- base_model.model.bert.encoder.layer.") for problem in problems)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_another_base_is_said_before_what_follows_from_it(folder: Path, tmp_path: Path, stream: bool) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "decoder")
+    lora = peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS", modules_to_save=[])
+    peft.get_peft_model(tiny_model("bert", num_labels=3), lora).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder / "classifier")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(GraloraError) as error:
+        load_traced(str(tmp_path / "decoder"), str(tmp_path / "adapter"), None, stream=stream)
+    first, second, *_ = str(error.value).splitlines()
+    used = f"is used with {tmp_path / 'decoder'}, another base: model_type bert and llama"
+    assert first.startswith(f"the adapter {tmp_path / 'adapter'} was made for {folder / 'classifier'}, and {used}")
+    assert first.endswith("give that base as model=..., or another as adapter=...:")
+    assert second.startswith(f"- {tmp_path / 'decoder'} ")
+    assert "--model, or another as --adapter" in in_command(error.value)
 
 
 def test_an_adapter_whose_configuration_is_not_that_of_its_tensors_does_not_blame_its_base(

@@ -174,7 +174,7 @@ def test_all_linear_of_a_mixture_means_its_experts_as_in_peft(tmp_path: Path) ->
 
 
 def test_an_embedding_is_refused_by_name() -> None:
-    with pytest.raises(TargetError, match=r"model\.embed_tokens is a Embedding, not a linear layer"):
+    with pytest.raises(TargetError, match=r"model\.embed_tokens is an Embedding, not a linear layer"):
         plan(traced("llama"), LoraConfig(target_modules=["q_proj", "embed_tokens"]))
 
 

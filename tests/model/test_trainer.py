@@ -347,7 +347,8 @@ def test_what_accelerate_gives_when_it_saves(pair_of: Any, tmp_path: Path) -> No
     unwrapped.save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other").exists()
     unwrapped.save_pretrained(tmp_path / "kept", state_dict=accelerator.get_state_dict(prepared), **options)
-    assert {file.name for file in (tmp_path / "kept").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in (tmp_path / "kept").iterdir()} == files
     with pytest.raises(CheckpointError, match="writes a pickle"):
         unwrapped.save_pretrained(tmp_path, safe_serialization=False)
 

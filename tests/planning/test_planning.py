@@ -14,7 +14,7 @@ from tiny_models import TINY, tiny_model
 from torch import Tensor, nn
 from traces import source, traced
 
-from gralora_fx import GraloraConfig, RewritePlan, plan, trace
+from gralora_fx import GraloraConfig, LoraConfig, RewritePlan, plan, trace
 from gralora_fx.errors import TargetError
 
 
@@ -443,3 +443,42 @@ def test_one_of_several_layer_patterns_that_finds_nothing_is_a_warning() -> None
         UserWarning, match="layers_pattern 'layers' finds no numbered layers; the containers .* are: layer"
     ):
         planned("bert", target_modules=["query"], layers_to_transform=[0], layers_pattern=["layers", "layer"])
+
+
+class Heads(nn.Module):
+    """A body, and heads of odd widths: one behind it, one behind another head's softmax, one that is a layer twice."""
+
+    def __init__(self, inner: int = 16) -> None:
+        super().__init__()
+        self.body, self.policy, self.value = nn.Linear(16, inner), nn.Linear(inner, 7), nn.Linear(inner, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.body(x).relu()
+        return self.policy(hidden).softmax(-1), self.value(hidden) + self.value(hidden * 2)
+
+
+def test_all_linear_leaves_out_heads_that_blocks_do_not_fit_with_the_reason() -> None:
+    config = GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False)
+    found = plan(trace(Heads(), (torch.randn(3, 16),)), config)
+    assert [entry.site.path for entry in found.selected] == ["body"]
+    reasons = {entry.site.path: entry.reason for entry in found.rejected}
+    assert list(reasons) == ["policy", "value"]
+    widths = "in_features=16, out_features=7 must both be divisible by gralora_k=2"
+    assert reasons["policy"] == f"all-linear leaves out a head that the adapter does not fit: {widths}"
+    lora = plan(trace(Heads(), (torch.randn(3, 16),)), LoraConfig(target_modules="all-linear"))
+    assert [entry.site.path for entry in lora.selected] == ["body", "policy", "value"]
+
+
+def test_a_head_that_is_named_or_a_layer_within_is_still_an_error() -> None:
+    traced_heads = trace(Heads(), (torch.randn(3, 16),))
+    with pytest.raises(TargetError, match="value: in_features=16, out_features=1 must both be divisible by"):
+        plan(traced_heads, GraloraConfig(r=4, gralora_k=2, target_modules=["body", "value"]))
+    odd = trace(Heads(inner=15), (torch.randn(3, 16),))
+    with pytest.raises(TargetError) as caught:
+        plan(odd, GraloraConfig(r=4, gralora_k=2, target_modules="all-linear"))
+    assert str(caught.value).startswith("3 problems:\n- body: ")
+    without = GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", exclude_modules=["body"])
+    with pytest.raises(
+        TargetError, match=r"every module .* left out: all-linear leaves out a head .*; exclude_modules"
+    ):
+        plan(odd, without)

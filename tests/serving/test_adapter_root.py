@@ -50,6 +50,16 @@ def test_a_file_is_copied_with_its_record(root: Path, made: Path, tmp_path: Path
     assert copied(root, str(root / "wide.onnx_adapter"), made, tmp_path).is_file()
 
 
+@pytest.mark.parametrize("text", ["peft", "peft/adapter_model.bin", "adapter.pt"])
+def test_a_pickle_is_named_as_such(text: str, root: Path, made: Path, tmp_path: Path) -> None:
+    (root / "peft" / "adapter_model.safetensors").rename(root / "peft" / "adapter_model.bin")
+    shutil.copy(root / "peft" / "adapter_model.bin", root / "adapter.pt")
+    with pytest.raises(ServingError, match="is pickled; only safetensors is read: save it again") as told:
+        copied(root, text, made, tmp_path)
+    name = "adapter.pt" if text == "adapter.pt" else "peft/adapter_model.bin"
+    assert str(told.value).startswith(f"'{name}' is pickled")
+
+
 def test_a_root_behind_a_link_is_the_operators_choice(root: Path, made: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
     for text in ("wide.onnx_adapter", str(tmp_path / "link" / "wide.onnx_adapter"), str(root / "wide.onnx_adapter")):

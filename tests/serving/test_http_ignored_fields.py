@@ -47,6 +47,16 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of responses, by what the header names
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "verbosity": ("chats", {"verbosity": "low"}, "verbosity"),
+    "verbosity of a completion": ("completions", {"verbosity": "high"}, "verbosity"),
+    "a prediction of another kind": ("chats", {"prediction": {"type": "b", "content": "b"}}, "prediction.type"),
+    "a prediction without content": ("chats", {"prediction": {"type": "content"}}, "prediction.content"),
+    "a prediction that is a text": ("chats", {"prediction": "b"}, "prediction"),
+    "a prediction of images": (
+        "chats",
+        {"prediction": {"type": "content", "content": [{"type": "image_url", "text": "b"}]}},
+        "prediction.content.0.type",
+    ),
+    "more in a prediction": ("chats", {"prediction": {"type": "content", "content": "b", "a": 1}}, "prediction.a"),
     "verbosity of text": ("responses", {"text": {"verbosity": "high"}}, "text.verbosity"),
     "truncation": ("responses", {"truncation": "auto"}, "truncation"),
     "background": ("responses", {"background": True}, "background"),
@@ -124,6 +134,13 @@ def test_so_are_options(asked: Any, name: str) -> None:
         response = asked(**given)
         assert (response.status_code, response.headers["x-ignored-fields"]) == (200, field)
     assert "x-ignored-fields" not in asked(include=["message.output_text.logprobs"]).headers
+
+
+@pytest.mark.parametrize("name", ["chats"])
+def test_a_prediction_may_be_parts(asked: Any, name: str) -> None:
+    found = asked(prediction={"type": "content", "content": [{"type": "text", "text": "b"}]})
+    assert answer(found) == answer(asked())
+    assert found.headers["x-ignored-fields"] == "prediction"
 
 
 @pytest.mark.parametrize("name", ["embeddings"])

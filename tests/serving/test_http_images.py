@@ -269,7 +269,7 @@ def test_odd_uploads_are_each_answered_or_refused_in_a_line_and_disturb_nothing(
 @pytest.mark.parametrize(
     ("parts", "field", "text"),
     [
-        (content("https://example.org/a.png"), "messages.0.content.0.image_url.url", "not fetched from 'example.org'"),
+        (content("https://example.org/a.png"), "messages.0.content.0.image_url.url", "--allow-image-host example.org"),
         (content("/etc/passwd"), "messages.0.content.0.image_url.url", "is '/etc/passwd'; give a data: URL"),
         (content("file:///etc/passwd"), "messages.0.content.0.image_url.url", "give a data: URL"),
         (content(*[SMALL] * 4), "messages", "there are 4 images, more than 3; give fewer"),

@@ -164,7 +164,7 @@ def test_types_that_few_exports_have(kind: str) -> None:
     assert orjson.loads(orjson.dumps(to_numbers("x", values), option=orjson.OPT_SERIALIZE_NUMPY)) == [1, 0, 1]
     with pytest.raises(ServingError, match=r"not of|does not hold"):
         from_json("x", [2**70], [1], datatype)
-    with pytest.raises(ServingError, match="which the Open Inference Protocol cannot be served with"):
+    with pytest.raises(ServingError, match="which the Open Inference Protocol does not have"):
         datatype_of(SimpleNamespace(name="x", type="tensor(bfloat16)"))
 
 

@@ -235,7 +235,7 @@ def test_positional_and_keyword_examples_together() -> None:
         ((X,), {"scale": np.ones(8)}, "example input 'scale' is a numpy array"),
         ((2.0,), None, "hold no tensor"),
         ({3: X}, None, "an example input is named 3; give a dict whose keys are names"),
-        (([X, object()],), None, "example input 'x.1' is a object, which torch.export cannot take"),
+        (([X, object()],), None, "example input 'x.1' is an object, which torch.export cannot take"),
     ],
 )
 def test_examples_that_do_not_fit_are_named(args: Any, kwargs: Any, message: str) -> None:

@@ -136,7 +136,7 @@ def installation(extra: str) -> str:
 
 def missing_packages(extra: str) -> list[str]:
     """Return the packages of an extra that are not installed, by their names on PyPI."""
-    return [package for package, module in EXTRAS[extra].items() if not _is_installed(module)]
+    return [package for package, module in EXTRAS[extra].items() if not is_installed(module)]
 
 
 def require_extra(extra: str, needed_by: str, error: type[GraloraError]) -> None:
@@ -146,7 +146,8 @@ def require_extra(extra: str, needed_by: str, error: type[GraloraError]) -> None
         raise error(f"{needed_by} needs {listed(packages)}, {are} not installed: {installation(extra)}")
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Return whether a module can be imported, without importing it."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # a package around it

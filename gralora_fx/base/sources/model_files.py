@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.base.sources import ADAPTER_FILE
-from gralora_fx.errors import GraloraError, first_line, shown
+from gralora_fx.errors import GraloraError, an, first_line, shown
 
 _LONGEST = 300  # characters of a path in a message
 
@@ -141,7 +141,7 @@ def read_json_object(path: Path, error: type[GraloraError]) -> dict[str, Any]:
     """Read a JSON file that holds an object; see `read_json`."""
     content = read_json(path, error)
     if not isinstance(content, dict):
-        raise error(f"{path} holds {'null' if content is None else f'a {type(content).__name__}'}, not a JSON object")
+        raise error(f"{path} holds {'null' if content is None else an(type(content).__name__)}, not a JSON object")
     return content
 
 

@@ -145,12 +145,13 @@ class BaseComparison:
             return
         if strict:
             raise error(
-                f"{self._text(adapter)}; give the base that it was made for, or leave {option(strict_base=True)} out"
+                f"{self.text(adapter)}; give the base that it was made for, or leave {option(strict_base=True)} out"
             )
         if self.made_for and (self.used_with or self.outcome == DIFFERENT):
-            warn_caller(self._text(adapter))
+            warn_caller(self.text(adapter))
 
-    def _text(self, adapter: object) -> str:
+    def text(self, adapter: object) -> str:
+        """Say which base an adapter was made for and with which it is used, for a message."""
         if not self.made_for:
             return f"{adapter} is used with {self.used_with or 'a model without a name'}: {marked(self.reason)}"
         made_for = f"{self.made_for} (revision {self.revision})" if self.revision else self.made_for

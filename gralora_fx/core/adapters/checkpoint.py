@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Container, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
 from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers, read_adapter
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
 from gralora_fx.core.adapters.base import base_of, is_sharded
+from gralora_fx.core.adapters.model_card import CARD_NAME, write_card
 from gralora_fx.core.adapters.saved_embeddings import check_vocabulary, training
 from gralora_fx.core.adapters.saved_form import saved_config
 from gralora_fx.core.config import AdapterConfig
@@ -47,14 +48,14 @@ def save_adapters(
     if state_dict is not None and is_distributed:  # Accelerate has gathered it, and one process calls this
         if is_main_process:
             whole = {name: _whole_tensors(adapter, state_dict) for name, adapter in adapters.items()}
-            _write_adapters(adapters, whole, directory, state.base.traced)
+            _write_adapters(adapters, whole, directory, state.base.traced, model)
         return
     for adapter in adapters.values() if state_dict is not None else ():
         check_state_dict(adapter, state_dict or {})
     reshard(model)
     tensors = {name: gathered(checkpoint_parameters(adapter)) for name, adapter in adapters.items()}
     if is_main_process and (is_writer() or not is_distributed):
-        _write_adapters(adapters, tensors, directory, state.traced)
+        _write_adapters(adapters, tensors, directory, state.traced, model)
 
 
 def load_adapter(
@@ -153,16 +154,19 @@ def _write_adapters(
     tensors: Mapping[str, Mapping[str, Tensor]],
     directory: str | Path,
     traced: TracedModel,
+    model: nn.Module,
 ) -> None:
-    """Write adapters in PEFT's format, all or none.
+    """Write adapters in PEFT's format, and their card, all or none.
 
     What means another thing there, or nothing, becomes a list of adapted layers: `all-linear`, as PEFT expands it, and
     targets with `exclude_modules`, which PEFT does not know.
     """
-    writers = {
-        name: adapter_writers(saved_config(adapter, traced), functools.partial(dict, tensors[name]))
-        for name, adapter in adapters.items()
-    }
+    configs = {name: saved_config(adapter, traced) for name, adapter in adapters.items()}
+    writers = {name: adapter_writers(config, partial(dict, tensors[name])) for name, config in configs.items()}
+    if writers:
+        tags = [*([] if traced.config is None else ["transformers"]), *(getattr(model, "model_tags", None) or ())]
+        card = partial(write_card, config=next(iter(configs.values())), tags=tags, directory=directory)
+        writers[""] = {CARD_NAME: card, **writers.get("", {})}
     save_together(directory, writers, CheckpointError)
     for adapter in adapters.values():
         patterns = [name for name in adapter.config.used_patterns if name in adapter.config.BEYOND_PEFT]

@@ -21,7 +21,7 @@ from gralora_fx.core.config.checks import KEY_PREFIX, pattern_key
 from gralora_fx.core.methods import AdapterMethod, AdapterTensors, Sizes, Update, method_of
 from gralora_fx.core.methods.arrays import to_torch
 from gralora_fx.core.planning.targets import ends_with, trains_whole_at
-from gralora_fx.errors import CheckpointError, bulleted, command, listed, option
+from gralora_fx.errors import CheckpointError, an, bulleted, command, listed, option
 
 _ORIGINAL = ".original_module."  # the base's values of a saved module, which PEFT repeats where all biases train
 
@@ -165,7 +165,7 @@ def open_adapter(directory: str | Path, *, revision: str | None = None) -> Itera
         unnamed = {key: found[key] for key, name in names.items() if name is None}
         copies, repeats = _copies(others, config, found, problems)
         if not found and not problems:
-            problems.append(f"no tensor of a {config.TITLE} adapter")
+            problems.append(f"no tensor of {an(config.TITLE)} adapter")
         _check(path, problems)
         if not unnamed:
             check_agreement(config, sites, path, trained=modules_of(others))

@@ -55,10 +55,10 @@ class AdapterConfig(ABC):
 
     PEFT_TYPE: ClassVar[str]
     TITLE: ClassVar[str]
-    BIAS_MODES: ClassVar[tuple[str, ...]]
-    ADAPTED_BIASES: ClassVar[str]
-    PATTERNS: ClassVar[Mapping[str, Callable[[str, Any], None]]]
-    PATTERN_OF: ClassVar[Mapping[str, str]]
+    BIAS_MODES: ClassVar[tuple[str, ...]] = ("none",)
+    ADAPTED_BIASES: ClassVar[str] = ""
+    PATTERNS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {}
+    PATTERN_OF: ClassVar[Mapping[str, str]] = {}
     SIZE_FIELDS: ClassVar[tuple[str, ...]]
     BEYOND_PEFT: ClassVar[tuple[str, ...]] = ()
     SAVED_IF_USED: ClassVar[tuple[str, ...]] = ()

@@ -152,8 +152,8 @@ BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
 def check_row_names(adapter_names: object, count: int | None = None) -> list[str]:
-    """Check a call's adapter names: a list with one for each row, of length `count` if that is known."""
-    if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
+    """Check a call's adapter names: a list with one or None for each row, of length `count` if that is known."""
+    if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str | None) for name in adapter_names):
         raise RewriteError(
             f"adapter_names has the name of an adapter for each row ({BASE!r} for none), but got {shown(adapter_names)}"
         )
@@ -162,7 +162,7 @@ def check_row_names(adapter_names: object, count: int | None = None) -> list[str
             f"adapter_names names the adapter of each row: the batch has {count} rows, and {len(adapter_names)} names "
             "are given"
         )
-    return list(adapter_names)
+    return [BASE if name is None else name for name in adapter_names]
 
 
 def check_adapter_name(name: object) -> None:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from gralora_fx.errors import ConfigError, listed, shown
+from gralora_fx.errors import ConfigError, an, listed, shown
 
 # names of the same setting here, in PEFT, in the paper's code and in other programs
 _SAME = (
@@ -59,7 +59,7 @@ def check_known(fields: Mapping[str, Any], known: Collection[str], origin: str, 
     if said:
         verb = "are" if len(said) > 1 else "is"
         raise ConfigError(
-            f"{origin}: {listed(said)} {verb} not supported in a {method} configuration: the adapter might compute "
+            f"{origin}: {listed(said)} {verb} not supported in {an(method)} configuration: the adapter might compute "
             "something other than what it was trained for; merge it with the program that wrote it and use the merged "
             "model, or train without it. Fields that change no output can be removed from the file"
         )

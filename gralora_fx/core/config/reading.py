@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.core.config.checks import ALL_LINEAR, CONFIG_NAME, check_integer, is_number
-from gralora_fx.errors import ConfigError, marked, shown, warn_caller
+from gralora_fx.errors import ConfigError, an, marked, shown, warn_caller
 
 
 def config_fields(directory: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], str]:
@@ -38,7 +38,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, or an integer with thousands of digits
         raise ConfigError(f"{path} is not valid JSON ({error}); save the adapter again") from error
     if not isinstance(fields, dict):
-        raise ConfigError(f"{path} holds a {type(fields).__name__}, not an object; save the adapter again")
+        raise ConfigError(f"{path} holds {an(type(fields).__name__)}, not an object; save the adapter again")
     return fields
 
 
@@ -115,7 +115,7 @@ def read_as(kind: Any, fields: Mapping[str, Any], origin: str) -> Any:
     peft_type = fields.get("peft_type")
     if str(peft_type).upper() != kind.PEFT_TYPE:
         raise ConfigError(
-            f"{origin}: peft_type is {shown(peft_type)}, not {kind.PEFT_TYPE!r}; give a {kind.TITLE} adapter"
+            f"{origin}: peft_type is {shown(peft_type)}, not {kind.PEFT_TYPE!r}; give {an(kind.TITLE)} adapter"
         )
     values = kind.translate(fields, origin)
     known = {entry.name for entry in dataclasses.fields(kind)}

@@ -13,7 +13,7 @@ from torch import fx, nn
 from gralora_fx.core.graph.block_calls import BlockCall, call_blocks
 from gralora_fx.core.graph.pipeline import Pass
 from gralora_fx.core.graph.surgery import overlay, replace_module
-from gralora_fx.errors import RewriteError
+from gralora_fx.errors import RewriteError, an
 
 if TYPE_CHECKING:  # loaded where blocks are recomputed
     from gralora_fx.core.graph.checkpointing import Checkpointing
@@ -177,7 +177,7 @@ def _running_block(
     container, owner = flat.get_submodule(call.path), tree.get_submodule(call.path)
     if not isinstance(owner, GraphBlock):
         raise RewriteError(
-            f"the block {call.path} of the model was replaced by a {type(owner).__name__}, which its graph cannot "
+            f"the block {call.path} of the model was replaced by {an(type(owner).__name__)}, which its graph cannot "
             "call; the model recomputes blocks by itself (gradient_checkpointing_enable)"
         )
     if first is None:

@@ -151,6 +151,15 @@ def other_readers(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> 
     return others
 
 
+def is_read_by_layers(graph_module: fx.GraphModule, site: LinearSite, sites: Iterable[LinearSite]) -> bool:
+    """Return whether other layers read what a layer computes, through any nodes; none reads that of a head."""
+    others, reached = {name for one in sites if one is not site for name in one.calls}, set[fx.Node]()
+    for node in graph_module.graph.nodes:
+        if node.name in site.calls or not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return not others.isdisjoint(node.name for node in reached)
+
+
 def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> tuple[str, ...]:
     """Return the paths of sites whose weight is computed in the graph, as by a parametrization."""
     by_name = {node.name: node for node in graph_module.graph.nodes}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.base.sources.model_directories import check_model_files
-from gralora_fx.base.sources.same_base import SAME, BaseSource, compare_bases
+from gralora_fx.base.sources.same_base import CONFIG, DIFFERENT, SAME, BaseSource, compare_bases
 from gralora_fx.core.adapters.adapter_files import read_adapter
 from gralora_fx.core.adapters.checkpoint import base_names, settled_base
 from gralora_fx.core.adapters.saved_embeddings import VocabularySizeError
@@ -31,6 +32,7 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import (
     CheckpointError,
     GraloraError,
+    Message,
     TargetError,
     TraceError,
     bulleted,
@@ -95,7 +97,8 @@ class LoadedBase:
     def check(self, *, allow_random_head: bool = False) -> None:
         """Raise if the base has random values, except those that the adapter replaces."""
         if self.report is not None:
-            self.report.check(self.supplied, self.num_labels, self.made_for, allow_random_head=allow_random_head)
+            with another_base_first(self.name, self.adapter, self.config):
+                self.report.check(self.supplied, self.num_labels, self.made_for, allow_random_head=allow_random_head)
 
 
 def load_base(
@@ -127,22 +130,19 @@ def load_base(
         if strict_base:
             _check_bases(name, configs, base_quantization)
         task, arguments = inferred_task(task, (adapter, name), is_asked=is_asked)
-        if stream:
-            loaded = load_streamed(
-                name, task, num_labels=num_labels, supplied=supplied, base_quantization=base_quantization
-            )
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # so that an export with a random head can be verified later
-                loaded, report = load_with_report(
-                    name, task, num_labels=num_labels, base_quantization=base_quantization
-                )
+        config = None if adapter is None else configs[adapter]
+        with another_base_first(name, adapter, config), torch.random.fork_rng(devices=[]):
+            how: dict[str, Any] = {"num_labels": num_labels, "base_quantization": base_quantization}
+            torch.manual_seed(0)  # so that an export with a random head can be verified later
+            if stream:
+                loaded = load_streamed(name, task, supplied=supplied, **how)
+            else:
+                loaded, report = load_with_report(name, task, **how)
     if getattr(loaded.config, "num_labels", None) == 1:
         for note_function in parts("scores"):
             note_function(loaded.config, name)
     if not (report and report.problems()) and supplied.isdisjoint(loaded.state_dict()):
         warn_of_another_head(loaded, name)
-    config = None if adapter is None else configs[adapter]
     return LoadedBase(
         name, loaded, task, is_asked, adapter, config, supplied, arguments, num_labels, report, strict_base
     )
@@ -186,7 +186,8 @@ def trace_base(
         task = with_past(task)
     with timed("tracing"):
         try:
-            traced = trace(base.model, task=task, **base.arguments, **(options or {}))
+            with another_base_first(base.name, base.adapter, base.config):
+                traced = trace(base.model, task=task, **base.arguments, **(options or {}))
         except NoStepError:
             raise
         except TraceError as error:
@@ -212,6 +213,20 @@ def trace_base(
             f"{base.adapter} changes nothing: all of its updates are zero, as those of an untrained adapter are"
         )
     return rewritten
+
+
+@contextmanager
+def another_base_first(name: str, adapter: str | None, config: AdapterConfig | None) -> Iterator[None]:
+    """Let errors within the block begin with the reason if an adapter was made for a base of another configuration."""
+    try:
+        yield
+    except GraloraError as error:
+        compared = None if config is None else compare_bases(config.made_for, BaseSource(name))
+        if compared is not None and compared.outcome == DIFFERENT and CONFIG in compared.compared:
+            remedy = f"give that base as {option(model=...)}, or another as {option(adapter=...)}"
+            lines = bulleted([marked(error)])
+            error.args = (Message(f"the adapter {marked(compared.text(adapter))}; {remedy}:\n{lines}"),)
+        raise
 
 
 def _misfit(error: GraloraError, base: LoadedBase) -> str:

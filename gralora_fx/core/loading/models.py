@@ -29,7 +29,7 @@ from gralora_fx.base.sources.streamed_models import (
 )
 from gralora_fx.core.loading.load_report import LoadReport
 from gralora_fx.core.loading.quantized_layers import pack_layers, quantized_layers, record, round_layers
-from gralora_fx.errors import ConfigError, GraloraError, TraceError, first_line, option, warn_caller
+from gralora_fx.errors import ConfigError, GraloraError, TraceError, an, first_line, option, warn_caller
 from gralora_fx.format.tasks import all_tasks, check_task, classifies, find_task, task_of_class
 
 
@@ -44,7 +44,7 @@ def class_for(config: PreTrainedConfig, task: str | None) -> Any:
     if name is None:
         return transformers.AutoModel
     if not hasattr(transformers, name):
-        raise TraceError(f"the checkpoint is a {name}, which transformers does not have; give its task")
+        raise TraceError(f"the checkpoint is {an(name)}, which transformers does not have; give its task")
     return getattr(transformers, name)
 
 

@@ -19,7 +19,7 @@ from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import check_alpha, check_dropout, check_flag, check_integer, check_tokens
 from gralora_fx.core.methods.arrays import moved
 from gralora_fx.core.methods.method import LayerCall, SummableMethod
-from gralora_fx.errors import ConfigError, shown, warn_caller
+from gralora_fx.errors import ConfigError, an, shown, warn_caller
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,7 +162,7 @@ class LoraConfig(AdapterConfig):
             if not isinstance(self, form) and getattr(self, name) is not False:
                 raise ConfigError(
                     f"{name} must be False, or True in LoraConfig({name}=True) itself, but got "
-                    f"{shown(getattr(self, name))} in a {type(self).__name__}"
+                    f"{shown(getattr(self, name))} in {an(type(self).__name__)}"
                 )
         if not any(self.init_lora_weights is value or self.init_lora_weights == "gaussian" for value in _INITIAL):
             raise ConfigError(

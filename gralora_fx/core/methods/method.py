@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard
 from gralora_fx.base.sources import ACTING
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.methods.stacked_tensors import StackedTensors
-from gralora_fx.errors import ExportError, command, option
+from gralora_fx.errors import ExportError, an, command, option
 
 if TYPE_CHECKING:
     import torch
@@ -286,7 +286,7 @@ class AdapterMethod(StackedTensors):
         """Raise the error if updates have no LoRA form, which a purpose, such as "a weighted sum", needs."""
         if not self.has_lora_form:
             raise error(
-                f"{adapter} is a {self.config.TITLE} adapter: its update is not of low rank, which {purpose} needs; "
+                f"{adapter} is {an(self.config.TITLE)} adapter: its update is not of low rank, which {purpose} needs; "
                 f"export it merged ({option(adapters='merged')}), or fold it into an export ({command('fold_onnx')}) "
                 f"or a model's files ({command('merge_checkpoint')})"
             )

@@ -9,6 +9,7 @@ from typing import Any
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.methods.method import AdapterMethod
 from gralora_fx.core.methods.registry import known_methods, unknown_method
+from gralora_fx.errors import an
 
 
 def method_described(fields: Mapping[str, Any], origin: str) -> AdapterMethod:
@@ -40,20 +41,20 @@ def config_from_peft(peft_config: Any) -> AdapterConfig:
 
 def not_a_config(value: object) -> str:
     """Describe, for a message, a value given in place of a configuration of this package, and what to give."""
-    names = [method.config.__name__ for method in known_methods()]
+    names = [an(method.config.__name__) for method in known_methods()]
     if isinstance(value, type):
         return f"the class {value.__name__}; give an object of it, such as {value.__name__}()"
     kind = type(value)
     name = getattr(value, "peft_type", None)
     if name is None:
-        return f"a {kind.__name__} ({kind.__module__}); give one of gralora_fx: a {' or a '.join(names)}"
+        return f"{an(kind.__name__)} ({kind.__module__}); give one of gralora_fx: {' or '.join(names)}"
     owner = kind.__module__.partition(".")[0]
     from gralora_fx.core.config.reading import peft_fields
 
     fields, _ = peft_fields(value, "")
     ours = next((method.config for method in reversed(known_methods()) if method.config.describes(fields)), None)
     if ours is None:
-        return f"{owner}'s {kind.__name__}, whose method is not supported; give a {' or a '.join(names)} of gralora_fx"
+        return f"{owner}'s {kind.__name__}, whose method is not supported; give {' or '.join(names)} of gralora_fx"
     return (
         f"{owner}'s {kind.__name__} ({kind.__module__}); convert it with {ours.__name__}.from_peft(config), where "
         f"{ours.__name__} is that of {ours.__module__.partition('.')[0]}"

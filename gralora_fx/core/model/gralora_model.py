@@ -180,7 +180,7 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
                 by transformers' own function for the model's class. With `num_items_in_batch` the loss is a sum divided
                 by it, as Trainer needs to accumulate gradients. With `adapter_names`, a list with the name of an
                 adapter for each row, rows have these adapters in place of the active ones, in training too;
-                `"__base__"` is a row without one.
+                None (`"__base__"` too) is a row without one.
 
         Returns:
             The model's outputs.

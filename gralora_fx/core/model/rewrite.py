@@ -15,7 +15,7 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.merging import replace_weights
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import CALL_TRACE, TracedModel, check_traced
-from gralora_fx.errors import MergeError, RewriteError, remedy
+from gralora_fx.errors import MergeError, RewriteError, an, remedy
 
 
 def rewrite(
@@ -87,7 +87,7 @@ def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tup
     if not isinstance(model, GraloraModel):
         first = "" if isinstance(model, TracedModel) else f"{CALL_TRACE} then rewrite(), and "
         raise MergeError(
-            f"cannot merge a {type(model).__name__}; {first}give {remedy('what rewrite() returned', '--adapter')}"
+            f"cannot merge {an(type(model).__name__)}; {first}give {remedy('what rewrite() returned', '--adapter')}"
         )
     names = list(model.active_adapters) if adapter_names is None else as_names(adapter_names)
     if twice := [name for name in names if names.count(name) > 1]:

@@ -152,7 +152,7 @@ class Trainable(Checkpointed):
 
         Args:
             *args: Inputs by position.
-            adapter_names: The adapter of each row; rows of `"__base__"` are in no loss.
+            adapter_names: The adapter of each row; rows of None are in no loss.
             **kwargs: Inputs by name, labels among them.
 
         Returns:
@@ -268,7 +268,7 @@ class Trainable(Checkpointed):
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Add tags for the model's card on the hub, as transformers' models do.
 
-        `push_to_hub`, of the model and of Trainer, writes them into the card; `save_pretrained` writes no card.
+        `save_pretrained` and `push_to_hub`, of the model and of Trainer, write them into the card.
 
         Args:
             tags: A tag, or several; existing ones are kept.

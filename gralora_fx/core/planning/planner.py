@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import pattern_key
-from gralora_fx.core.graph.sites import LinearSite, ParameterSite, names_of_site
+from gralora_fx.core.graph.sites import LinearSite, ParameterSite, is_read_by_layers, names_of_site
 from gralora_fx.core.methods import method_of
 from gralora_fx.core.planning.problems import (
     UNNAMED,
@@ -47,6 +48,8 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
 
         raise TargetError(f"cannot plan with {not_a_config(config)}")
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
+    if rule.all_linear:
+        rule = dataclasses.replace(rule, left_out={**_unfit_heads(config, rule, traced), **rule.left_out})
     sites = {site.path: site for site in traced.sites}
     saved = saved_modules(config, traced.tree)
     others = traced.parameter_sites
@@ -103,6 +106,25 @@ def _reason_against(
         return reasons[0] or next(filter(None, reasons))
     reason = (reasons[0] if None not in reasons else None) or trains_whole(site.path, saved)
     return reason or out_of_reach(site, traced, config)
+
+
+def _unfit_heads(config: AdapterConfig, rule: TargetRule, traced: TracedModel) -> dict[str, str]:
+    """Return the names of heads that the adapter does not fit, with the reason; none if other layers are unfit too.
+
+    A head is a layer that no other layer reads, such as that of a classifier, whose width is the number of classes.
+    """
+    method, heads = method_of(config), dict[str, str]()
+    for site in traced.sites:
+        names = names_of_site(site, traced.tree)
+        if not site.calls or all(rule.rejection(name) for name in names):
+            continue
+        problems = method.problems(site.in_features, site.out_features, _with_sizes(site, config, traced, None).sizes)
+        if problems and is_read_by_layers(traced.graph_module, site, traced.sites):
+            return {}
+        for problem in problems:
+            reason = f"all-linear leaves out a head that the adapter does not fit: {problem.partition(';')[0]}"
+            heads |= dict.fromkeys(names, reason)
+    return heads
 
 
 def _is_stack_of_layers(site: ParameterSite) -> bool:

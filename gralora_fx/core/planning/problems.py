@@ -20,7 +20,7 @@ from gralora_fx.core.planning.targets import (
     unmatched_names,
 )
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import listed, remedy, warn_caller
+from gralora_fx.errors import an, listed, remedy, warn_caller
 
 # where a user finds the names: a plan that takes every layer can be made of any model with linear layers
 TABLE = remedy(
@@ -139,7 +139,7 @@ def _unsupported(rule: TargetRule, traced: TracedModel, sites: dict[str, LinearS
         if path and path not in sites and rule.rejection(path) is None:
             inside = dict.fromkeys(site.removeprefix(f"{path}.") for site in sites if site.startswith(f"{path}."))
             remedy = f"name its linear layers, such as {', '.join(list(inside)[:3])}" if inside else "leave it out"
-            problems.append(f"{path} is a {kind.rpartition('.')[2]}, not a linear layer; {remedy}")
+            problems.append(f"{path} is {an(kind.rpartition('.')[2])}, not a linear layer; {remedy}")
     return problems
 
 

@@ -27,7 +27,7 @@ from gralora_fx.core.tracing.source_model import (
     source_class,
     with_signature,
 )
-from gralora_fx.errors import TraceError, option, warn_caller
+from gralora_fx.errors import TraceError, an, option, warn_caller
 from gralora_fx.format.input_names import ADAPTER_NAMES, IDS, PAST, STARTS
 
 # A class that overrides one of these methods customises generation. The cache is excluded, since a trace creates its
@@ -284,7 +284,7 @@ def check_generation(name: str, source: type[Any] | None, options: Mapping[str, 
     cache = options.get("past_key_values", options.get("cache"))
     if cache is not None and not isinstance(cache, (DynamicCache, EncoderDecoderCache)):
         raise TraceError(
-            f"generate over a trace takes a DynamicCache, but got a {type(cache).__name__}; give the cache that the "
+            f"generate over a trace takes a DynamicCache, but got {an(type(cache).__name__)}; give the cache that the "
             "model returned"
         )
 
@@ -320,7 +320,7 @@ def _module_at(tree: ModuleTree, path: str, parameters: Mapping[str, nn.Paramete
         module = OutputHead(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     else:
         raise TraceError(
-            f"{path} is a {kind.rpartition('.')[2]}, which computes more than a plain table or layer; its parameters "
+            f"{path} is {an(kind.rpartition('.')[2])}, which computes more than a plain table or layer; its parameters "
             f"are those of traced.tree.parameters that begin with '{path}.'"
         )
     for name, parameter in (("weight", weight), ("bias", bias)):

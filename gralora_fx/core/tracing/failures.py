@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 from torch import nn
 
-from gralora_fx.errors import first_line
+from gralora_fx.errors import an, first_line
 
 _BRANCH = (
     "the forward needs the value of a tensor (in an if, a while, int(), range() or a size), which a graph does not "
@@ -43,7 +43,7 @@ def reason(error: BaseException) -> str:
     if unknown is not None:
         name = (unknown[1] or unknown[2]).rsplit(".", 1)[-1]
         return (
-            f"the forward returns a {name}, which a graph cannot make; return tensors, or a tuple, list, dict or "
+            f"the forward returns {an(name)}, which a graph cannot make; return tensors, or a tuple, list, dict or "
             "dataclass of them"
         )
     explanation = next((meaning for pattern, meaning in _REASONS if re.search(pattern, text)), None)

@@ -29,7 +29,7 @@ from gralora_fx.base.compat.torch_graphs import (
 )
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.operators import NAMESPACE, define_operators
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, an
 
 _TABLES = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _KEPT = ("custom", "stack_trace")  # of a node's metadata; traced values cannot be pickled
@@ -253,7 +253,7 @@ def _register(kind: type) -> None:
     """Register a class of inputs or outputs with pytree, in a process that has not traced yet."""
     if not issubclass(kind, Cache):
         raise TraceError(
-            f"the graph takes or gives a {kind.__name__}, which is not registered with torch.utils._pytree here; "
+            f"the graph takes or gives {an(kind.__name__)}, which is not registered with torch.utils._pytree here; "
             "import what registers it"
         )
     importlib.import_module("gralora_fx.base.compat.transformers_exporters").register_cache(kind)

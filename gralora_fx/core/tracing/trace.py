@@ -23,7 +23,7 @@ from gralora_fx.core.tracing.check import with_call_signature
 from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, AppendedModules, Captured, Draft, called_as, first_draft
 from gralora_fx.core.tracing.inputs.arguments import example_arguments
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import TraceError, option, warn_caller
+from gralora_fx.errors import TraceError, an, option, warn_caller
 
 if TYPE_CHECKING:
     from gralora_fx.core.graph.checkpointing import Checkpointing
@@ -137,7 +137,7 @@ def trace(
             f"the {type(model).__name__} is traced already; trace its source model again, or use it as it is"
         )
     if not isinstance(model, nn.Module):
-        raise TraceError(f"cannot trace a {type(model).__name__}; give an nn.Module, GraphModule or ExportedProgram")
+        raise TraceError(f"cannot trace {an(type(model).__name__)}; give an nn.Module, GraphModule or ExportedProgram")
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         raise TraceError(
             f"the {type(model).__name__} holds weights that bitsandbytes quantized, whose products cannot be traced; "

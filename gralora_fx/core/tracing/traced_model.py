@@ -25,7 +25,7 @@ from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, cache_layout
 from gralora_fx.core.tracing.inputs.signature import CallSignature
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.source_model import main_input
-from gralora_fx.errors import GraloraError, TargetError, TraceError
+from gralora_fx.errors import GraloraError, TargetError, TraceError, an
 
 if TYPE_CHECKING:
     from gralora_fx.core.graph.checkpointing import Checkpointing
@@ -341,4 +341,4 @@ def check_traced(model: object, error: type[GraloraError], action: str) -> None:
         remedy = (
             "it is rewritten already: give its .traced" if is_rewritten else f"{CALL_TRACE} and give what it returned"
         )
-        raise error(f"cannot {action} a {type(model).__name__}; {remedy}")
+        raise error(f"cannot {action} {an(type(model).__name__)}; {remedy}")

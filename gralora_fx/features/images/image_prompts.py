@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.core.loading.tokenizers import is_chat, load_processor
+from gralora_fx.core.loading.tokenizers import is_chat, is_ids, load_processor
 from gralora_fx.errors import ServingError, first_line, option, shown
 from gralora_fx.features.images.feature_cache import FeatureCache
 from gralora_fx.features.images.image_pieces import pieces_of
@@ -128,8 +128,13 @@ class ImagePrompts:
 
         if prompts is None:  # a processor may write one
             prompts = [""] * len(images) if isinstance(images, (list, tuple)) else ""
-        is_single = isinstance(prompts, str) or is_chat(prompts)
+        is_single = isinstance(prompts, str) or is_chat(prompts) or is_ids(prompts)
         given = [prompts] if is_single else list(prompts)
+        if any(map(is_ids, given)):
+            raise ServingError(
+                "images are given with prompts as text or chats, whose ids the processor makes; give the text in place "
+                "of ids, or the ids with inputs_embeds in place of images"
+            )
         of_each = [None] * len(given) if images is None else [images] if is_single else _listed(images)
         if len(of_each) != len(given):
             raise ServingError(f"images has to be a list of {len(given)}, one for each prompt, None for one of text")

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urljoin, urlsplit
 
-from gralora_fx.errors import ServingError, first_line, shown
+from gralora_fx.errors import ServingError, first_line, option, shown
 
 _SECONDS, _PIECE = 10.0, 2**16
 _PORTS = {"http": 80, "https": 443}
@@ -95,7 +95,10 @@ def _allowed(url: str, hosts: Collection[str]) -> str:
     name = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
     host = name if port in (None, _PORTS.get(parts.scheme)) else f"{name}:{port}"
     if parts.scheme not in _PORTS or "@" in parts.netloc or host not in {one.lower() for one in hosts}:
-        raise ServingError(f"images are not fetched from {shown(host)}; give the image itself, as a data: URL")
+        raise ServingError(
+            f"images are not fetched from {shown(host)}; give the image itself, as a data: URL, or start the "
+            f"service with {option(allow_image_host=host)}"
+        )
     return f"{parts.scheme}://{host}{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gralora_fx.core.loading.tokenizers import is_chat
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, in_command
 from gralora_fx.features.images.image_files import images_of
 from gralora_fx.features.images.image_limits import ServedImages
 from gralora_fx.features.images.image_urls import bytes_of_url
@@ -37,7 +37,7 @@ class RequestImages:
         try:
             return bytes_of_url(url, self._served.check_bytes, self._served.allow_image_host)
         except ServingError as error:
-            raise WrongFieldError(field, str(error)) from error
+            raise WrongFieldError(field, in_command(error)) from error  # a service is started there alone
 
     def opened(self, files: Sequence[bytes], fields: Sequence[str]) -> Sequence[Any]:
         """Open the files of images, whose fields errors name."""

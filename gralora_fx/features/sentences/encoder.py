@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from gralora_fx.core.tracing.draft import AppendedModules
 from gralora_fx.core.tracing.inputs.samples import check_head
-from gralora_fx.errors import CheckpointError, TraceError, first_line, warn_caller
+from gralora_fx.errors import CheckpointError, TraceError, an, first_line, warn_caller
 from gralora_fx.features.sentences import stored_modules as described
 from gralora_fx.features.sentences.recognised import SETTINGS_NAME, find_sentence_directory
 from gralora_fx.features.sentences.stored_modules import SENTENCE, TOKENS, SentenceModules
@@ -69,12 +69,12 @@ def _modules_of(model: object, task: str, source: str | Path | None) -> Sentence
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TraceError(
-            f"task {task!r} needs a transformers model, but got a {name}; give AutoModel.from_pretrained(directory), "
+            f"task {task!r} needs a transformers model, but got {an(name)}; give AutoModel.from_pretrained(directory), "
             "where a SentenceTransformer is saved with save_pretrained"
         )
     if model.config.is_encoder_decoder or task_of_class(name) != "feature-extraction":
         raise TraceError(
-            f"task {task!r} needs a model that returns hidden states, but got a {name}; load it with AutoModel, or a "
+            f"task {task!r} needs a model that returns hidden states, but got {an(name)}; load it with AutoModel, or a "
             "T5 with T5EncoderModel"
         )
     check_head(model, task)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.base.sources.model_files import read_json, read_json_object
-from gralora_fx.errors import TraceError, option, shown, warn_caller
+from gralora_fx.errors import TraceError, an, option, shown, warn_caller
 from gralora_fx.features.sentences.recognised import MODULES_NAME, SETTINGS_NAME
 
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
@@ -127,7 +127,7 @@ def _check_order(steps: Sequence[Pooling | Normalize | Dense], path: Path) -> No
     if early := [step for step in steps[:pooled] if not isinstance(step, Pooling) and step.reads == SENTENCE]:
         kind = type(early[0]).__name__
         raise TraceError(
-            f"{path} has a {kind} that reads {SENTENCE} before a Pooling makes it; repair or copy the file"
+            f"{path} has {an(kind)} that reads {SENTENCE} before a Pooling makes it; repair or copy the file"
         )
 
 

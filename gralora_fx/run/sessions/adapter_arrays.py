@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from gralora_fx.base.compat.onnx_messages import TensorProto
 from gralora_fx.format.adapter_inputs import BASE, AdapterInputs, AdapterSite
-from gralora_fx.run.sessions.ort_values import array_of
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": _BFLOAT16}
@@ -42,11 +41,6 @@ def cast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Cast an array to one of the dtypes of adapter tensors."""
     found: NDArray[Any] = array.astype(DTYPES[dtype])
     return found
-
-
-def as_arrays(values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    """Copy `OrtValue`s by name to arrays; bfloat16 works too."""
-    return {name: array_of(value).copy() for name, value in values.items()}
 
 
 def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ConfigError, ServingError, first_line, shown, without_folder
 from gralora_fx.format.adapter_format import AdapterContent
-from gralora_fx.format.adapter_paths import SUFFIX, check_adapter_kind, is_name, record_path
+from gralora_fx.format.adapter_paths import PICKLED, SUFFIX, check_adapter_kind, is_name, pickled, record_path
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.generate.request_errors import AdapterNotFoundError
 from gralora_fx.run.open_export import adapter_as_data, in_memory
@@ -109,6 +109,8 @@ class AdapterRoot:
             is_directory = self._resolved(path, text).is_dir()
             check_adapter_kind(path, is_directory, shown(text))
             sources = [path / file for file in _PEFT] if is_directory else [path, record_path(path)]
+            if is_directory and not sources[1].exists() and (path / PICKLED).exists():
+                raise pickled(shown(f"{text}/{PICKLED}"))
             with ExitStack() as stack:
                 files = [stack.enter_context(self._opened(source)) for source in sources]
                 before = [_facts(file.fileno()) for file in files]

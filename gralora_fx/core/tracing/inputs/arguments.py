@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from gralora_fx.base.compat.torch_graphs import tree_leaves, tree_map, tree_map_only
 from gralora_fx.core.tracing.inputs.input_trees import has_tensor, leaf_paths
-from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.errors import TraceError, an, warn_caller
 from gralora_fx.format.input_names import DECODER_INPUTS, PAST, TEXT_INPUTS
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -25,14 +25,14 @@ Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional and keyword 
 def example_arguments(example_inputs: Any, kwargs: Any) -> Arguments:
     """Split example inputs, a tuple or a dict, into positional and keyword arguments."""
     if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TraceError(f"kwargs are a {type(kwargs).__name__}; give a dict of keyword arguments")
+        raise TraceError(f"kwargs are {an(type(kwargs).__name__)}; give a dict of keyword arguments")
     if isinstance(example_inputs, Mapping):
         if kwargs is not None:
             raise TraceError("example_inputs are a dict of keyword arguments already; put those of kwargs into it")
         example_inputs, kwargs = (), example_inputs
     args = () if example_inputs is None else example_inputs
     if not isinstance(args, tuple):
-        raise TraceError(f"example_inputs are a {type(args).__name__}; give a dict or a tuple of arguments")
+        raise TraceError(f"example_inputs are {an(type(args).__name__)}; give a dict or a tuple of arguments")
     named = dict(kwargs or {})
     wrong = next((name for name in named if not isinstance(name, str)), None)
     if wrong is not None:
@@ -100,8 +100,8 @@ def check_leaves(inputs: Mapping[str, Any]) -> None:
         name = path.split(".", maxsplit=1)[0]
         if not isinstance(leaf, (Tensor, Cache, *_PLAIN)) and has_tensor(inputs[name]):
             raise TraceError(
-                f"example input {path!r} is a {type(leaf).__name__}, which torch.export cannot take; give tensors, or "
-                "lists, tuples, dicts or dataclasses of them"
+                f"example input {path!r} is {an(type(leaf).__name__)}, which torch.export cannot take; give tensors, "
+                "or lists, tuples, dicts or dataclasses of them"
             )
 
 

@@ -11,7 +11,7 @@ from transformers import Cache, EncoderDecoderCache
 from gralora_fx.base.compat.torch_graphs import KeyPath, tree_flatten_with_path
 from gralora_fx.core.tracing.inputs.input_trees import FixedAxes, batch_of, key_text, kind_of, same_value, shown
 from gralora_fx.core.tracing.inputs.signature import CallSignature, default_input
-from gralora_fx.errors import TraceError, option
+from gralora_fx.errors import TraceError, an, option
 from gralora_fx.format.input_names import IDS, PAST, beside_ids, takes_embeddings
 
 
@@ -155,7 +155,7 @@ def _check_form(name: str, example: Any, value: Any, fixed: FixedAxes) -> None:
     """Check that an input has the structure of the example: containers, types of leaves, axes and constants."""
     if isinstance(example, Cache):
         if not isinstance(value, Cache):
-            raise TraceError(f"input {name!r} is {kind_of(value)}, but the trace takes a {type(example).__name__}")
+            raise TraceError(f"input {name!r} is {kind_of(value)}, but the trace takes {an(type(example).__name__)}")
     elif isinstance(example, Tensor):
         _check_tensor(name, value, fixed.get(name))
     elif isinstance(example, (list, tuple, dict)) or _is_container(example):
@@ -186,7 +186,7 @@ def _check_tensor(name: str, value: Any, sizes: tuple[int | None, ...] | None) -
 def _check_container(name: str, example: Any, value: Any, fixed: FixedAxes) -> None:
     expected, actual = _children(example), _children(value)
     if actual is None or expected is None or isinstance(expected, list) is not isinstance(actual, list):
-        raise TraceError(f"input {name!r} is {kind_of(value)}, but the trace takes a {type(example).__name__}")
+        raise TraceError(f"input {name!r} is {kind_of(value)}, but the trace takes {an(type(example).__name__)}")
     if isinstance(expected, list) and isinstance(actual, list):
         if len(expected) != len(actual):
             raise TraceError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,14 +15,6 @@ from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, batch_of, ca
 from gralora_fx.errors import TraceError
 from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state, kinds_shown
 from gralora_fx.format.input_names import PAST
-
-
-def cache_of(layers: Iterable[Sequence[Tensor]]) -> DynamicCache:
-    """Return a cache with these keys and values, by layer."""
-    cache = DynamicCache()
-    for index, (key, value) in enumerate(layers):
-        cache.update(key, value, index)
-    return cache
 
 
 def returned_cache(outputs: Any) -> Cache | None:

@@ -31,7 +31,7 @@ from gralora_fx.core.tracing.inputs.cache import (
     with_tensors,
 )
 from gralora_fx.core.tracing.inputs.input_trees import by_own_names
-from gralora_fx.errors import TraceError, first_line, option
+from gralora_fx.errors import TraceError, an, first_line, option
 from gralora_fx.format.input_names import DECODER_INPUTS, EMBEDS, IDS, PAST, beside_ids
 from gralora_fx.format.tasks import tasks_beside_ids
 
@@ -172,7 +172,7 @@ def decoder_step(
     ids = torch.randint(min(3, size - 1), size, (batch, cached + length), generator=generator)
     cache = _computed_cache(model, {**source, "decoder_input_ids": ids[:, :cached]})
     if not isinstance(cache, EncoderDecoderCache):
-        raise TraceError(f"{type(model).__name__} keeps a {type(cache).__name__}; an EncoderDecoderCache is needed")
+        raise TraceError(f"{type(model).__name__} keeps {an(type(cache).__name__)}; an EncoderDecoderCache is needed")
     cut = {slot: tensor[:, :, :past].contiguous() for slot, tensor in tensors_of(cache).items()}
     if beside:
         for examples in parts("step examples", (EMBEDS,)):

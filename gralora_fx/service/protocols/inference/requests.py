@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from gralora_fx.errors import ServingError, first_line, listed, shown
+from gralora_fx.errors import ServingError, an, first_line, listed, shown
 from gralora_fx.run.sessions.ort_values import DTYPES
 
 _KINDS = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}  # kinds of JSON numbers that each kind of tensor accepts
@@ -41,7 +41,7 @@ def datatype_of(value: Any) -> Datatype:
     """Return the data type of a session's input or output."""
     datatype = _DATATYPES.get(value.type)
     if datatype is None:
-        raise ServingError(f"{value.name!r} is a {value.type}, which the Open Inference Protocol cannot be served with")
+        raise ServingError(f"{value.name!r} is {an(value.type)}, which the Open Inference Protocol does not have")
     return datatype
 
 

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.run.generate.answer_options import LEAST_DIVISOR, Sampling
 from gralora_fx.service.protocols.openai.answer_plan import PlannedRequest
-from gralora_fx.service.protocols.openai.messages import History, MessageFields, OfChat, history_of
+from gralora_fx.service.protocols.openai.messages import History, MessageFields, OfChat, TextPart, history_of
 from gralora_fx.service.protocols.openai.strict_model import (
     CHAT,
     EVERYWHERE,
@@ -164,6 +164,13 @@ class CompletionRequest(_TextFields):
         return min(_COMPLETION_TOKENS, max(left, 1)) if self.max_tokens is None else self.max_tokens
 
 
+class PredictedContent(StrictModel):
+    """A guess of the answer, in OpenAI's form."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+
+
 @with_features
 class ChatMessage(MessageFields):
     """A message of a chat."""
@@ -183,6 +190,7 @@ class ChatRequest(OfChat, _TextFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Whole | None = None
     max_completion_tokens: Whole | None = None
+    prediction: PredictedContent | None = None
 
     @property
     def echo(self) -> bool:

@@ -38,19 +38,14 @@ EVERYWHERE: Idle = {
     "prompt_cache_retention": None,
 }
 # fields of answers, with the values that request the default
-TEXT: Idle = {**EVERYWHERE, "modalities": (["text"],), "best_of": (1,), "suffix": ("",)}
-CHAT: Idle = {
-    **TEXT,
-    "prediction": None,  # a guess of the answer, to speed it up
-    "reasoning_effort": None,
-    "verbosity": ("medium",),
-}
-RESPONSE: Idle = {**EVERYWHERE, "background": (False,), "truncation": ("disabled",)}
+TEXT_OPTIONS: Idle = {"verbosity": ("medium",)}  # others would change the answer's length
+TEXT: Idle = {**EVERYWHERE, **TEXT_OPTIONS, "modalities": (["text"],), "best_of": (1,), "suffix": ("",)}
+CHAT: Idle = {**TEXT, "reasoning_effort": None, "prediction": None}  # a guess of the answer, to speed it up
+RESPONSE: Idle = {**EVERYWHERE, **TEXT_OPTIONS, "background": (False,), "truncation": ("disabled",)}
 # of a model that reasons the effort changes the answer, and there it is refused
 OF_REASONING = ("reasoning_effort", "reasoning.effort")
 
 REASONING: Idle = {"effort": None, "summary": None, "generate_summary": None}
-TEXT_OPTIONS: Idle = {"verbosity": ("medium",)}  # others would change the answer's length
 STREAM_OPTIONS: Idle = {"include_obfuscation": None}
 
 # requested details of files, searches and reasoning, which no response here has
