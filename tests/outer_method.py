@@ -39,7 +39,7 @@ class OuterConfig(AdapterConfig):
     PATTERNS: ClassVar[dict[str, Callable[[str, Any], None]]] = {}
     PATTERN_OF: ClassVar[dict[str, str]] = {}
     SIZE_FIELDS = ("scale",)
-    DROPOUT, ALPHA = "dropout", "scale"
+    DROPOUT = "dropout"
 
     def check_sizes(self) -> None:
         if self.scale <= 0:

@@ -102,7 +102,8 @@ def _sites(traced: TracedModel, companions: Iterable[TracedModel]) -> Iterator[S
     beside = {site.path for other in companions for site in other.sites if site.calls}
     for site in traced.sites:
         is_read = bool(site.calls or readers[site.path]) or site.path in traced.out_of_reach or site.path in beside
-        yield SiteEntry(site.path, site.kind, site.in_features, site.out_features, is_read)
+        is_layer = site.path in traced.tree.linear
+        yield SiteEntry(site.path, site.kind, site.in_features, site.out_features, is_read, is_layer)
 
 
 def _base(traced: TracedModel) -> BaseEntry | None:

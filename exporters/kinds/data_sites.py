@@ -6,6 +6,8 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from gralora_fx.core.config import GraloraConfig
+from gralora_fx.core.graph.linear_calls import calls_at
+from gralora_fx.core.graph.module_tree import innermost_path
 from gralora_fx.core.graph.sites import LinearSite, ParameterSite
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.planning.rewrite_plan import PlannedSite
@@ -24,7 +26,8 @@ class DataSites:
     """The layers of a model whose adapters are data of its export."""
 
     inputs: AdapterInputs  # the tensors that the export takes
-    weights: Mapping[str, tuple[str, ...]]  # paths of the layers that a weight belongs to, by each name of the weight
+    # by each name of a weight: the layer that multiplies by it in a module, by the module's path; None without adapters
+    weights: Mapping[str, Mapping[str, str | None]]
     norm_biases: Mapping[str, str]  # paths of the normalizations whose bias trains, by each name of the bias
 
 
@@ -82,8 +85,9 @@ def check_found(adapters: DataSites, found: Iterable[frozenset[str]]) -> None:
     reasons = []
     if layers:
         reasons.append(
-            f"no adapter can be data at {layers}: their weights are computed in the graph, or used within a branch or "
-            "a loop; leave these layers out (exclude_modules), and out of modules_to_save"
+            f"no adapter can be data at {layers}: their weights are computed in the graph, used within a branch or a "
+            "loop, or shared with a layer that computes the same; leave these layers out (exclude_modules), and out of "
+            "modules_to_save"
         )
     if biases:
         reasons.append(
@@ -145,12 +149,21 @@ def _check_widths(planned: Iterable[PlannedSite], k: int) -> None:
         )
 
 
-def _names_of_weights(sites: Iterable[LinearSite], traced: TracedModel) -> dict[str, tuple[str, ...]]:
-    paths: dict[str, tuple[str, ...]] = {}
+def _names_of_weights(sites: Iterable[LinearSite], traced: TracedModel) -> dict[str, dict[str, str | None]]:
+    nodes = {node.name: node for node in traced.graph_module.graph.nodes}
+    adapted = {site.path for site in sites}
+    names: dict[str, dict[str, str | None]] = {}
     for site in sites:
-        for name in traced.tree.names_of(site.weight):
-            paths[name] = (*paths.get(name, ()), site.path)
-    return paths
+        tied = [other for other in traced.sites if other.weight is site.weight]
+        calls = [(call, each.path) for each in tied for name in each.calls for call in calls_at(nodes[name], each.path)]
+        keys = [{("module", innermost_path(call.node)), (call.input, call.added)} for call, _ in calls]
+        by_module: dict[str, str | None] = {}
+        for (call, path), own in zip(calls, keys, strict=True):
+            # layers cannot be told apart that multiply in one module, or compute the same
+            rivals = {rival for (_, rival), other in zip(calls, keys, strict=True) if own & other}
+            by_module[innermost_path(call.node) or ""] = path if path in adapted and rivals == {path} else None
+        names |= dict.fromkeys(traced.tree.names_of(site.weight), by_module)
+    return names
 
 
 def _names_of_biases(norms: Iterable[AdapterSite], traced: TracedModel) -> dict[str, str]:

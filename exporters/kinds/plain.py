@@ -127,6 +127,10 @@ def check_rows(model: ir.Model) -> ir.Model:
     others = [str(value.name) for value in model.graph.outputs if not value.shape or str(value.shape[0]) != batch]
     if others:
         raise RowsError(f"the first axis of the output {listed(others, 3)} is not the batch")
+    for node in model.graph:
+        before = node.inputs[0].producer() if node.op_type in ("LSTM", "GRU", "RNN") and node.inputs[0] else None
+        if node.op_type in ("LSTM", "GRU", "RNN") and (before is None or before.op_type != "Transpose"):
+            raise RowsError(f"the first axis of the input of {node.op_type} is its length (batch_first=False)")
     return model
 
 

@@ -132,10 +132,12 @@ def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
 
 
 def precision_of(graph_module: fx.GraphModule) -> str:
-    """Return the precision of a graph's float parameters; `fp32` if it has none."""
+    """Return the precision of a graph's float parameters: `fp32` if it has none, the half precision if some have one.
+
+    An export casts all of them to its own precision, where each is read.
+    """
     dtypes = {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
-    matches = [name for name, dtype in DTYPES.items() if dtypes <= {dtype}]
-    if not matches:
+    if not dtypes <= {*DTYPES.values()}:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ExportError(f"the model holds {names} weights; cast it to one of float32, float16, bfloat16 and trace")
-    return matches[0]
+    return next((name for name, dtype in reversed(DTYPES.items()) if dtype in dtypes), "fp32")

@@ -13,6 +13,8 @@ from onnxscript import opset20 as op
 from onnxscript.function_libs.torch_lib.ops.core import aten_histc
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
+from gralora_fx.exporters.translation import recurrent_layers
+
 
 def dot_product_attention(
     query: Any,
@@ -122,6 +124,7 @@ def histc(x: Any, bins: int = 100, min: float = 0.0, max: float = 0.0) -> Any:
 
 _aten = torch.ops.aten
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    **recurrent_layers.TRANSLATIONS,
     _aten.scaled_dot_product_attention.default: dot_product_attention,
     _aten.batch_norm.default: batch_norm,
     _aten.fft_fftn.default: fft_fftn,

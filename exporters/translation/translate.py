@@ -57,6 +57,10 @@ _REPLACED = {  # replaced by functions in `torch_operators`
     _aten.fft_fftn.default,
     _aten.histc.default,
     _aten.softplus.default,
+    _aten.lstm.input,
+    _aten.gru.input,
+    _aten.rnn_tanh.input,
+    _aten.rnn_relu.input,
 }
 
 
@@ -150,6 +154,8 @@ def _translate_into(
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, ExportError):
+            raise cause from error
         reason = f"{first_line(error)} ({first_line(cause)})"
         raise ExportError(f"the graph cannot be converted to ONNX: {reason}") from error
     return weights

@@ -14,7 +14,7 @@ from gralora_fx.base.compat.torch_graphs import KeyPath, tree_map_with_path
 from gralora_fx.base.features import parts
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import empty_cache, positions, returned_cache
-from gralora_fx.core.tracing.inputs.input_trees import path_of
+from gralora_fx.core.tracing.inputs.input_trees import leaf_paths, path_of
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.translation.names import AXES
 from gralora_fx.exporters.verify.tolerances import ToleranceCheck
@@ -289,14 +289,28 @@ def _held_sizes(model: TracedModel, sample: Mapping[str, Tensor]) -> tuple[int |
 
 def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: torch.Generator) -> Any:
     """Return random values with an example's structure, with another batch size if it is dynamic."""
+    by_row = _axes_of_rows(model)
 
     def fresh(keys: KeyPath, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        rows, *_ = (*model.signature.fixed.get(path_of(name, keys), ()), None)
+        path = path_of(name, keys)
+        rows, *_ = (*model.signature.fixed.get(path, ()), None)
+        for axis in by_row.get(path, ()):  # such as axis 1 of a recurrent layer's state
+            value = value.narrow(axis, 0, 1).expand([batch if at == axis else -1 for at in range(value.ndim)])
         return like(value, rows or batch, None, generator)
 
     return tree_map_with_path(fresh, example)
+
+
+def _axes_of_rows(model: TracedModel) -> dict[str, tuple[int, ...]]:
+    """Return which axes of each input, beside the first, have the size of some input's first axis, by path."""
+    shapes: dict[str, list[str]] = {}
+    placeholders = model.graph_module.graph.find_nodes(op="placeholder")
+    for (path, _), node in zip(leaf_paths(model.graph_inputs), placeholders, strict=False):
+        shapes[path] = [str(size) for size in getattr(node.meta.get("val"), "shape", ())]
+    rows = {sizes[0] for sizes in shapes.values() if sizes and not sizes[0].isdigit()}
+    return {path: tuple(axis for axis in range(1, len(s)) if s[axis] in rows) for path, s in shapes.items()}
 
 
 def random_answers(model: TracedModel, seed: int) -> list[Case]:

@@ -71,6 +71,7 @@ class SiteEntry:
     in_features: int
     out_features: int
     is_read: bool = True
+    is_layer: bool = True  # whether PEFT finds a layer at its path; a functional call is none
 
 
 @dataclass(frozen=True)

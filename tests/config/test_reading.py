@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 from torch import nn
 from traces import inputs_of, relative_error, run, traced
 
-from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
+from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.core.adapters.stored_adapter import open_adapter
 from gralora_fx.core.methods import METHODS, AdapterMethod, read_config
 from gralora_fx.errors import ConfigError, TargetError
@@ -108,8 +108,6 @@ def test_both_alphas_are_not_the_papers_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("alpha", 0, "alpha=0 turns the adapter off, as in PEFT"),
-        ("alpha", -8, "alpha=-8 subtracts the adapter, as in PEFT"),
         ("gralora_dropout", 1.0, "gralora_dropout=1 drops every input of the adapter in training"),
     ],
 )
@@ -122,6 +120,18 @@ def test_a_checkpoint_of_pefts_keeps_its_meaning(field: str, value: float, messa
     assert relative_error(run(model, inputs), run(theirs, inputs)) < 1e-5
     model.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / NAME).read_text())[field] == value
+
+
+@pytest.mark.parametrize("alpha", [0, -8])
+@pytest.mark.parametrize("method", ["GRALORA", "LORA", "DORA"])
+def test_a_scale_of_zero_or_less_is_pefts(method: str, alpha: float, tmp_path: Path) -> None:
+    field = "alpha" if method == "GRALORA" else "lora_alpha"
+    theirs = saved_by_peft("bert", tmp_path, method=method, r=8, target_modules=["query"], **{field: alpha})
+    model = GraloraModel.from_pretrained(traced("bert"), tmp_path)
+    inputs = inputs_of("bert")
+    assert relative_error(run(model, inputs), run(theirs, inputs)) < 1e-5
+    assert relative_error(run(merge(model), inputs), run(theirs, inputs)) < 1e-5
+    assert type(model.configs["default"])(**{field: alpha}) is not None  # construction takes it too
 
 
 @pytest.mark.parametrize("targets", [[], ""], ids=str)

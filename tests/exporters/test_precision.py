@@ -203,6 +203,36 @@ def test_weights_of_several_precisions_are_refused() -> None:
         CastGraph("fp16")(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())).graph)
 
 
+class HalfInside(nn.Module):
+    """A float32 model around layers in half precision."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.inside = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8)).to(dtype)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.before(x)
+        return self.after(hidden + self.inside(hidden.to(self.dtype)).to(hidden.dtype))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"quantize": "int8"}, {"adapters": "data"}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_in_half_precision_are_cast_where_they_stand(
+    dtype: torch.dtype, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = HalfInside(dtype).eval()
+    adapted = rewrite(trace(model, (torch.randn(2, 5, 8),)), ALL_LINEAR.changed(r=4)).eval()
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    export_onnx(adapted, tmp_path / "onnx", **options)
+    x = torch.randn(3, 7, 8)
+    chosen = {"adapter": "default"} if "adapters" in options else {}
+    actual, expected = torch.as_tensor(load(tmp_path / "onnx")(x=x, **chosen)[0]), adapted(x)
+    assert float(((actual - expected).norm() / expected.norm()).detach()) < 2e-2
+
+
 @pytest.mark.parametrize("options", [{"precision": "fp16"}, {"quantize": "int4"}, {"quantize": "int8"}])
 def test_every_runtime_generates_from_it(options: dict[str, Any], tmp_path: Path) -> None:
     export_onnx(adapted("llama"), tmp_path / "onnx", verify=False, **options)

@@ -47,14 +47,14 @@ def test_initial_draws_are_pefts(initial: bool | str) -> None:
     ("fields", "expected"),
     [
         ({"r": 0}, "r must be a positive integer, but got 0"),
-        ({"lora_alpha": 0}, "lora_alpha must be positive, but got 0"),
+        ({"lora_alpha": "8"}, "lora_alpha must be a finite number, but got '8'"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), but got 1.0"),
         ({"bias": "gralora_only"}, "bias must be one of none, all, lora_only, but got 'gralora_only'"),
         ({"use_rslora": 1}, "use_rslora must be True or False, but got 1"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be True, False or 'gaussian', but got 'pissa'"),
         ({"init_lora_weights": 1}, "init_lora_weights must be True, False or 'gaussian', but got 1"),
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be a positive integer"),
-        ({"alpha_pattern": {"q": -1}}, r"alpha_pattern\['q'\] must be positive"),
+        ({"alpha_pattern": {"q": "1"}}, r"alpha_pattern\['q'\] must be a finite number"),
         ({"layers_pattern": "h"}, "layers_pattern='h' has no effect without layers_to_transform"),
     ],
 )

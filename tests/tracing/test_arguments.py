@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from gralora_fx import GraloraConfig, TracedModel, rewrite, trace
 from gralora_fx.errors import TraceError
+from gralora_fx.exporters import export_onnx
+from gralora_fx.serving import load
 from tests.architectures.tiny_decoders import tiny_decoder
 
 
@@ -265,8 +268,30 @@ def test_keyword_only_and_unnamed_keywords() -> None:
     assert torch.allclose(trace(named, {"input": X})(X), named(X), atol=1e-6)
     with pytest.raises(TraceError, match=r"Made.forward takes 'x' by position only"):
         trace(module(lambda self, x, /: self.fc(x)), (X,))
-    with pytest.raises(TraceError, match=r"takes \*xs; trace a module with named arguments"):
-        trace(module(lambda self, *xs: self.fc(xs[0])), (X,))
+    with pytest.raises(TraceError, match=r"takes \*xs, whose items are named as its argument 'xs_1'"):
+        trace(module(lambda self, *xs, xs_1=None: self.fc(xs[0])), (X, X))
+
+
+def test_arguments_of_a_star_are_inputs_by_number(tmp_path: Path) -> None:
+    total = module(lambda self, *xs: self.fc(sum(x * (1 + index) for index, x in enumerate(xs))))
+    result = trace(total, (X, 2 * X, 3 * X))
+    assert result.signature.inputs == ("xs_0", "xs_1", "xs_2")
+    assert torch.allclose(result(X[:1], X[:1], X[:1]), total(X[:1], X[:1], X[:1]), atol=1e-6)
+    with pytest.raises(TraceError, match="input 'xs_2' is missing"):
+        result(X, X)
+    with pytest.raises(TraceError, match=r"takes 3 inputs \(xs_0, xs_1, xs_2\), but got 4 by position"):
+        result(X, X, X, X)
+    export_onnx(result, tmp_path / "onnx")
+    exported = load(tmp_path / "onnx")(xs_0=X, xs_1=X, xs_2=2 * X)[0]
+    assert relative_error(torch.as_tensor(exported), total(X, X, 2 * X)) < 1e-5
+    rest = module(
+        lambda self, x, mask=None, *more, k=1.0, **others: self.fc(x + more[0]["a"] * more[1]) * k + others["b"]
+    )
+    arguments = (X, None, {"a": 2 * X}, 3)
+    result = copy.deepcopy(trace(rest, arguments, {"k": 2.0, "b": X}))
+    assert torch.allclose(result(*arguments, k=2.0, b=X), rest(*arguments, k=2.0, b=X), atol=1e-6)
+    with pytest.raises(TraceError, match="input 'more_1' was 3 when the model was traced"):
+        result(X, None, {"a": X}, 4, k=2.0, b=X)
 
 
 def test_an_example_that_requires_gradients_is_left_as_it_is() -> None:

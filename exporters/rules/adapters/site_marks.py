@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import ast
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from gralora_fx.core.graph.module_tree import recorded_path
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.exporters.rules.builder import SITES, SiteOutput, const_ints, sites_in, static_dim
 from gralora_fx.exporters.rules.onnx_pipeline import OWN_WEIGHTS
@@ -28,8 +30,9 @@ class MarkedSites:
 class MarkSites:
     """Mark the outputs of linear layers, bias included, so that adapters can be inserted once all is fused."""
 
-    # paths of the layers that a weight belongs to, by the name of its initializer
-    weights: Mapping[str, tuple[str, ...]]
+    # by the name of a weight's initializer: the layer that multiplies by it in a module, by the module's path; None for
+    # one without adapters
+    weights: Mapping[str, Mapping[str, str | None]]
     # layer normalizations whose outputs are marked too, by the bias's name
     norm_biases: Mapping[str, str] = field(default_factory=dict)
 
@@ -37,10 +40,10 @@ class MarkSites:
         """Mark them in a translated model whose weights still have their own names; the summary is `MarkedSites`."""
         paths_marked: set[str] = set()
         count = 0
-        for name, paths in self.weights.items():
+        for name, layers in self.weights.items():
             weight = model.graph.initializers.get(name)
             for product, rows in () if weight is None else _products(weight, None):
-                path = _owner(product, paths)
+                path = _owner(product, layers)
                 output = _with_bias(product.outputs[0])
                 width = static_dim(output, -1)
                 if path is None or width is None:
@@ -113,13 +116,12 @@ def _limits(node: ir.Node) -> tuple[int, int] | None:
     return starts[0], min(stops[0], count) if stops[0] < _END else count
 
 
-def _owner(product: ir.Node, paths: Sequence[str]) -> str | None:
-    """Return which of the layers that share a weight a product belongs to."""
-    if len(paths) == 1:
-        return paths[0]
-    scopes = product.metadata_props.get(_SCOPES, "")
-    named = [path for path in paths if f"'{path}'" in scopes]
-    return max(named, key=len, default=None)
+def _owner(product: ir.Node, layers: Mapping[str, str | None]) -> str | None:
+    """Return which of the layers that share a weight a product belongs to; None for one without adapters."""
+    if len(owners := set(layers.values())) == 1:
+        return owners.pop()
+    *scopes, _ = ast.literal_eval(product.metadata_props.get(_SCOPES, "['']"))  # the last is the operator's own name
+    return layers.get(next((path for scope in reversed(scopes) if (path := recorded_path(scope))), ""))
 
 
 def _with_bias(product: ir.Value) -> ir.Value:

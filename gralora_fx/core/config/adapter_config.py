@@ -50,7 +50,7 @@ class AdapterConfig(ABC):
         SIZE_FIELDS: Fields without which an adapter's tensors have no meaning: sizes and scale.
         BEYOND_PEFT: Fields that PEFT does not have; saved only if used.
         SAVED_IF_USED: Other fields that are saved only if used.
-        DROPOUT, ALPHA: Names of the fields for the dropout and for the numerator of the scale.
+        DROPOUT: Name of the field for the dropout.
     """
 
     PEFT_TYPE: ClassVar[str]
@@ -63,7 +63,6 @@ class AdapterConfig(ABC):
     BEYOND_PEFT: ClassVar[tuple[str, ...]] = ()
     SAVED_IF_USED: ClassVar[tuple[str, ...]] = ()
     DROPOUT: ClassVar[str]
-    ALPHA: ClassVar[str]
     saves_embeddings: ClassVar[bool] = False  # of its file, as PEFT's does where a vocabulary was resized
 
     target_modules: set[str] | str | None

@@ -47,13 +47,6 @@ def check_number(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be a finite number, but got {shown(value)}")
 
 
-def check_alpha(name: str, value: Any) -> None:
-    """Check that a value is a positive number; with 0 an adapter would never have an effect."""
-    check_number(name, value)
-    if value <= 0:
-        raise ConfigError(f"{name} must be positive, but got {shown(value)}: it scales the adapter's output")
-
-
 def check_dropout(name: str, value: Any) -> None:
     """Check that a value is a probability below 1."""
     check_number(name, value)

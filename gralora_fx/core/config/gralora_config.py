@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from gralora_fx.core.config.adapter_config import AdapterConfig
-from gralora_fx.core.config.checks import check_alpha, check_dropout, check_flag, check_integer, check_tokens
+from gralora_fx.core.config.checks import check_dropout, check_flag, check_integer, check_number, check_tokens
 from gralora_fx.errors import ConfigError
 
 
@@ -94,7 +94,7 @@ class GraloraConfig(AdapterConfig):
     ADAPTED_BIASES = "gralora_only"
     PATTERNS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
         "rank_pattern": partial(check_integer, least=1),
-        "alpha_pattern": check_alpha,
+        "alpha_pattern": check_number,
         "gralora_k_pattern": partial(check_integer, least=1),
     }
     PATTERN_OF: ClassVar[Mapping[str, str]] = {
@@ -105,7 +105,7 @@ class GraloraConfig(AdapterConfig):
     SIZE_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", *PATTERNS)
     BEYOND_PEFT = ("exclude_modules", *PATTERNS)
     SAVED_IF_USED = ("base_quantization", "target_parameters", "alora_invocation_tokens")
-    DROPOUT, ALPHA = "gralora_dropout", "alpha"
+    DROPOUT = "gralora_dropout"
 
     @property
     def scale(self) -> float:
@@ -126,7 +126,7 @@ class GraloraConfig(AdapterConfig):
                 f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}; "
                 f"take r={max(1, round(self.r / self.gralora_k)) * self.gralora_k} or another gralora_k"
             )
-        check_alpha("alpha", self.alpha)
+        check_number("alpha", self.alpha)
         check_dropout("gralora_dropout", self.gralora_dropout)
         check_flag("init_weights", self.init_weights)
         check_tokens(self.alora_invocation_tokens, self.target_parameters)

@@ -75,9 +75,7 @@ def from_paper(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return {**others, "r": total - hybrid, "hybrid_r": hybrid, "alpha": alpha}
 
 
-def as_peft_reads(
-    values: Mapping[str, Any], *, dropout: str, alpha: str
-) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def as_peft_reads(values: Mapping[str, Any], *, dropout: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Interpret the values of PEFT's file as PEFT does, even those that the constructor refuses."""
     accepted, only_in_peft, notes = dict(values), {}, []
     targets, layers, pattern = (
@@ -90,17 +88,13 @@ def as_peft_reads(
     if pattern and accepted.get("layers_to_transform") in (None, []):
         notes.append(f"layers_pattern={shown(pattern)} is ignored, as PEFT ignores it without layers_to_transform")
         accepted["layers_pattern"] = None
-    probability, numerator = accepted.get(dropout, 0.0), accepted.get(alpha, 1)
+    probability = accepted.get(dropout, 0.0)
     if is_number(probability) and probability < 0:
         notes.append(f"{dropout}={shown(probability)} is read as 0, as PEFT reads it")
         accepted[dropout] = 0.0
     elif is_number(probability) and probability == 1:
         notes.append(f"{dropout}=1 drops every input of the adapter in training, so that it does not train")
         only_in_peft[dropout] = accepted.pop(dropout)
-    if is_number(numerator) and numerator <= 0:
-        effect = "turns the adapter off" if numerator == 0 else "subtracts the adapter"
-        notes.append(f"{alpha}={shown(numerator)} {effect}, as in PEFT")
-        only_in_peft[alpha] = accepted.pop(alpha)
     if targets == "" or (targets in ([], (), set()) and not accepted.get("target_parameters")):
         notes.append("target_modules is empty, so that the configuration fits no model")
         only_in_peft["target_modules"] = set() if targets != "" else ""
@@ -122,7 +116,7 @@ def read_as(kind: Any, fields: Mapping[str, Any], origin: str) -> Any:
     check_known(values, known, origin, kind.TITLE)
     known -= {name for name in kind.BEYOND_PEFT if values.get(name) is None}
     values = {name: value for name, value in values.items() if name in known}
-    accepted, only_in_peft, notes = as_peft_reads(values, dropout=kind.DROPOUT, alpha=kind.ALPHA)
+    accepted, only_in_peft, notes = as_peft_reads(values, dropout=kind.DROPOUT)
     for note in notes:
         warn_caller(f"{origin}: {note}")
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from gralora_fx.base.compat.torch_graphs import OpOverload, is_mutable
-from gralora_fx.core.graph.module_tree import is_within
+from gralora_fx.core.graph.module_tree import is_within, module_calls
 from gralora_fx.core.graph.surgery import copy_graph, module_of
 
 _PURE = {"getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge"}
@@ -102,12 +102,8 @@ def _call_of(node: fx.Node, paths: Collection[str]) -> tuple[str, str] | None:
     """Return the block that a node was traced in and its call's number, empty for the first; None outside blocks."""
     if node.op in ("placeholder", "output", "get_attr"):
         return None
-    for key, entry in node.meta.get("nn_module_stack", {}).items():
-        if isinstance(entry, tuple):
-            path, _, call = entry[0].removeprefix("L['self'].").partition("@")
-            if path in paths:
-                return path, call or str(key).partition("@")[2]  # torch has the number in the one or the other
-    return None
+    found = ((path, call.partition("@")[2]) for call, path, _ in module_calls(node) if path in paths)
+    return next(found, None)
 
 
 def _take_out(graph: fx.Graph, path: str, nodes: Sequence[fx.Node]) -> BlockCall:

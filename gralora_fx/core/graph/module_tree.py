@@ -85,16 +85,42 @@ class ModuleTree:
         stack = [path for path, _ in module_stack(node)]
         return self.canonical(stack[-1]) if stack else default
 
+    def is_again(self, path: str) -> bool:
+        """Return whether a path registers a module again, rather than passing through another module that is."""
+        first = self.canonical(path)
+        places = [(self.canonical(owner), name) for owner, _, name in (path.rpartition("."), first.rpartition("."))]
+        return places[0] != places[1]
+
+    def call_within(self, node: fx.Node, path: str) -> str | None:
+        """Return the innermost call of the module at `path` that a node was traced in; None if it is outside."""
+        return next((call for call, at, _ in reversed([*module_calls(node)]) if self.canonical(at) == path), None)
+
     def names_of(self, parameter: torch.Tensor) -> tuple[str, ...]:
         """Return every name of this parameter in the model."""
         return tuple(name for name, other in self.parameters.items() if other is parameter)
 
 
+def recorded_path(text: str) -> str:
+    """Return the path of a module that torch.export recorded, with the number of its call or without."""
+    return text.removeprefix("L['self'].").partition("@")[0]
+
+
+def module_calls(node: fx.Node) -> Iterator[tuple[str, str, type | str]]:
+    """Yield the call, path and class (or its name) of the modules that a node was traced in, outermost first.
+
+    The call is a text that is the same for all nodes of one call of a module, and another for its next call.
+    """
+    for key, entry in node.meta.get("nn_module_stack", {}).items():
+        if isinstance(entry, tuple) and not entry[0].startswith("_empty_nn_module_stack"):
+            path, _, number = entry[0].partition("@")  # it is here, or in the key
+            path = recorded_path(path)
+            yield f"{key}@{number}" if number else str(key), path, entry[1]
+
+
 def module_stack(node: fx.Node) -> Iterator[tuple[str, type | str]]:
     """Yield path and class (or its qualified name) of the modules that a node was traced in, outermost first."""
-    for entry in node.meta.get("nn_module_stack", {}).values():
-        if isinstance(entry, tuple) and not entry[0].startswith("_empty_nn_module_stack"):
-            yield entry[0].removeprefix("L['self'].").split("@")[0], entry[1]
+    for _, path, kind in module_calls(node):
+        yield path, kind
 
 
 def innermost_path(node: fx.Node) -> str | None:

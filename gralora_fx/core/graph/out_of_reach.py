@@ -63,11 +63,16 @@ def note_opaque(node: fx.Node, reason: str) -> None:
 
 def why_out_of_reach(graph_module: fx.GraphModule, tree: ModuleTree, sites: Iterable[LinearSite]) -> dict[str, str]:
     """Return reasons why an adapter would not take effect at every call of a layer, by the layer's path."""
+    sites = list(sites)
     layers = {site.path: site for site in sites if site.path in tree.linear}
     owners: dict[int, list[str]] = {}
     for path, site in layers.items():
         owners.setdefault(id(site.weight), []).append(path)
-    reasons: dict[str, str] = {}
+    reasons = {
+        site.path: f"it is {first}, registered again, and PEFT adapts a layer at its first name alone"
+        for site in sites
+        if (first := tree.canonical(site.path)) != site.path
+    }
     for node in graph_module.graph.nodes:
         location = _opaque(node, graph_module)
         if location is not None:
@@ -123,7 +128,7 @@ def why_more_than_products(graph_module: fx.GraphModule, tree: ModuleTree, calls
     for node in graph_module.graph.nodes:
         if node.name in calls:
             path = carrying[node] = calls[node.name]
-            other = _computed_before(node, path, tree, calls, graph_module)
+            other = _computed_before(node, path, tree, graph_module)
             if other is not None:
                 reasons.setdefault(
                     path,
@@ -131,9 +136,13 @@ def why_more_than_products(graph_module: fx.GraphModule, tree: ModuleTree, calls
                 )
             continue
         for path in {carrying[source] for source in node.all_input_nodes if source in carrying}:
-            if path not in _stack(node, tree) or _operator(node, graph_module) in _ASKS:
+            sources = [
+                source
+                for source in node.all_input_nodes
+                if carrying.get(source) == path and _in_one_call(node, source, path, tree)
+            ]
+            if not sources or _operator(node, graph_module) in _ASKS:
                 continue
-            sources = [source for source in node.all_input_nodes if carrying.get(source) == path]
             if not _keeps(node, sources, graph_module):
                 reasons.setdefault(
                     path, f"its forward changes its product (node {node.name}), and PEFT's adapter is added after that"
@@ -143,14 +152,12 @@ def why_more_than_products(graph_module: fx.GraphModule, tree: ModuleTree, calls
     return reasons
 
 
-def _computed_before(
-    product: fx.Node, path: str, tree: ModuleTree, calls: Mapping[str, str], graph_module: fx.GraphModule
-) -> fx.Node | None:
-    """Return the node within a layer that computes the product's input from other values, or None."""
+def _computed_before(product: fx.Node, path: str, tree: ModuleTree, graph_module: fx.GraphModule) -> fx.Node | None:
+    """Return the node within a call of a layer that computes the product's input from other values, or None."""
     match = match_linear_call(product, computed=True)
     node = None if match is None else match.input
-    while node is not None and node.op not in ("placeholder", "get_attr") and path in _stack(node, tree):
-        if node.name in calls or _operator(node, graph_module) not in _MOVES:
+    while node is not None and node.op not in ("placeholder", "get_attr") and _in_one_call(node, product, path, tree):
+        if _operator(node, graph_module) not in _MOVES:
             return node
         node = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     return None
@@ -179,6 +186,12 @@ def _operator(node: fx.Node, graph_module: fx.GraphModule) -> str:
     if isinstance(target, OpOverload):
         return str(target.overloadpacket.__name__)
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
+def _in_one_call(node: fx.Node, other: fx.Node, path: str, tree: ModuleTree) -> bool:
+    """Return whether two nodes were traced in the same call of a layer."""
+    call = tree.call_within(node, path)
+    return call is not None and call == tree.call_within(other, path)
 
 
 def _stack(node: fx.Node, tree: ModuleTree) -> list[str]:

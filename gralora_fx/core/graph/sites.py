@@ -19,7 +19,7 @@ from gralora_fx.core.graph.linear_calls import (
     subgraph_calls,
     tensor_at,
 )
-from gralora_fx.core.graph.module_tree import ModuleTree
+from gralora_fx.core.graph.module_tree import ModuleTree, innermost_path
 
 Kind = Literal["linear", "conv1d", "functional", "parameter"]
 
@@ -91,7 +91,7 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
         call: weight for call in inner if _layer_of(weight := tensors.get(str(call.weight.target)), tree) is not None
     }
     calls = {call: w for call, w in weights.items() if isinstance(w, nn.Parameter) and w.ndim == 2}
-    paths = {call: tree.innermost(call.node, str(call.weight.target).rpartition(".")[0]) for call in calls}
+    paths = {call: _called(call, tree) for call in calls}
     names = {id(weight): tree.names_of(weight) for weight in calls.values()}
     called = {path for path in paths.values() if path in tree.linear}
     groups: dict[tuple[str, int, bool], list[LinearCall]] = {}
@@ -128,9 +128,14 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
     return tuple(sites[path] for path in ranked)
 
 
+def is_layer(site: LinearSite, tree: ModuleTree) -> bool:
+    """Return whether a site is a linear layer of the model, rather than a functional call."""
+    return tree.canonical(site.path) in tree.linear
+
+
 def names_of_site(site: LinearSite, tree: ModuleTree) -> tuple[str, ...]:
     """Return the names for a site in configurations: its path, and for a functional call its weight's name."""
-    weights = tree.names_of(site.weight) if site.kind == "functional" else ()
+    weights = () if is_layer(site, tree) or site.kind == "parameter" else tree.names_of(site.weight)
     return tuple(dict.fromkeys((site.path, *weights)))
 
 
@@ -208,13 +213,13 @@ def _computed_calls(
 ) -> dict[str, list[LinearCall]]:
     """Return calls of linear layers with one weight that is computed in the graph, by the layer's path."""
     by_path: dict[str, list[LinearCall]] = {}
-    runs: list[tuple[str, str]] = []
+    runs: list[tuple[str, str | None]] = []
     for node in graph_module.graph.nodes:
         call = match_linear_call(node, computed=True)
         path = None if call is None else tree.innermost(node, str(call.weight.target).rpartition(".")[0])
         if call is not None and path in tree.linear and path not in known:
             by_path.setdefault(path, []).append(call)
-            runs.append((path, str(list(node.meta.get("nn_module_stack", {}).values())[-1:])))
+            runs.append((path, tree.call_within(node, path)))
     return {
         path: calls for path, calls in by_path.items() if all(runs.count(run) == 1 for run in runs if run[0] == path)
     }
@@ -233,7 +238,7 @@ def _site(
     path: str, weight: nn.Parameter, bias: nn.Parameter | None, calls: list[LinearCall], tree: ModuleTree
 ) -> LinearSite:
     is_transposed = calls[0].stored_transposed if calls else tree.types[path].endswith("Conv1D")
-    kind: Kind = "conv1d" if is_transposed else "linear" if path in tree.linear else "functional"
+    kind: Kind = "conv1d" if is_transposed else "linear" if tree.canonical(path) in tree.linear else "functional"
     rows, columns = weight.shape
     return LinearSite(
         path=path,
@@ -245,6 +250,14 @@ def _site(
         calls=tuple(call.node.name for call in calls),
         tied_with=tuple(name for name in tree.names_of(weight) if not _is_own_name(name, path, tree)),
     )
+
+
+def _called(call: LinearCall, tree: ModuleTree) -> str:
+    """Return the path of the module that a call was traced in; another name of a layer is a path of its own."""
+    path = innermost_path(call.node) or ""
+    if tree.canonical(path) in tree.linear and tree.is_again(path):
+        return path
+    return tree.innermost(call.node, str(call.weight.target).rpartition(".")[0])
 
 
 def _owner(
@@ -275,7 +288,7 @@ def _weight_name(path: str, weight: nn.Parameter, tree: ModuleTree) -> str:
 
 
 def _is_own_name(name: str, path: str, tree: ModuleTree) -> bool:
-    if path in tree.linear and name.startswith(f"{path}."):
+    if tree.canonical(path) in tree.linear and name.startswith(f"{path}."):
         return True
     owner = tree.canonical(name.rpartition(".")[0])
     return owner == path or name == path or (path not in tree.linear and owner == path.rpartition(".")[0])

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.config.checks import check_alpha, check_dropout, check_flag, check_integer, check_tokens
+from gralora_fx.core.config.checks import check_dropout, check_flag, check_integer, check_number, check_tokens
 from gralora_fx.core.methods.arrays import moved
 from gralora_fx.core.methods.method import LayerCall, SummableMethod
 from gralora_fx.errors import ConfigError, an, shown, warn_caller
@@ -106,11 +106,11 @@ class LoraConfig(AdapterConfig):
     ADAPTED_BIASES = "lora_only"
     PATTERNS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
         "rank_pattern": partial(check_integer, least=1),
-        "alpha_pattern": check_alpha,
+        "alpha_pattern": check_number,
     }
     PATTERN_OF: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     SIZE_FIELDS = ("r", "lora_alpha", "use_rslora", *PATTERNS)
-    DROPOUT, ALPHA = "lora_dropout", "lora_alpha"
+    DROPOUT = "lora_dropout"
     SAVED_IF_USED = ("use_dora", "base_quantization", "target_parameters", "alora_invocation_tokens")
     _FORMS: ClassVar[dict[str, type[LoraConfig]]] = {}  # by the field that selects one
 
@@ -154,7 +154,7 @@ class LoraConfig(AdapterConfig):
             ConfigError: One has an invalid value.
         """
         check_integer("r", self.r, 1)
-        check_alpha("lora_alpha", self.lora_alpha)
+        check_number("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
         check_flag("use_rslora", self.use_rslora)
         check_tokens(self.alora_invocation_tokens, self.target_parameters)

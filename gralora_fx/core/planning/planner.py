@@ -11,7 +11,7 @@ from torch import nn
 
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import pattern_key
-from gralora_fx.core.graph.sites import LinearSite, ParameterSite, is_read_by_layers, names_of_site
+from gralora_fx.core.graph.sites import LinearSite, ParameterSite, is_layer, is_read_by_layers, names_of_site
 from gralora_fx.core.methods import method_of
 from gralora_fx.core.planning.problems import (
     UNNAMED,
@@ -100,8 +100,8 @@ def _reason_against(
     site: LinearSite, rule: TargetRule, saved: Iterable[str], traced: TracedModel, config: AdapterConfig
 ) -> str | None:
     """Return why a site gets no adapter, or None if it gets one."""
-    is_layer = site.kind != "functional"
-    reasons = [rule.rejection(name, is_linear_layer=is_layer) for name in names_of_site(site, traced.tree)]
+    of_layer = is_layer(site, traced.tree)
+    reasons = [rule.rejection(name, is_linear_layer=of_layer) for name in names_of_site(site, traced.tree)]
     if any(rule.is_excluded(name) for name in names_of_site(site, traced.tree)):
         return reasons[0] or next(filter(None, reasons))
     reason = (reasons[0] if None not in reasons else None) or trains_whole(site.path, saved)

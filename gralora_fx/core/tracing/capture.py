@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from gralora_fx.base.compat.transformers_exporters import auto_dynamic_shapes, export_program
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.module_tree import module_stack
+from gralora_fx.core.tracing.aliases import own_modules
 from gralora_fx.core.tracing.check import check, check_other_sizes, difference
 from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, Captured, Draft
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, cache_layout
@@ -36,7 +37,7 @@ def capture(draft: Draft) -> Captured:
     """Export the draft's model in its current mode, and return the draft with the graph."""
     model, sample = draft.model, draft.sample
     try:
-        with quiet(), _as_traced(model), traceable_modes() as checkpoints:
+        with quiet(), _as_traced(model), own_modules(model), traceable_modes() as checkpoints:
             shapes = dynamic_axes(sample, draft.held) if draft.dynamic else None
             if isinstance(model, PreTrainedModel):
                 program = _export_transformers_model(model, sample, shapes)
@@ -74,6 +75,10 @@ def _as_traced(model: nn.Module) -> Iterator[None]:
 
             for table in (IN_EVERY_MODEL, *parts("known code")):
                 changed.enter_context(replaced(model, table))
+        if any(isinstance(part, nn.RNNBase) for part in model.modules()):
+            from gralora_fx.core.tracing.recurrent_shapes import RecurrentShapes
+
+            changed.enter_context(RecurrentShapes())
         changed.enter_context(features_as_nodes(model))
         yield
 

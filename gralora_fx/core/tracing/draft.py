@@ -22,6 +22,7 @@ from gralora_fx.core.graph.module_tree import kept_modes
 from gralora_fx.core.graph.pipeline import PassReport
 from gralora_fx.core.tracing.inputs.arguments import (
     Arguments,
+    by_name,
     distinct,
     named_arguments,
     register_dataclasses,
@@ -201,7 +202,7 @@ def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[s
     """
     if isinstance(model, PreTrainedModel):
         return functools.partial(model.forward, **constants) if constants else model.forward
-    return _flat(functools.partial(model.forward, **constants), inputs)
+    return _flat(functools.partial(by_name(model.forward), **constants), inputs)
 
 
 def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[..., Any]:

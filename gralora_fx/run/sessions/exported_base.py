@@ -21,7 +21,6 @@ def base_of_export(directory: str | Path, manifest: Manifest | None, given: str 
 def layers_of_export(directory: str | Path, manifest: Manifest) -> KnownLayers:
     """Return the linear layers of an exported model, including those without adapter inputs."""
     model_type = (read_config_fields(Path(directory)) or {}).get("model_type")
-    linear, functional = (
-        [site.path for site in manifest.sites if (site.kind == "functional") == is_call] for is_call in (False, True)
-    )
-    return KnownLayers(linear, model_type if isinstance(model_type, str) else None, functional)
+    layers = [site.path for site in manifest.sites if site.is_layer and site.kind != "functional"]
+    functional = [site.path for site in manifest.sites if site.path not in layers]
+    return KnownLayers(layers, model_type if isinstance(model_type, str) else None, functional)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,14 +59,38 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     for name, value in bound.items():
         parameter = signature.parameters[name]
         if parameter.kind is parameter.VAR_POSITIONAL:
-            raise TraceError(f"{kind}.forward takes *{name}; trace a module with named arguments")
-        if parameter.kind is parameter.POSITIONAL_ONLY:
+            if isinstance(model, PreTrainedModel):
+                raise TraceError(f"{kind}.forward takes *{name}; give its arguments by name")
+            rest = {rest_name(name, index): one for index, one in enumerate(value)}
+            if twice := next((one for one in rest if one in signature.parameters or one in kwargs), None):
+                raise TraceError(f"{kind}.forward takes *{name}, whose items are named as its argument {twice!r}")
+            inputs.update(rest)
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
             raise TraceError(f"{kind}.forward takes {name!r} by position only; take the / out of its signature")
-        if parameter.kind is parameter.VAR_KEYWORD:
+        elif parameter.kind is parameter.VAR_KEYWORD:
             inputs.update(value)
         elif value is not None or parameter.default is not None:
             inputs[name] = value
     return inputs
+
+
+def rest_name(name: str, index: int) -> str:
+    """Return the name of an item of `*name`, such as `xs_0`."""
+    return f"{name}_{index}"
+
+
+def by_name(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that takes the items of its `*xs`, if it has that, by the names `xs_0`, `xs_1` and so on."""
+    parameters = inspect.signature(forward).parameters.values()
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "")
+
+    def named(**given: Any) -> Any:
+        names = itertools.takewhile(given.__contains__, (rest_name(rest, index) for index in itertools.count()))
+        items = [given.pop(name) for name in list(names)]
+        before = (p for p in parameters if items and p.kind is p.POSITIONAL_OR_KEYWORD)
+        return forward(*[given.pop(p.name, p.default) for p in before], *items, **given)
+
+    return named if rest else forward
 
 
 def split_constants(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

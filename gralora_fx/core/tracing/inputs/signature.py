@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from gralora_fx.base.compat.torch_graphs import tree_map_only
+from gralora_fx.core.tracing.inputs.arguments import rest_name
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, FixedAxes, cache_layout
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST
 
@@ -69,10 +70,13 @@ def signature_of(
     defaults |= answered
     if PAST in inputs:
         named = [p.replace(name=PAST) if p.name == "cache" else p for p in named]  # transformers' newer name for it
+    items = [p.name for p in parameters.values() if p.kind is p.VAR_POSITIONAL]
+    taken = {*inputs, *constants}
+    rest = [name for of in items for i in range(len(taken)) if (name := rest_name(of, i)) in taken]
     others = {name: value for name, value in defaults.items() if name not in inputs}
     return CallSignature(
         inputs=tuple(inputs),
-        positional=tuple(p.name for p in named if p.kind is not p.KEYWORD_ONLY),
+        positional=(*(p.name for p in named if p.kind is not p.KEYWORD_ONLY), *rest),
         values={**others, **constants},
         defaults=defaults,
         nullable=frozenset(answered),

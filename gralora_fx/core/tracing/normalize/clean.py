@@ -15,6 +15,7 @@ from gralora_fx.core.operators import COMPUTING, STANDS_FOR
 from gralora_fx.core.tracing.draft import Captured
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, cache_layout
 from gralora_fx.core.tracing.normalize.modes import INLINED, AnnotateModes, evaluate, find_rng_op, updated_buffers
+from gralora_fx.core.tracing.normalize.products import plain_products
 from gralora_fx.errors import TraceError
 
 _UNGUARDED = "there are no guards"
@@ -141,7 +142,7 @@ def restore_aten(graph: fx.Graph) -> PassResult[fx.Graph]:
 def cleaning_passes(graph_module: fx.GraphModule) -> tuple[Pass[fx.Graph], ...]:
     """Return the passes that clean a fresh graph."""
     inlining = inlining_passes() if _has_subgraphs(graph_module) else ()
-    return (*inlining, drop_guards, drop_empty_parts, drop_dead_scalars, drop_unread_writes)
+    return (*inlining, drop_guards, plain_products, drop_empty_parts, drop_dead_scalars, drop_unread_writes)
 
 
 def _has_subgraphs(graph_module: fx.GraphModule) -> bool:

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from gralora_fx.base.compat.torch_graphs import tree_info, tree_leaves
-from gralora_fx.core.graph.module_tree import LINEAR_TYPES, kept_modes, module_stack
+from gralora_fx.core.graph.module_tree import LINEAR_TYPES, kept_modes, module_calls
 from gralora_fx.core.graph.out_of_reach import note_opaque
 from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
 from gralora_fx.core.graph.surgery import module_of
@@ -116,7 +116,9 @@ def _meta_within(call: fx.Node, part: fx.Node, path: str) -> dict[str, Any]:
     if "custom" in meta:
         meta["custom"] = dict(meta["custom"])
     if call.op == "call_module":
-        below = {f"{path}.{name}": (f"{path}.{name}", kind) for name, kind in module_stack(part) if name}
+        below = {
+            f"{path}.{inner}@{call.name}": (f"{path}.{name}", kind) for inner, name, kind in module_calls(part) if name
+        }
         meta["nn_module_stack"] = {**call.meta.get("nn_module_stack", {}), **below}
     return meta
 
@@ -186,7 +188,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 def _inline_linear(graph: fx.Graph, node: fx.Node, module: nn.Module) -> None:
     x = node.args[0] if node.args else node.kwargs["input" if isinstance(module, nn.Linear) else "x"]
-    stack = {**node.meta.get("nn_module_stack", {}), str(node.target): (str(node.target), type(module))}
+    stack = {**node.meta.get("nn_module_stack", {}), f"{node.target}@{node.name}": (str(node.target), type(module))}
     with graph.inserting_before(node):
         weight = graph.get_attr(f"{node.target}.weight")
         bias = graph.get_attr(f"{node.target}.bias") if module.bias is not None else None
@@ -266,8 +268,9 @@ def _settle(graph: fx.Graph, count: int) -> None:
             if not str(node.target).startswith(f"{_INNER}."):
                 raise _Untraced("it uses a tensor that is neither a parameter nor a buffer of it")
             node.target = str(node.target).removeprefix(f"{_INNER}.")
-        stack = {name.removeprefix(_INNER).removeprefix("."): kind for name, kind in module_stack(node)}
-        node.meta["nn_module_stack"] = {name: (name, kind) for name, kind in stack.items()}
+        node.meta["nn_module_stack"] = {
+            call: (name.removeprefix(_INNER).removeprefix("."), kind) for call, name, kind in module_calls(node)
+        }
 
 
 @contextmanager
