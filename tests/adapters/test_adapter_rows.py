@@ -17,7 +17,7 @@ from traces import fresh, fresh_trace
 from transformers import SwinConfig, SwinForImageClassification
 
 from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
-from gralora_fx.core.adapters.join_linears import adapted_linears
+from gralora_fx.core.adapters.fuse_linears import adapted_linear
 from gralora_fx.errors import ConfigError, RewriteError, TraceError
 
 ROWS = ["gralora", "dora", "__base__", "lora", "gralora", "hybrid"]  # not in order
@@ -213,8 +213,8 @@ def test_the_nodes_of_training_give_the_flat_graphs_gradients(rows: list[str]) -
     joined = gradients(model)
     made = next(graph for graph in state._cache._graphs.values() if graph.state.by_row)
     modules = [module for module in made.running.modules() if isinstance(module, fx.GraphModule)]
-    nodes = [n for m in modules for n in m.graph.find_nodes(op="call_function", target=adapted_linears)]
-    assert any(len(node.args[2]) == 3 and len(node.args[5]) == 12 for node in nodes)  # q, k and v of four entries
+    nodes = [n for m in modules for n in m.graph.find_nodes(op="call_function", target=adapted_linear)]
+    assert any(len(node.args[4]) == 4 and node.args[-1] is not None for node in nodes)  # q, k and v, of four entries
     made.__dict__["_training_passes"] = lambda: ()
     made._running = made._new_running(made.flat.module)
     made._forms = {}

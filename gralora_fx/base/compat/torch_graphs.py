@@ -52,12 +52,14 @@ __all__ = [
     "detect_fake_mode",
     "enter_autocast",
     "has_kernel",
+    "is_forward_mode",
     "is_mutable",
     "is_traced",
     "is_transformed",
     "leave_autocast",
     "memory_of",
     "multiplies_bfloat16",
+    "plain_backward",
     "returns_alias",
     "schema_of",
     "set_convention",
@@ -70,6 +72,7 @@ __all__ = [
     "tree_map_with_path",
     "tree_unflatten",
     "treespec_leaf",
+    "will_run",
     "without_new_symbols",
 ]
 
@@ -87,6 +90,22 @@ def is_mutable(target: object) -> bool:
 def is_transformed() -> bool:
     """Return whether a functional transform (`vmap`, `jvp`) or a dispatch mode is active."""
     return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+
+
+def is_forward_mode() -> bool:
+    """Return whether tensors may have tangents of `torch.autograd.forward_ad`, in any thread."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def plain_backward() -> int | None:
+    """Return the number of the backward pass that runs; None if it is differentiated or transformed itself."""
+    task = torch._C._current_graph_task_id()
+    return None if task < 0 or torch.is_grad_enabled() or is_transformed() else task
+
+
+def will_run(node: Any) -> bool:
+    """Return whether the backward pass that runs will run a node of autograd's graph."""
+    return torch._C._will_engine_execute_node(node)
 
 
 def has_kernel(operator: str, device: str) -> bool:

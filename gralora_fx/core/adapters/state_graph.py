@@ -138,9 +138,9 @@ class StateGraph:
         adapted = self._base.computed or self.flat.module.graph.find_nodes(op="call_function", target=accumulate)
         if not (self.state.training and adapted):
             return ()
-        from gralora_fx.core.adapters.join_linears import join_adapted_linears
+        from gralora_fx.core.adapters.fuse_linears import fuse_adapted_linears
 
-        return (join_adapted_linears,)
+        return (fuse_adapted_linears,)
 
     def show_adapters(self) -> None:
         """Point the graph's adapter tensors to those of the tree."""

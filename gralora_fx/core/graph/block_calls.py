@@ -6,14 +6,11 @@ import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx, nn
 
-from gralora_fx.base.compat.torch_graphs import OpOverload, is_mutable
+from gralora_fx.core.graph.effects import has_effect, may_write
 from gralora_fx.core.graph.module_tree import is_within, module_calls
 from gralora_fx.core.graph.surgery import copy_graph, module_of
-
-_PURE = {"getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge"}
 
 
 class BlockCall(NamedTuple):
@@ -177,7 +174,7 @@ def _together(path: str, nodes: Sequence[fx.Node], others: Collection[fx.Node]) 
         if not taken.isdisjoint(node.all_input_nodes):
             taken.add(node)
     rest = [node for node in span if node not in taken and node.op not in ("get_attr", "placeholder")]
-    if any(_has_effect(node) for node in rest) or any(is_mutable(node.target) for node in nodes):
+    if any(has_effect(node) for node in rest) or any(may_write(node) for node in nodes):
         taken |= set(rest)
     if strange := [node for node in span if node in taken and node in others]:
         raise NoBlock(path, f"{strange[0].name} of another block is computed between its operations")
@@ -191,13 +188,3 @@ def _inputs_of(nodes: Iterable[fx.Node], inside: Collection[fx.Node]) -> list[fx
     """Return the values that nodes read from outside, each once: activations first, then `get_attr` nodes."""
     reads = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
     return sorted(reads, key=lambda node: node.op == "get_attr")
-
-
-def _has_effect(node: fx.Node) -> bool:
-    """Return whether a node may draw random numbers or write into a tensor, so that its place matters."""
-    if node.op != "call_function":
-        return True
-    if isinstance(node.target, OpOverload):
-        return is_mutable(node.target) or torch.Tag.nondeterministic_seeded in node.target.tags
-    name = getattr(node.target, "__name__", "")
-    return name not in _PURE and not name.startswith("sym_")

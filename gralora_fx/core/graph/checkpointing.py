@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from gralora_fx.base.compat.torch_graphs import is_mutable
+from gralora_fx.base.compat.torch_graphs import OpOverload, is_mutable, returns_alias
 from gralora_fx.core.graph.block_calls import BlockCall
+from gralora_fx.core.graph.effects import may_write
 from gralora_fx.errors import RewriteError, shown
 
 _OPTIONS = {name for name, p in inspect.signature(checkpoint).parameters.items() if p.kind is p.KEYWORD_ONLY} | {
@@ -72,8 +73,15 @@ def checkpoint_blocks(graph: fx.Graph, blocks: Iterable[BlockCall], checkpointin
 
 
 def _updates(graph: fx.Graph) -> bool:
-    """Return whether a block writes into a tensor that it did not compute."""
-    return any(
-        is_mutable(node.target) and isinstance(node.args[0], fx.Node) and node.args[0].op in ("get_attr", "placeholder")
-        for node in graph.nodes
-    )
+    """Return whether a block may write into a tensor that it did not compute."""
+    writes = [node for node in graph.nodes if may_write(node)]
+    return any(not is_mutable(node.target) or _is_given(node.args[0]) for node in writes)
+
+
+def _is_given(value: Any) -> bool:
+    """Return whether a value is an argument or attribute of a block, or a view of one."""
+    while isinstance(value, fx.Node) and value.op == "call_function":
+        if not (isinstance(value.target, OpOverload) and returns_alias(value.target) and value.args):
+            return False
+        value = value.args[0]
+    return isinstance(value, fx.Node)

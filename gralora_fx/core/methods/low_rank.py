@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from gralora_fx.base.compat.torch_graphs import is_transformed
+from gralora_fx.core.graph.effects import without_effect
 from gralora_fx.core.methods.method import LayerCall
 
 Rows = slice | Tensor  # rows of a batch: a slice, or an index tensor
@@ -28,11 +29,13 @@ def drop_inputs(x: Tensor, probability: float) -> Tensor:
     return nn.functional.dropout(x, probability, training=True) if probability else x
 
 
+@without_effect
 def at_tokens(x: Tensor, acting: Tensor) -> Tensor:
     """Return `x`, `[batch, tokens, in]` or `[batch * tokens, in]`, with zeros where the adapter does not act."""
     return torch.where(acting.reshape(*x.shape[:-1], 1), x, 0)
 
 
+@without_effect
 def project(x: Tensor, A: Tensor) -> Tensor:
     """Multiply a layer's input `[..., in]` by the first factor.
 
@@ -47,6 +50,7 @@ def project(x: Tensor, A: Tensor) -> Tensor:
     return swapped(torch.bmm(in_blocks(x, A.shape[0]), A))
 
 
+@without_effect
 def accumulate(y: Tensor, hidden: Tensor, B: Tensor, scale: float, *, in_place: bool = True) -> Tensor:
     """Multiply by the second factor, and add the product to a layer's output: in place where that is correct and fast.
 
@@ -64,7 +68,12 @@ def accumulate(y: Tensor, hidden: Tensor, B: Tensor, scale: float, *, in_place: 
         return result
     into, right = (y.view(-1, B.shape[0]), B.t()) if B.ndim == 2 else (in_blocks(y, B.shape[0]), B)
     records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands)
-    if in_place and not records and y.dtype == hidden.dtype == B.dtype and not torch.compiler.is_compiling():
+    if (
+        in_place
+        and not records
+        and y.dtype == hidden.dtype == B.dtype
+        and not (torch.compiler.is_compiling() or is_transformed())
+    ):
         into.addmm_(hidden, right, alpha=scale) if B.ndim == 2 else into.baddbmm_(hidden, right, alpha=scale)
         return y
     if B.ndim == 2:
@@ -83,11 +92,13 @@ def swapped(hidden: Tensor) -> Tensor:
     return hidden.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)
 
 
+@without_effect
 def take_rows(x: Tensor, rows: Rows, batch: int | None = None) -> Tensor:
     """Return some rows of `[batch, ...]`, a view for a slice; of `[batch * n, ...]`, given `batch`, n entries each."""
     return x[rows] if batch is None else torch.unflatten(x, 0, (batch, -1))[rows].flatten(0, 1)
 
 
+@without_effect
 def set_rows(
     y: Tensor, rows: Sequence[Rows], values: Sequence[Tensor], batch: int | None = None, *, in_place: bool = True
 ) -> Tensor:

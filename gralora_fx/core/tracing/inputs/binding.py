@@ -175,7 +175,9 @@ def _check_tensor(name: str, value: Any, sizes: tuple[int | None, ...] | None) -
     if sizes is None:
         return
     shape = tuple(value.shape)
-    if len(shape) != len(sizes) or any(size not in (None, actual) for size, actual in zip(sizes, shape, strict=True)):
+    if len(shape) != len(sizes) or any(
+        size is not None and size != actual for size, actual in zip(sizes, shape, strict=True)
+    ):
         accepted = ", ".join("any" if size is None else str(size) for size in sizes)
         raise TraceError(
             f"input {name!r} has shape {list(shape)}, but the trace takes [{accepted}]; give that, or trace again with "

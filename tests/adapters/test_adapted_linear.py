@@ -1,4 +1,4 @@
-"""Adapted layers that read one input: one node of what runs in training, with the values and gradients of many."""
+"""Adapted layers: one node each of what runs in training, with the values and gradients of plain nodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, rewrite
-from gralora_fx.core.adapters.join_linears import adapted_linears, join_adapted_linears
+from gralora_fx.core.adapters.fuse_linears import adapted_linear, fuse_adapted_linears, share_input
 from gralora_fx.core.methods.low_rank import accumulate, project
 
 DOUBLE = torch.float64
@@ -43,9 +43,12 @@ class Layers:
         every = [self.x, self.dropped, *self.weights, *self.biases, *self.As, *self.Bs]
         return [tensor for tensor in every if tensor is not None]
 
-    def joined(self, *_: Tensor) -> tuple[Tensor, ...]:
-        factors = self.As, self.Bs, self.scales, [None] * len(self.As)
-        return adapted_linears(self.x, self.dropped, self.weights, self.biases, range(len(self.As)), *factors)
+    def fused(self, *_: Tensor) -> tuple[Tensor, ...]:
+        layers = zip(self.weights, self.biases, self.As, self.Bs, self.scales, strict=True)
+        shared = share_input(self.x)
+        return tuple(
+            adapted_linear(self.x, self.dropped, w, b, [A], [B], [s], [None], shared) for w, b, A, B, s in layers
+        )
 
     def apart(self) -> tuple[Tensor, ...]:
         layers = zip(self.weights, self.biases, self.As, self.Bs, self.scales, strict=True)
@@ -56,17 +59,17 @@ class Layers:
 @pytest.mark.parametrize("drops", [False, True])
 def test_values_and_gradients_of_every_order_are_those_of_the_layers_apart(drops: bool) -> None:
     layers = Layers(drops)
-    for ours, expected in zip(layers.joined(), layers.apart(), strict=True):
+    for ours, expected in zip(layers.fused(), layers.apart(), strict=True):
         assert torch.allclose(ours, expected, rtol=1e-12)
-    assert torch.autograd.gradcheck(layers.joined, layers.tensors)
-    assert torch.autograd.gradgradcheck(layers.joined, layers.tensors)
+    assert torch.autograd.gradcheck(layers.fused, layers.tensors)
+    assert torch.autograd.gradgradcheck(layers.fused, layers.tensors)
 
 
 def test_a_layer_that_the_loss_does_not_read_gets_no_gradient() -> None:
     layers = Layers(drops=False)
     ours, expected = (
         torch.autograd.grad(outputs[1].sum(), layers.tensors, allow_unused=True)
-        for outputs in (layers.joined(), layers.apart())
+        for outputs in (layers.fused(), layers.apart())
     )
     assert [gradient is None for gradient in ours] == [gradient is None for gradient in expected]
     for one, other in zip(ours, expected, strict=True):
@@ -74,10 +77,13 @@ def test_a_layer_that_the_loss_does_not_read_gets_no_gradient() -> None:
 
 
 def nodes_of(model: GraloraModel) -> list[list[str]]:
-    """Return the layers of every node that computes adapted ones, of what runs."""
+    """Return the layers that share an input, or are alone, of every adapted one of what runs."""
     modules = [module for module in model._state.current.running.modules() if isinstance(module, fx.GraphModule)]
-    found = [node for module in modules for node in module.graph.find_nodes(op="call_function", target=adapted_linears)]
-    return [[str(weight.target) for weight in node.args[2]] for node in found]
+    groups: dict[object, list[str]] = {}
+    for module in modules:
+        for node in module.graph.find_nodes(op="call_function", target=adapted_linear):
+            groups.setdefault(node if node.args[-1] is None else node.args[-1], []).append(str(node.args[2].target))
+    return list(groups.values())
 
 
 def gradients(model: GraloraModel, runs: Any) -> dict[str, Tensor]:
@@ -93,7 +99,7 @@ def test_a_training_step_is_that_of_the_nodes_of_the_flat_graph(method: str, dro
     config = METHODS[method]
     model = rewrite(fresh_trace("llama"), config.changed(**{config.DROPOUT: dropout})).train()
     queries = [[path for path in paths if "attn" in path] for paths in nodes_of(model)]
-    expected = [["q", "k", "v"], ["o"]] if not dropout else [["q"], ["k"], ["v"], ["o"]]
+    expected = [["q", "k", "v"], ["o"]]
     assert [[path.split("self_attn.")[1][0] for path in paths] for paths in queries if paths] == 2 * expected
     flat, joined = gradients(model, model.graph_module), gradients(model, model)
     assert flat.keys() == joined.keys()
@@ -119,7 +125,7 @@ def test_evaluation_and_layers_that_something_else_reads_are_as_they_were() -> N
     assert ["k", "v"] in [[path.split("self_attn.")[-1][0] for path in paths] for paths in nodes_of(model)]
 
 
-def test_a_write_between_two_layers_keeps_them_apart() -> None:
+def test_a_layer_after_a_write_into_its_input_reads_what_was_written() -> None:
     graph = fx.Graph()
     x, w, a, b = (graph.placeholder(name) for name in "xwab")
     outputs = []
@@ -128,7 +134,7 @@ def test_a_write_between_two_layers_keeps_them_apart() -> None:
         outputs.append(graph.call_function(accumulate, (y, graph.call_function(project, (x, a)), b, 1.0)))
         graph.call_function(torch.ops.aten.mul_.Tensor, (x, 2.0))
     graph.output(tuple(outputs))
-    assert join_adapted_linears(graph).changed == 2
+    assert fuse_adapted_linears(graph).changed == 2
     tensors = [torch.randn(3, 4), torch.randn(5, 4), torch.randn(2, 4), torch.randn(5, 2)]
     first, second = fx.GraphModule(nn.Module(), graph)(*tensors)
     assert torch.allclose(second, 2 * first)

@@ -1,21 +1,21 @@
-"""Adapted or packed layers that read one input, joined into one node of the training graph."""
+"""Adapted and packed layers as one node each in the training graph."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from gralora_fx.base.compat.torch_graphs import is_mutable, is_transformed
+from gralora_fx.base.compat.torch_graphs import is_forward_mode, is_transformed
+from gralora_fx.core.graph.effects import may_write
 from gralora_fx.core.graph.linear_calls import is_unpacked
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.methods.low_rank import accumulate, project, set_rows, take_rows
 
 if TYPE_CHECKING:
-    from gralora_fx.core.adapters.adapted_linears import Weight
+    from gralora_fx.core.adapters.adapted_linear import SharedInput, Weight
     from gralora_fx.core.methods.low_rank import Rows
 
 _LINEAR, _ADDMM = torch.ops.aten.linear.default, torch.ops.aten.addmm.default
@@ -32,29 +32,46 @@ class _Layer(NamedTuple):
     terms: tuple[tuple[fx.Node, fx.Node, float, fx.Node | None], ...]  # for each adapter: A, B, the scale and its rows
 
 
-def join_adapted_linears(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Compute adapted or packed layers that read one input by one node, at the place of the first.
+def fuse_adapted_linears(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Compute each adapted or packed layer by one node, which shares the gradient of an input that several read.
 
     Before: `q = linear(x, wq); q_1 = accumulate(q, project(x, aq), bq, s); k = linear(x, wk); k_1 = accumulate(...)`
-    After:  `q_1, k_1 = adapted_linears(x, None, [wq, wk], [None] * 2, [0, 1], [aq, ak], [bq, bk], [s, s], [None] * 2)`
+    After:  `shared = share_input(x); q_1 = adapted_linear(x, None, wq, None, [aq], [bq], [s], [None], shared);
+            k_1 = adapted_linear(x, None, wk, None, [ak], [bk], [s], [None], shared)`
 
-    Layers with dropout are not joined, since each draws its own mask. By row, each adapter is an entry with its rows.
+    A layer between whose nodes something else may write is left as it is. By row, each adapter is an entry with its
+    rows.
     """
-    places = {node: place for place, node in enumerate(graph.nodes)}
-    writes = [places[node] for node in graph.nodes if is_mutable(node.target)]
     found: list[_Layer] = []
     taken: set[fx.Node] = set()
     for node in reversed(graph.nodes):  # the last of a layer's nodes first
-        if node not in taken and (layer := _layer(node)) is not None:
+        if node not in taken and (layer := _layer(node)) is not None and _is_undisturbed(layer):
             found.append(layer)
             taken.update(layer.nodes)
-    groups: list[list[_Layer]] = []
+    groups: dict[fx.Node, list[_Layer]] = {}
     for layer in reversed(found):
-        group = next((group for group in groups if _joins(layer, group[0], places, writes)), None)
-        groups.append([layer]) if group is None else group.append(layer)
-    for layers in groups:
-        _replace(graph, layers)
-    return PassResult(len(groups))
+        groups.setdefault(layer.x, []).append(layer)
+    shared, fused = dict[fx.Node, fx.Node](), dict[fx.Node, fx.Node]()
+    for layer in reversed(found):
+        if len(groups[layer.x]) > 1 and layer.x not in shared:
+            with graph.inserting_before(layer.nodes[0]):
+                shared[layer.x] = graph.call_function(share_input, (fused.get(layer.x, layer.x),))
+            shared[layer.x].meta = dict(layer.nodes[0].meta)
+        fused[layer.nodes[-1]] = _replace(graph, layer, fused, shared.get(layer.x))
+    return PassResult(len(found))
+
+
+def _is_undisturbed(layer: _Layer) -> bool:
+    """Return whether nothing else may write between a layer's first node and its last, so that one can replace them."""
+    node, last = (
+        next((node for node in layer.nodes[0].all_input_nodes if is_unpacked(node)), layer.nodes[0]),
+        layer.nodes[-1],
+    )
+    while node is not last:
+        if node not in layer.nodes and may_write(node):
+            return False
+        node = node.next
+    return True
 
 
 def _layer(result: fx.Node) -> _Layer | None:
@@ -120,70 +137,56 @@ def _product(linear: Any) -> tuple[fx.Node, Any, Any] | None:
     return None if is_turned else (x, weight, bias)
 
 
-def _joins(layer: _Layer, first: _Layer, places: Mapping[fx.Node, int], writes: Sequence[int]) -> bool:
-    """Return whether a layer can be computed at the place of another one."""
-    if layer.x is not first.x or layer.dropped is not None or first.dropped is not None:
-        return False
-    begin, end = places[first.nodes[0]], places[layer.nodes[-1]]
-    operands = _read([(each.weight, each.bias, each.terms) for each in (layer, first)])
-    known = all(node.op == "get_attr" or places[node] < begin for node in operands)
-    return known and not any(begin < place < end for place in writes)
+def _replace(graph: fx.Graph, layer: _Layer, fused: Mapping[fx.Node, fx.Node], shared: fx.Node | None) -> fx.Node:
+    """Compute a layer by one node, at the place of its last one; `fused` are the nodes of others before it."""
+    last = layer.nodes[-1]
+    columns = [list(column) for column in zip(*layer.terms, strict=True)] or [[], [], [], []]
+    arguments: Any = (layer.x, layer.dropped, layer.weight, layer.bias, *columns)
+    with graph.inserting_before(last):
+        made = graph.call_function(adapted_linear, (*fx.map_arg(arguments, lambda node: fused.get(node, node)), shared))
+    made.meta = dict(last.meta)
+    last.replace_all_uses_with(made)
+    packed = [node for node in layer.nodes[0].all_input_nodes if is_unpacked(node)]
+    for node in (*reversed(layer.nodes), *packed):
+        if not node.users:
+            graph.erase_node(node)
+    return made
 
 
-def _replace(graph: fx.Graph, layers: Sequence[_Layer]) -> None:
-    first = layers[0]
-    place = first.nodes[-1] if len(layers) == 1 else first.nodes[0]
-    terms = [(index, *term) for index, layer in enumerate(layers) for term in layer.terms]
-    with graph.inserting_before(place):
-        adapted, *columns = (list(column) for column in zip(*terms, strict=True)) if terms else [[] for _ in range(5)]
-        tensors: Any = [[layer.weight for layer in layers], [layer.bias for layer in layers], *columns[:2]]
-        if len(layers) > 1:  # attributes are read again, before the first layer
-            tensors = fx.map_arg(tensors, lambda node: graph.node_copy(node) if node.op == "get_attr" else node)
-        arguments = (first.x, first.dropped, *tensors[:2], adapted, *tensors[2:], *columns[2:])
-        joined = graph.call_function(adapted_linears, arguments)
-        joined.meta = dict(first.nodes[0].meta)
-        for index, layer in enumerate(layers):
-            output = graph.call_function(operator.getitem, (joined, index))
-            output.meta = dict(layer.nodes[-1].meta)
-            layer.nodes[-1].replace_all_uses_with(output)
-    for layer in layers:
-        packed = [node for node in layer.nodes[0].all_input_nodes if is_unpacked(node)]
-        for node in (*reversed(layer.nodes), *packed):
-            if not node.users:
-                graph.erase_node(node)
+def share_input(x: Tensor) -> SharedInput | None:
+    """Return what the layers that read `x` add its gradient to; None where each returns it by itself."""
+    from gralora_fx.core.adapters.adapted_linear import SharedInput
+
+    return SharedInput.of(x) if x.requires_grad and torch.is_grad_enabled() and _is_plain(x) else None
 
 
-def _read(operands: Any) -> list[fx.Node]:
-    nodes: list[fx.Node] = []
-    fx.map_arg(operands, nodes.append)
-    return nodes
-
-
-def adapted_linears(
+def adapted_linear(
     x: Tensor,
     dropped: Tensor | None,
-    weights: Sequence[Weight],
-    biases: Sequence[Tensor | None],
-    adapted: Sequence[int],
+    weight: Weight,
+    bias: Tensor | None,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     scales: Sequence[float],
     rows: Sequence[Rows | None],
-) -> tuple[Tensor, ...]:
-    """Compute adapted layers of one input: `accumulate(linear(x, weight, bias), project(dropped, A), B, scale)` each.
+    shared: SharedInput | None = None,
+) -> Tensor:
+    """Compute an adapted layer: `accumulate(linear(x, weight, bias), project(dropped, A), B, scale)`.
 
-    `x` is `[..., in]`, and `dropped` is it after dropout, or None. There is one of `weights`, `[out, in]` or what
-    unpacks them, and of `biases` for each layer; one of `adapted`, the layer's index, of `As`, `Bs`, `scales` and
-    `rows`, of the first axis or None for all, for each adapter.
+    `x` is `[..., in]`, and `dropped` is it after dropout, or None; `weight` is `[out, in]`, or what unpacks it. There
+    is one of `As`, `Bs`, `scales` and `rows`, of the first axis or None for all, for each adapter. `shared` is made by
+    `share_input` of `x`.
     """
-    from gralora_fx.core.adapters.adapted_linears import AdaptedLinears, compute_layers
+    from gralora_fx.core.adapters.adapted_linear import AdaptedLinear, compute_layer
 
-    read = x if dropped is None else dropped
-    terms = tuple(zip(adapted, scales, rows, strict=True))
-    if not _is_plain(x, dropped, *weights, *biases, *As, *Bs):
-        return compute_layers(x, read, weights, biases, terms, As, Bs)[0]
-    floats = (weight if isinstance(weight, Tensor) else None for weight in weights)
-    return AdaptedLinears.apply(x, dropped, terms, weights, *floats, *biases, *As, *Bs)  # type: ignore[no-any-return,no-untyped-call]
+    terms = tuple(zip(scales, rows, strict=True))
+    if not _is_plain(x, dropped, weight, bias, *As, *Bs):
+        return compute_layer(x, x if dropped is None else dropped, weight, bias, terms, As, Bs)[0]
+    if shared is not None and shared.version != x._version:  # it was written since
+        shared = None
+    token = None if shared is None else shared.token
+    weights = (None, weight) if isinstance(weight, Tensor) else (weight, None)
+    return AdaptedLinear.apply(x, dropped, token, shared, terms, *weights, bias, *As, *Bs)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _is_plain(*operands: Any) -> bool:
@@ -195,4 +198,5 @@ def _is_plain(*operands: Any) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(tensors[0].device.type)
         and not is_transformed()
+        and not is_forward_mode()
     )
