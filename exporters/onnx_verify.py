@@ -23,7 +23,7 @@ from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.verify.cases import Case, PromptBatch, TokenRun
 from gralora_fx.exporters.verify.comparable import Comparable, Variant, evaluating, open_comparable, variants
 from gralora_fx.exporters.verify.outputs import OutputComparison, check_inputs
-from gralora_fx.exporters.verify.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
+from gralora_fx.exporters.verify.tolerances import ToleranceCheck, describe_weights, tolerance_of
 from gralora_fx.exporters.verify_report import ProviderRun, VerifyReport
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.format.manifest import Manifest, read_manifest
@@ -68,9 +68,8 @@ def verify_onnx(
             without a cache are compared on the same inputs either way.
         inputs: A user's own inputs, compared in addition.
         prompts: A user's own prompts for an export with a cache, compared in addition: texts, chats or token ids.
-        tolerance: Largest difference allowed, relative to the largest value or to 1 if that is smaller; None for the
-            export precision's tolerance, or four times the rounding error of float32 itself if that is larger (see
-            `tolerances`).
+        tolerance: Largest difference allowed, relative to the largest value; None for the export precision's tolerance,
+            or four times the rounding error of float32 itself if that is larger (see `tolerances`).
         providers: Execution providers to run the export on, as `load` takes them; None for the CPU. Their arithmetic
             sets the tolerance too (see `tolerances`), and the report lists the nodes that each one ran.
         provider_options: Options of each provider, if they are not given beside its name.
@@ -136,6 +135,10 @@ def verify_onnx(
             seed,
             adapter_name,
         ).of_all_states()
+    from gralora_fx.exporters.verify.stored_weights import differences
+
+    if found := differences(Path(output_dir), manifest, model, flavour_of(traced).write_files):
+        report = dataclasses.replace(report, passed=False, differences=found)
     quantized = (manifest.quantization, *(entry.quantization for entry in manifest.companions.values()))
     if all(each is None or each.kind != DYNAMIC for each in quantized):
         return report
@@ -195,7 +198,6 @@ class _Comparison:
             level=self.level,
             reference=_describe_reference(self.model, reference, self.adapter_name),
             provider=None if self.runtime is None else _provider_run(self.runtime, variant.session),
-            least_scale=check.least_scale,
             rows=tokens.rows,
         )
         if not self.manifest.companions:
@@ -220,8 +222,8 @@ class _Comparison:
         given, arithmetic = self.given_tolerance, self.opened.arithmetic
         is_rough = given is None and self.runtime is not None and arithmetic != "fp32"
         explained = tolerance_of(self.manifest.precision, arithmetic if is_rough else "fp32")
-        limit, least_scale = explained if given is None else given, LEAST_SCALE if is_rough else 1.0
-        return ToleranceCheck(reference, limit, use_float64=given is None, least_scale=least_scale)
+        limit = explained if given is None else given
+        return ToleranceCheck(reference, limit, use_float64=given is None, arithmetic=arithmetic)
 
     def _open_rows(self, adapters: Adapters, count: int, length: int) -> Decoder:
         limits, size = DecoderLimits(None, length, frozenset()), DecoderSize(count, chunk=length)

@@ -34,7 +34,7 @@ class TokenCheck:
     near_ties: int  # how many differ although PyTorch's logits of the two tokens are within the tolerance
     first_difference: str | None  # where the first token differs, or None
     # largest difference of the last position's logits at each step, that of the prompt first, relative to the largest
-    # logit or to 1 where that is smaller
+    # logit
     step_errors: tuple[float, ...]
     passed: bool = True  # whether the logits of every step are close enough
 
@@ -56,16 +56,17 @@ class TokenCheck:
 
 @dataclass(frozen=True)
 class RoundingCheck:
-    """A difference above the tolerance, compared with the rounding error of float32 itself."""
+    """A difference above the tolerance, compared with the rounding error of the arithmetic itself."""
 
     where: str  # the case and the output or token
-    # difference of the export from PyTorch, relative to the largest value, or to 1 if that is smaller
-    difference: float
-    rounding: float  # the rounding error of float32 there (see `tolerances`); 0 if it could not be determined
+    difference: float  # difference of the export from PyTorch, relative to the largest value
+    rounding: float  # the rounding error there (see `tolerances`); 0 if it could not be determined
     why_not: str = ""  # why it could not be determined
+    arithmetic: str = "fp32"  # the arithmetic that it is of
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.difference:.1e}, {self.why_not or f'float32 itself rounds {self.rounding:.1e}'}"
+        name = "float32" if self.arithmetic == "fp32" else self.arithmetic
+        return f"{self.where}: {self.difference:.1e}, {self.why_not or f'{name} itself rounds {self.rounding:.1e}'}"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class VerifyReport(Report):
     Attributes:
         passed: Whether every output is close enough in every case, and the logits of every greedy step: within the
             tolerance, or no more than four times as far off as float32 itself is from float64.
-        tolerance: Largest difference allowed, relative to the largest value or to `least_scale` if that is smaller.
+        tolerance: Largest difference allowed, relative to the largest value.
         cases: The inputs that were compared.
         tensors: One entry for each output.
         tokens: Greedy tokens, for an export that generates.
@@ -106,12 +107,11 @@ class VerifyReport(Report):
         level: `"quick"` or `"full"`: how many inputs were compared.
         reference: The model that the export was compared with, in words.
         provider: Where it was run, if a provider was requested; None for the CPU provider.
-        least_scale: The least value that a difference is relative to: 1, or less for a provider whose arithmetic is
-            less exact than float32.
         adapters: For an export that takes adapters as data, the comparison with each; the other fields are of the base.
         rows: Greedy tokens of a decoder's graph whose rows have their own lengths, all adapters in one batch; None if
             there is no such graph, or it was not compared.
         companions: Greedy tokens of prompts that companions of the decoder read too; None without companions.
+        differences: Weights and settings in the export's files that are not the model's, each in words.
     """
 
     passed: bool
@@ -125,10 +125,10 @@ class VerifyReport(Report):
     level: str = "full"
     reference: str = "the PyTorch model"
     provider: ProviderRun | None = None
-    least_scale: float = 1.0
     adapters: Mapping[str, VerifyReport] = field(default_factory=dict)
     rows: TokenCheck | None = None
     companions: TokenCheck | None = None
+    differences: tuple[str, ...] = ()
 
     @property
     def max_abs_error(self) -> float:
@@ -181,7 +181,7 @@ class VerifyReport(Report):
         found = []
         if explained:
             plural = "s" * (explained > 1)
-            found.append(f"{explained} difference{plural} above {self.tolerance:g}, which float32's rounding explains")
+            found.append(f"{explained} difference{plural} above {self.tolerance:g}, which rounding explains")
         if self.arithmetic not in ("fp32", self.weights):
             found.append(f"run in {self.arithmetic} arithmetic")
         return [*found, *self._overflow]
@@ -207,7 +207,9 @@ class VerifyReport(Report):
 
     @property
     def _worst(self) -> str:
-        """The largest unexplained difference, and the number of differences."""
+        """The first difference in files, or the largest unexplained one of results; and the number of differences."""
+        if self.differences:
+            return f"{len(self.differences)} of the stored weights and settings differ, first: {self.differences[0]}"
         found = [(one.difference, one, state) for state, report in self.states.items() for one in report.rounding]
         if found:
             _, check, state = max(found, key=lambda each: each[0])
@@ -228,6 +230,7 @@ class VerifyReport(Report):
         lines += _token_lines("with companions: greedy tokens", {state: report.companions for state, report in states})
         for state, report in self.states.items():
             lines += [f"above the tolerance{state}: {check}" for check in report.rounding]
+        lines += [f"in the files: {text}" for text in self.differences]
         lines += _verdict(self)
         if {self.weights, self.arithmetic} != {"fp32"}:
             lines.append(f"weights in {self.weights}, run in {self.arithmetic} arithmetic")
@@ -262,10 +265,9 @@ def _row(check: TensorCheck, state: str) -> str:
 
 def _verdict(report: VerifyReport) -> list[str]:
     """Return whether all passed, or which did not; the cases, once if they are equal."""
-    least = "" if report.least_scale == 1 else f" of the largest value, and {report.tolerance * report.least_scale:g}"
     failed = listed(state.strip() for state, one in report.states.items() if state and not one.passed)
     words = "passed" if report.passed else f"FAILED {failed}".rstrip()
-    return [f"{words}: {_cases(report.cases)}, tolerance {report.tolerance:g}{least}"]
+    return [f"{words}: {_cases(report.cases)}, tolerance {report.tolerance:g}"]
 
 
 def _layers_as_one(checks: Sequence[TensorCheck]) -> dict[str, TensorCheck]:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.base.sources.safetensors_files import StoredTensor
+from gralora_fx.base.sources.safetensors_files import StoredTensor, are_same
 from gralora_fx.core.adapters.saved_embeddings import check_vocabulary
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.core.methods.arrays import to_numpy
@@ -101,7 +101,7 @@ class BaseParameters:
             wanted = values[start : start + _ROWS]
             own = read(slice(start, start + len(wanted)))
             if dtype is not None:
-                if not np.array_equal(own.astype(dtype), wanted.astype(dtype)):
+                if not are_same(own.astype(dtype), wanted):
                     return False
                 continue
             wanted = wanted.astype(np.float32)

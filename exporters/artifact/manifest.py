@@ -123,7 +123,7 @@ def _quantization(conversion: Conversion) -> QuantizedWeights | None:
         return None
     from gralora_fx.exporters.quantize.plan import quantized_weights
 
-    return quantized_weights(conversion.plan, conversion.log)
+    return quantized_weights(conversion.plan, conversion.log, conversion.options.precision)
 
 
 def weight_entries(traced: TracedModel, graphs: Mapping[str, ir.Graph]) -> dict[str, tuple[WeightEntry, ...]]:

@@ -15,7 +15,15 @@ import numpy as np
 
 from gralora_fx.base.sources.packed_tensors import PackedTensor, RoundedTensor
 from gralora_fx.base.sources.rewriting import Kept, bytes_of
-from gralora_fx.base.sources.safetensors_files import FLOATS, Layout, NewShard, NewTensor, StoredTensor, rewritten_shard
+from gralora_fx.base.sources.safetensors_files import (
+    FLOATS,
+    Layout,
+    NewShard,
+    NewTensor,
+    StoredTensor,
+    are_same,
+    rewritten_shard,
+)
 from gralora_fx.base.sources.saved_weights import SavedWeights
 from gralora_fx.core.adapters.saved_embeddings import check_vocabulary
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
@@ -175,10 +183,8 @@ def _difference(name: str, repeated: StoredTensor, base: SavedWeights, names: Na
 
 
 def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Return whether a tensor, cast to the dtype of another of its shape, equals it; both are read in blocks."""
-    with np.errstate(over="ignore"):
-        pairs = zip(one.blocks(), other.blocks(), strict=True)
-        return all(np.array_equal(values.astype(others.dtype), others) for values, others in pairs)
+    """Return whether two tensors of a shape are the same values, perhaps in two dtypes; both are read in blocks."""
+    return all(are_same(*pair) for pair in zip(one.blocks(), other.blocks(), strict=True))
 
 
 def _placed(wanted: Mapping[str, NewTensor], base: SavedWeights, names: Names) -> TensorChanges:

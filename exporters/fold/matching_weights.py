@@ -109,6 +109,13 @@ class BaseWeights:
             f"inputs and {outputs} outputs; give the base model of the adapter"
         )
 
+    def equal_to(self, path: str, features: tuple[int, int]) -> list[str]:
+        """Return the keys of other matrices with the values of a layer's weight."""
+        own = self._key(f"{path}.weight", features[1])
+        assert own is not None
+        alike = [key for key, stored in self._stored.items() if key != own and stored.shape == self._stored[own].shape]
+        return [key for key in alike if np.array_equal(self._stored[key].array(), self._stored[own].array())]
+
     def _as_exported(self, path: str, values: NDArray[Any]) -> NDArray[Any]:
         if self._rounding is None or path not in self._rounded_paths:
             return values

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.base.sources.safetensors_files import StoredTensor
+from gralora_fx.base.sources.safetensors_files import StoredTensor, are_same
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted, marked, option
 from gralora_fx.exporters.fold.edits import LayerEdit, ValuesEdit, constant
@@ -196,7 +195,10 @@ def _repeats(export: Export, known: Mapping[str, list[WeightLocation]], name: st
 def _holds(weight: ProductWeight, start: int, matrix: NDArray[Any]) -> bool:
     if matrix.shape[1] != weight.in_features or start + len(matrix) > weight.out_features:
         return False
-    return holds(weight, start, matrix) if weight.storage == "float" else is_rounding_of(weight, start, matrix)
+    if weight.storage != "float":
+        return is_rounding_of(weight, start, matrix)
+    rows, own = read_rows(weight.value), slice(start, start + len(matrix))
+    return are_same(rows[:, own].T if weight.transposed else rows[own], matrix)
 
 
 def _equal(location: ValueLocation, tensor: NDArray[Any]) -> bool:
@@ -205,4 +207,4 @@ def _equal(location: ValueLocation, tensor: NDArray[Any]) -> bool:
         return False
     expected = tensor.reshape(len(rows), -1)
     stored = rows[:, location.start : location.start + expected.shape[1]]
-    return stored.shape == expected.shape and np.array_equal(stored, expected.astype(stored.dtype))
+    return are_same(stored, expected)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _COLUMNS = 1024  # output features that are quantized at once
 # Square of a row's error over that of rounding to the nearest; a search makes it up to eight times larger.
 _LARGEST_ERROR = 10.0
+_SAME = 1e-4  # what a scale may differ by from that of the largest value, which a fold computes in another order
 LEAST_SHARE = 0.5  # the least share of an update that must survive at every layer
 
 
@@ -176,15 +177,23 @@ class _StoredBlocks:
 
         return values if self.order is None else values[:, order_of(self.order)]
 
-    def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
-        """Return whether the stored values are as close to others as rounding puts them, by each row's error."""
-        from gralora_fx.exporters.quantize.quantized_arrays import nearest_errors
+    def is_rounded(self, source: NDArray[Any], outputs: slice, *, is_fresh: bool = False) -> bool:
+        """Return whether the stored values are as close to others as rounding puts them, by each row's error.
+
+        Integers of 8 bits that were rounded once, from these values (`is_fresh`), have to be the nearest, of the scale
+        that their block gives, unless they are a checkpoint's own, which are exact.
+        """
+        from gralora_fx.exporters.quantize.quantized_arrays import are_nearest, nearest_errors
 
         if not np.isfinite(source).all():
             return False
-        least = nearest_errors(np.ascontiguousarray(self._ordered(source), np.float32), self.form)
-        errors, squares = (np.einsum("ij,ij->i", values, values) for values in (self.values(outputs) - source, source))
-        return bool((errors <= _LARGEST_ERROR * least + 1e-7 * squares + 1e-20).all())
+        source, stored = self._ordered(source), self._ordered(self.values(outputs))
+        if is_fresh and self.weight.bits == 8 and not are_nearest(source, stored, self.all_scales[outputs], self.form):
+            return False
+        least = nearest_errors(np.ascontiguousarray(source, np.float32), self.form)
+        errors, squares = (np.einsum("ij,ij->i", values, values) for values in (stored - source, source))
+        scale = float(np.spacing(self.all_scales.dtype.type(1))) / 2  # what rounding changes a scale by
+        return bool((errors <= _LARGEST_ERROR * least + max(1e-7, scale**2) * squares + 1e-20).all())
 
     def store(self, outputs: slice, values: NDArray[Any], path: str, *, is_near: bool) -> None:
         """Quantize values `[n, in]` of some outputs, rounded to the export's precision first, as an export does.
@@ -229,10 +238,13 @@ class _StoredColumns:
         values = dequantize_columns(self.integers[:, outputs], self.all_scales[outputs], self.factors)
         return np.ascontiguousarray(values.T)
 
-    def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
-        """Return whether the stored values are within a step of others."""
-        step = self.all_scales[outputs][:, None] * (1 if self.factors is None else self.factors)
-        return bool((np.abs(self.values(outputs) - source) <= 1.01 * step).all())
+    def is_rounded(self, source: NDArray[Any], outputs: slice, *, is_fresh: bool = False) -> bool:
+        """Return whether the stored values are within a step of others, and the steps those of them (`is_fresh`)."""
+        from gralora_fx.exporters.quantize.quantized_arrays import column_scales
+
+        scales, factors = self.all_scales[outputs], 1 if self.factors is None else self.factors
+        is_own = not is_fresh or np.allclose(scales, column_scales((source / factors).T), rtol=_SAME)
+        return is_own and bool((np.abs(self.values(outputs) - source) <= 1.01 * scales[:, None] * factors).all())
 
     def store(self, outputs: slice, values: NDArray[Any], path: str, *, is_near: bool) -> None:
         """Quantize values."""

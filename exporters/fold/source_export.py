@@ -188,7 +188,7 @@ def with_adapter(
     config = json.loads(adapter.config.changed(inference_mode=True).to_json())
     changed = replace(
         manifest,
-        adapters={**manifest.adapters, free: AdapterEntry(config, sha256, base.to_dict())},
+        adapters={**manifest.adapters, free: AdapterEntry(config, sha256, base.to_dict(), rounded_again=True)},
         base_fingerprint=None if adapter.copies else manifest.base_fingerprint,
         verification=None,
         quality=None,

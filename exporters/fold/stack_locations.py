@@ -123,7 +123,7 @@ def _at(graph: ir.Graph, file: str, path: str, adapter: StoredAdapter) -> Iterat
         raise MergeError("it is a single matrix that no product of the export reads; export the merged model instead")
     stored = tuple(int(size) for size in value.shape.numpy())
     matrix = site.features[1], site.features[0]
-    arrangement = _arrangement(value)
+    arrangement = arrangement_of(value)
     if arrangement is not None:
         if stored[0] != site.stack or arrangement.as_modelled(np.empty(stored[1:], np.bool_)).shape != matrix:
             raise MergeError(_unfit(stored, site.stack, matrix))
@@ -139,7 +139,7 @@ def _at(graph: ir.Graph, file: str, path: str, adapter: StoredAdapter) -> Iterat
     yield StackLocation(path, file, value, matrix, Transposed() if stored == transposed else None)
 
 
-def _arrangement(value: ir.Value) -> Arrangement | None:
+def arrangement_of(value: ir.Value) -> Arrangement | None:
     """Return the layout of an initializer that a feature's operator reads; None for other operators."""
     use = next(iter(value.uses()), None)
     found = [] if use is None else [arrangement_at(use.node, use.idx) for arrangement_at in parts("arrangements")]
@@ -152,7 +152,7 @@ def _possible_features(graph: ir.Graph, name: str) -> set[tuple[int, int]]:
     if value is None or value.shape is None or len(value.shape) != 3:
         return set()
     rows, columns = (int(size) for size in value.shape.numpy()[1:])
-    arrangement = _arrangement(value)
+    arrangement = arrangement_of(value)
     if arrangement is not None:
         return {(columns, arrangement.as_modelled(np.empty((rows, 1), np.bool_)).shape[0])}
     return {(columns, rows), (rows, columns)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +13,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
-from gralora_fx.errors import MergeError, bulleted, marked, option, remedy
+from gralora_fx.errors import MergeError, bulleted, command, listed, marked, option, remedy
 from gralora_fx.exporters.fold.matching_weights import BaseWeights, find_values, foreign_names, holds, ranges, reduced
-from gralora_fx.exporters.rules.products.initializers import ProductWeight, parameter_names, product_weights
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, Reader, parameter_names, product_weights
 from gralora_fx.format.manifest import Manifest, WeightEntry
 
 RECORDED, BY_NAME, BY_VALUE = "as recorded", "by name", "by value"
@@ -105,7 +107,7 @@ def find_locations(export: Export, adapter: StoredAdapter) -> list[WeightLocatio
         try:
             of_layer = _locate(export, adapter, path)
             _check_widths(of_layer, site.features)
-            _check_shared(export, of_layer)
+            of_layer = [_unshared(export, location, site.features) for location in of_layer]
             _check_base(export, of_layer, site.features)
         except MergeError as error:
             problems.append(f"{path}: {marked(error)}")
@@ -218,27 +220,61 @@ def _check_widths(locations: Iterable[WeightLocation], features: tuple[int, int]
             raise MergeError(f"{location.weight.name} cannot be folded into: {location.weight.problem}")
 
 
-def _check_shared(export: Export, locations: Iterable[WeightLocation]) -> None:
-    """Check that only the layer's own products read its weight."""
-    for location in locations:
-        weight = location.weight
-        if export.record is not None:
-            if same := export.sharing([location]):
-                raise MergeError(
-                    f"{weight.name} is the weight of {', '.join(same)} too, which would change with it; export the "
-                    f"merged model ({remedy('merge with untie=True', 'run gralora-fx merge')}), or leave the layer "
-                    "out (exclude_modules)"
-                )
-        elif _is_read_several_times(weight) and not _is_named_apart(export, weight) and export.base is None:
+def _unshared(export: Export, location: WeightLocation, features: tuple[int, int]) -> WeightLocation:
+    """Return a location whose weight only the layer's own products read; the others keep theirs."""
+    weight = location.weight
+    if export.record is not None:
+        if same := export.sharing([location]):
             raise MergeError(
-                f"{len(weight.readers)} products read {weight.name}, and nothing says that all are of this layer; give "
-                f"{option(base=...)}, or export the model again"
+                f"{weight.name} is the weight of {', '.join(same)} too, which would change with it; export the "
+                f"merged model ({remedy('merge with untie=True', 'run gralora-fx merge')}), or leave the layer "
+                "out (exclude_modules)"
             )
+        return location
+    if not _is_read_several_times(weight) or _is_named_apart(export, weight):
+        return location
+    if export.base is None:
+        raise MergeError(
+            f"{len(weight.readers)} products read {weight.name}, and nothing says that all are of this layer; give "
+            f"{option(base=...)}, or export the model again"
+        )
+    equal = export.base.equal_to(location.path, features)
+    if not equal:  # the layer runs several times, or those that are tied to it do
+        return location
+    own = _readers_in(weight.readers, location.path)
+    if not own or any(len(_products_behind(reader)) > 1 for reader in own):
+        raise MergeError(
+            f"{weight.name} is the weight of {listed(equal, 3)} too, since its exporter stores equal weights once, and "
+            f"nothing says which products are of this layer; export the merged model ({command('export_onnx')})"
+        )
+    others = (*weight.others, *(reader for reader in weight.readers if reader not in own))
+    return dataclasses.replace(location, weight=dataclasses.replace(weight, readers=own, others=others))
+
+
+def _readers_in(readers: Iterable[Reader], path: str) -> tuple[Reader, ...]:
+    """Return the readers that PyTorch's exporters note to be of a module, below any prefix if none is of just this."""
+    modules = {reader: _modules_of(reader.node) for reader in readers}
+    exact = tuple(reader for reader, names in modules.items() if path in names)
+    return exact or tuple(r for r, names in modules.items() if any(name.endswith(f".{path}") for name in names))
+
+
+def _modules_of(node: ir.Node) -> list[str]:
+    """Return the modules that a node is noted to be in, by its metadata or a name like `/layers.0/linear1/MatMul`."""
+    noted = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    return [".".join(str(node.name).split("/")[1:-1])] if noted is None else list(ast.literal_eval(noted))
+
+
+def _products_behind(reader: Reader) -> list[ir.Node]:
+    """Return the nodes that read a weight through an input, behind transposes and casts."""
+    if reader.node.op_type not in ("Transpose", "Cast", "Identity"):
+        return [reader.node]
+    uses = reader.node.outputs[0].uses()
+    return [node for use in uses for node in _products_behind(Reader(use.node, use.idx))]
 
 
 def _is_read_several_times(weight: ProductWeight) -> bool:
     """Return whether several products in one graph read a weight; products in different branches count once."""
-    graphs = [id(reader.node.graph) for reader in weight.readers]
+    graphs = [id(node.graph) for reader in weight.readers for node in _products_behind(reader)]
     return len(graphs) > len(set(graphs))
 
 

@@ -114,7 +114,7 @@ def _plan(
     return with_kept(plan_of_model(form, traced), layers, options.block_size, form.accuracy_level)
 
 
-def fold_adapters(model: TracedModel | GraloraModel) -> TracedModel:
+def fold_adapters(model: TracedModel | GraloraModel, *, untie: bool = False) -> TracedModel:
     """Return the adapter-free model: the traced model itself, or one with the active adapters merged lazily."""
     if isinstance(model, TracedModel):
         return model
@@ -122,7 +122,7 @@ def fold_adapters(model: TracedModel | GraloraModel) -> TracedModel:
         raise ExportError(
             f"cannot export {an(type(model).__name__)}; {CALL_TRACE} and give what it or rewrite() returned"
         )
-    return merge_lazily(model) if model.active_adapters else model.traced
+    return merge_lazily(model, untie=untie) if model.active_adapters else model.traced
 
 
 def base_trace(model: TracedModel | GraloraModel) -> TracedModel:

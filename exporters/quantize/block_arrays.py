@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +34,11 @@ def dequantize_blocks(blocks: BlockArrays, bits: int, inputs: int) -> NDArray[np
         values[part] *= scales[part]
     rows: NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]
     return rows
+
+
+def digest_of_blocks(parts: Iterable[NDArray[Any]]) -> str:
+    """Return the SHA-256 of a matrix's integers, scales and zero points as they are stored."""
+    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
 
 def zeros_of(blocks: BlockArrays, bits: int) -> NDArray[np.float32]:

@@ -34,6 +34,8 @@ class QuantizationPlan:
     chosen_by: str | None = None  # how formats were chosen, in words; None if all have the default
     # those rounded while formats were chosen (see `round_in_order`); others are rounded when they are written
     rounded: Mapping[str, BlockArrays] = field(default_factory=dict, compare=False, repr=False)
+    # SHA-256 of matrices rounded by search, by their integers' names, when they are written
+    digests: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     # statistics of the inputs of matrices stored in columns
     inputs: Mapping[str, ColumnInputs] = field(default_factory=dict, compare=False, repr=False)
     # weights whose stored integers are kept
@@ -138,7 +140,7 @@ class Counts(NamedTuple):
         return cls(0, 0, values, integers, stored)
 
 
-def quantized_weights(plan: QuantizationPlan, log: PassLog) -> QuantizedWeights:
+def quantized_weights(plan: QuantizationPlan, log: PassLog, precision: str) -> QuantizedWeights:
     """Describe the quantized weights of all models of an export for its manifest."""
     counts = log.summaries(Counts)
     total = Counts(*(sum(numbers) for numbers in zip(*counts, strict=True)))
@@ -163,6 +165,9 @@ def quantized_weights(plan: QuantizationPlan, log: PassLog) -> QuantizedWeights:
             if own != form or name in plan.reasons
         },
         exact_on=EXACT_SUMS if blocks is None and not plan.kept else None,
+        digests=plan.digests,
+        needs_folding=precision == "fp32"
+        and any(isinstance(own, Blocks) and own.scale_bits == 16 for own in (form, *plan.by_matrix.values())),
     )
 
 

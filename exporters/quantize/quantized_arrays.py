@@ -22,6 +22,7 @@ from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_b
 from gralora_fx.exporters.quantize.block_search import InputProducts, packed, scale_dtype, searched_blocks
 
 _IN_CACHE = 2**16  # values rounded at once
+_EXACT = 0.15  # of a step: what a checkpoint's integers may differ by from its values, which may have 16 bits
 
 
 def quantize_blocks(
@@ -42,6 +43,28 @@ def quantize_blocks(
     return _on_grid(_in_blocks(matrix, form), blocks._replace(scales=_rounded_up(scales, stored)), form)
 
 
+def are_nearest(rows: NDArray[np.float32], stored: NDArray[np.float32], scales: NDArray[Any], form: Blocks) -> bool:
+    """Return whether dequantized values `[n, in]` are the nearest to others, and scales `[n, blocks]` their blocks'.
+
+    Equal ones are too, whatever their scales.
+    """
+    steps, widened = np.abs(scales.astype(np.float32)), form.scale_bits == 16
+    of_value = np.repeat(steps, form.block_size, axis=1)[:, : rows.shape[1]]
+    gaps = np.abs(stored - rows)
+    if (gaps <= _EXACT * of_value).all():
+        return True
+    blocks = np.pad(rows, ((0, 0), (0, -rows.shape[1] % form.block_size))).reshape(*steps.shape, form.block_size)
+    own = np.abs(_scales_and_zeros(blocks, form)[0])
+    # scales are rounded up before integers are made of them, or else to the nearest afterwards
+    share, up = (1e-5, 2.0**-7) if widened else (1e-5 + float(np.spacing(scales.dtype.type(1))), 0.0)
+    slack = 2.0**-24 if scales.dtype == np.float16 else 0.0  # its smallest steps
+    reach = 0.505 + 2**form.bits * (share / 2)
+    if not form.zero_points:  # the largest value of the other sign is as far as a step away
+        reach = np.where(np.abs(rows) < (2 ** (form.bits - 1) - 1.5) * of_value, reach, reach + 0.5)
+    is_own = (steps >= own * (1 - share) - slack) & (steps <= own * (1 + up + share) + slack)
+    return bool(is_own.all() and (gaps <= reach * of_value + 2**form.bits * slack).all())
+
+
 def nearest_errors(rows: NDArray[np.float32], form: Blocks) -> NDArray[np.float32]:
     """Return the squared error that rounding to nearest gives each row of a matrix `[n, in]`: `[n]`.
 
@@ -56,13 +79,7 @@ def nearest_errors(rows: NDArray[np.float32], form: Blocks) -> NDArray[np.float3
 
 
 def _nearest_errors(blocks: NDArray[np.float32], form: Blocks) -> NDArray[np.float32]:
-    largest, middle = 2**form.bits - 1, np.float32(2 ** (form.bits - 1))
-    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
-    if form.zero_points:
-        scales = (high - low) / largest
-        zeros = np.rint(-low / np.where(scales == 0, 1, scales)).clip(0, largest)
-    else:
-        scales, zeros = np.where(-low > high, low, high) / -middle, np.full(low.shape, middle)
+    scales, zeros = _scales_and_zeros(blocks, form)
     stored = scale_dtype(form, blocks.dtype)
     steps = (scales if stored == blocks.dtype else _rounded_up(scales, stored))[..., None]
     change = _integers(blocks, steps, zeros[..., None], form)
@@ -71,6 +88,16 @@ def _nearest_errors(blocks: NDArray[np.float32], form: Blocks) -> NDArray[np.flo
     change -= blocks
     errors: NDArray[np.float32] = np.einsum("ijk,ijk->i", change, change)
     return errors
+
+
+def _scales_and_zeros(blocks: NDArray[np.float32], form: Blocks) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the scales and zero points that rounding to nearest gives blocks `[n, blocks, size]`: `[n, blocks]`."""
+    largest, middle = 2**form.bits - 1, np.float32(2 ** (form.bits - 1))
+    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+    if not form.zero_points:
+        return np.where(-low > high, low, high) / -middle, np.full(low.shape, middle)
+    scales = (high - low) / largest
+    return scales, np.rint(-low / np.where(scales == 0, 1, scales)).clip(0, largest)
 
 
 def order_of(order: InputOrder) -> NDArray[np.int64]:
@@ -219,14 +246,19 @@ def quantize_columns(
     """
     matrix = matrix.astype(np.float32, copy=False)
     matrix = matrix if factors is None else matrix / factors[:, None]
-    largest = np.abs(matrix).max(axis=0)
-    if not np.isfinite(largest).all():
+    scales = column_scales(matrix)
+    if not np.isfinite(scales).all():
         raise ExportError(f"{name} holds values that are not finite, which int8 cannot express; mend the weights")
-    scales = (largest / LARGEST).astype(np.float32)
-    scales[scales < np.finfo(np.float32).tiny] = 1.0
-    steps = matrix / scales
+    steps: NDArray[Any] = matrix / scales
     rounded = steps.round() if inputs is None else _made_up_for(steps, inputs)
     return np.clip(rounded, -LARGEST, LARGEST).astype(np.int8), scales
+
+
+def column_scales(matrix: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the scale of each column of a matrix `[K, N]`: `[N]`."""
+    scales: NDArray[np.float32] = (np.abs(matrix).max(axis=0) / LARGEST).astype(np.float32)
+    scales[scales < np.finfo(np.float32).tiny] = 1.0
+    return scales
 
 
 def _made_up_for(steps: NDArray[np.float32], inputs: ColumnInputs) -> NDArray[np.float32]:

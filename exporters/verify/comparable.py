@@ -200,14 +200,13 @@ def reference_model(
 ) -> TracedModel | GraloraModel:
     """Return the model; for an export of another precision, an adapter-free model with the same rounded weights.
 
-    A quantized weight is the export's if the model's weight may be rounded to it; otherwise it is the model's own, and
-    the comparison shows the difference, however weights were rounded.
+    A quantized weight is the export's; whether the model's weight rounds to it, `stored_weights` compares.
     """
     precision, quantized = manifest.precision, manifest.quantization
     traced = base_trace(model)
     if quantized is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
         return model
-    reference = float32_model(fold_adapters(model), precision, streamed=is_streamed(model))
+    reference = float32_model(fold_adapters(model, untie=True), precision, streamed=is_streamed(model))
     if quantized is None:
         return reference
     from gralora_fx.exporters.verify.quantized_references import with_stored_weights

@@ -18,20 +18,23 @@ from gralora_fx.core.tracing.inputs.cache import tensors_of, with_tensors
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.kinds.conversion import base_trace
 
-_BIT = torch.finfo(torch.float32).eps  # a whole bit, as the sums within an operator round at every term too
+_BIT = torch.finfo(torch.float32).eps
 
 
 class Float64Model:
     """A model with every float32 tensor in float64: weights, inputs and intermediate results."""
 
-    def __init__(self, model: TracedModel | GraloraModel, draw: int = 0) -> None:
-        """Keep the model; its weights are copied for every run and freed after it."""
-        self.draw = draw
+    def __init__(self, model: TracedModel | GraloraModel, draw: int = 0, bit: float = _BIT) -> None:
+        """Keep the model; its weights are copied for every run and freed after it.
+
+        The noise is a whole bit of an arithmetic, as the sums within an operator round at every term too.
+        """
+        self.draw, self._bit = draw, bit
         self._model = model
 
     def __call__(self, **inputs: Any) -> Any:
         """Return the model's outputs."""
-        round_off = _RoundingNoise(self.draw)
+        round_off = _RoundingNoise(self.draw, self._bit)
         graph_module = _widened(runnable(self._model.graph_module), round_off)
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
@@ -45,9 +48,10 @@ class Float64Model:
 
 
 class _RoundingNoise:
-    """Adds relative noise of up to a bit of float32; draw 0 adds none."""
+    """Adds relative noise of up to a bit; draw 0 adds none."""
 
-    def __init__(self, draw: int) -> None:
+    def __init__(self, draw: int, bit: float) -> None:
+        self._bit = bit
         self.is_paused = False  # while a weight is read
         self._generator = torch.Generator().manual_seed(draw) if draw else None
 
@@ -55,7 +59,7 @@ class _RoundingNoise:
         if self._generator is None:
             return values
         noise = torch.rand(values.shape, generator=self._generator, dtype=torch.float32)
-        return values * noise.sub_(0.5).mul_(2 * _BIT).double().add_(1.0)
+        return values * noise.sub_(0.5).mul_(2 * self._bit).double().add_(1.0)
 
 
 class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]

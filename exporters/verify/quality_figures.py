@@ -103,7 +103,7 @@ class QualityTally:
         """Accumulate vectors `[rows, width]`."""
         if expected.numel():
             self.rows += expected.shape[0]
-            similarity = torch.cosine_similarity(expected.double(), actual.double(), dim=-1)
+            similarity = torch.cosine_similarity(_directions(expected), _directions(actual), dim=-1)
             is_same = (expected == actual).all(-1)  # zeros have no direction
             self.cosines.append(similarity.masked_fill(is_same, 1.0))
             errors = (expected - actual).double().norm(dim=-1) / expected.double().norm(dim=-1).clamp(min=_TINY)
@@ -135,6 +135,11 @@ class QualityTally:
         return TokenQuality(
             adapter, len(equal_tokens), self.rows, share, self.divergence / self.rows, continued, median
         )
+
+
+def _directions(rows: Tensor) -> Tensor:
+    """Return rows relative to their largest values, since `cosine_similarity` takes rows of less than 1e-8 as zeros."""
+    return rows.double() / rows.double().abs().amax(-1, keepdim=True).clamp(min=_TINY)
 
 
 def check_finite(name: str, where: str, expected: Tensor, actual: Tensor) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from gralora_fx.base.features import marks, parts
-from gralora_fx.base.sources.lazy_tensors import computed_like, raw_values_of
+from gralora_fx.base.sources.lazy_tensors import computed_like
 from gralora_fx.base.sources.reused_memory import READ
 from gralora_fx.core.graph.sites import LinearSite, other_readers
 from gralora_fx.core.graph.surgery import copy_graph, map_parameters
@@ -56,7 +56,7 @@ def with_stored_weights(
             "judge the export by its results"
         )
     called = [site for site in reference.sites if site.calls and site.path in stored]  # others are of other graphs
-    weights = {site.path: computed_like(site.weight, partial(_rounded, site, stored[site.path], {})) for site in called}
+    weights = {site.path: computed_like(site.weight, partial(_rounded, site, stored[site.path])) for site in called}
     readers = other_readers(reference.graph_module, reference.sites) if quantized.lookups else {}
     shared = [
         site for site in called if quantized.lookups and _is_shared(site, readers[site.path], stored[site.path].weight)
@@ -98,25 +98,16 @@ def _is_shared(site: LinearSite, others: Sequence[str], weight: ProductWeight) -
     return bool(site.tied_with or others) and (weight.storage == "columns" or site.in_features % weight.block_size == 0)
 
 
-def _rounded(site: LinearSite, stored: _StoredWeight, known: dict[int, bool]) -> Tensor:
-    """Return the export's values of a site's weight, or the weight itself if it does not round to them."""
+def _rounded(site: LinearSite, stored: _StoredWeight) -> Tensor:
+    """Return the export's values of a site's weight."""
     weight, start, stop = stored
     held, values = stored_values(weight), READ.empty((site.out_features, site.in_features))
-    firsts = range(0, len(values), _ROWS)
-    # its own values are read, in float32, until all of them are known to round
-    own = None if all(map(known.get, firsts)) else READ.cast(raw_values_of(site.weight, site.path), site.weight.dtype)
 
     def fill(first: int) -> None:
         rows, outputs = slice(first, first + _ROWS), slice(start + first, min(start + first + _ROWS, stop))
-        if own is not None and not known.get(first):
-            floats = own.t()[rows] if site.kind == "conv1d" else own[rows]  # [out, in]
-            known[first] = held.is_rounded(floats.numpy(), outputs)
-            if not known[first]:
-                values[rows] = floats
-                return
         values[rows] = torch.from_numpy(held.values(outputs))
 
-    in_threads(fill, firsts)
+    in_threads(fill, range(0, len(values), _ROWS))
     return values.t().contiguous() if site.kind == "conv1d" else values
 
 

@@ -8,8 +8,10 @@ from pathlib import Path, PurePosixPath
 
 from packaging.version import InvalidVersion, Version
 
+from gralora_fx.base.sources.model_files import read_json_object
 from gralora_fx.errors import ExportError, GraloraError, ServingError
-from gralora_fx.format.export_directory import DATA_SUFFIX, DECODER, ENCODER, MANIFEST_NAME, MODEL, ROWS
+from gralora_fx.format.adapter_paths import own_adapters, record_path
+from gralora_fx.format.export_directory import ADAPTERS, DATA_SUFFIX, DECODER, ENCODER, MANIFEST_NAME, MODEL, ROWS
 from gralora_fx.format.manifest import FileEntry, Manifest
 
 # files that serving or a tokenizer reads when they are there, by the names that libraries look for
@@ -29,6 +31,7 @@ def check_files(
     problems = [problem for name, entry in files.items() for problem in _differences(folder, name, entry, digests)]
     if digests:
         problems += [f"{name} is not in the manifest, but would be read" for name in _unnamed(folder, files)]
+        problems += _exchanged_adapters(folder, error)
     if problems:
         raise error(f"{folder} is not what was exported: {'; '.join(problems)}. Copy the directory or export it again")
     return len(files)
@@ -48,6 +51,16 @@ def _differences(folder: Path, name: str, entry: FileEntry, digests: bool) -> It
         yield f"{name} is missing"
     except (OSError, ValueError) as failure:
         yield f"{name} cannot be read ({failure})"
+
+
+def _exchanged_adapters(folder: Path, error: type[GraloraError]) -> Iterator[str]:
+    """Yield the adapters whose files are another's; they are not in the manifest, as they come and go."""
+    for name, path in own_adapters(folder, error).items():
+        record = read_json_object(record_path(path), error)
+        if record.get("name") != name:
+            yield f"{ADAPTERS}/{path.name} is the adapter {record.get('name')!r:.80}"
+        elif _has_other_digest(path, FileEntry(0, str(record.get("file_sha256")))):
+            yield f"{ADAPTERS}/{path.name} has another SHA-256 than its record says"
 
 
 def _has_other_digest(path: Path, entry: FileEntry) -> bool:

@@ -42,6 +42,8 @@ class AdapterEntry:
     # how the base that it was made for compared (see `BaseComparison`); None if not compared, as for an adapter
     # trained on the model itself
     base: Mapping[str, Any] | None = None
+    # whether it was folded into weights that were rounded before, which rounded them once more
+    rounded_again: bool = False
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,12 @@ class QuantizedWeights:
     chosen_by: str | None = None  # how formats were chosen, in words; None if all matrices have the default
     # the matrices that have a format of their own, by the names of the parameters
     layers: Mapping[str, LayerFormat] = field(default_factory=dict)
+    # whether scales lie in 16 bits behind a cast: ONNX Runtime folds it unless a session's options say otherwise, and
+    # reads them wrongly then; `load` keeps such sessions right
+    needs_folding: bool = False
+    # SHA-256 of integers, scales and zero points that were rounded by search, which nothing else says again, by the
+    # names of the integers
+    digests: Mapping[str, str] = field(default_factory=dict)
     # the processors on which every program adds its products exactly; None for all of them
     exact_on: str | None = None
 
@@ -66,6 +72,10 @@ class QuantizedWeights:
             lines.append(
                 f"  in blocks of {listed(map(str, sorted(wide)))} the last digits of a token depend on how many are "
                 f"read with it; in those of {exact} they do not"
+            )
+        if self.needs_folding:
+            lines.append(
+                "  other programs read them right in sessions that fold constants, as ONNX Runtime's do by default"
             )
         if self.exact_on is not None:
             lines.append(

@@ -116,7 +116,7 @@ def test_what_must_not_be_missed_is_counted_and_named() -> None:
         rows=RowsEntry(None, "of this test"),
     )
     assert str(report).splitlines()[-1] == (
-        "note: 2 differences above 0.0001, which float32's rounding explains; attention of 2 layers not fused; "
+        "note: 2 differences above 0.0001, which rounding explains; attention of 2 layers not fused; "
         "no model_rows.onnx: of this test"
     )
     assert all(reason in report.details for reason in ("layer.1: its mask", "of this test", str(explained)))

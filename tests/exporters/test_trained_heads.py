@@ -18,13 +18,14 @@ import pytest
 import torch
 import transformers
 from peft_oracle import peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import text_batch, tiny_model
 from torch import Tensor
 from traces import relative_error
 
 from gralora_fx import GraloraModel, TracedModel, trace
-from gralora_fx.errors import ExportError, ServingError
-from gralora_fx.exporters import export_adapter, export_onnx, to_lora, verify_onnx
+from gralora_fx.errors import CheckpointError, ExportError, MergeError, ServingError
+from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx, merge_checkpoint, to_lora, verify_onnx
 from gralora_fx.format.adapter_paths import record_path
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.run.sessions.adapter_file import read_record, read_tensors, record_of, write_tensors
@@ -360,3 +361,33 @@ def test_damaged_biases_are_refused(bert: tuple[Path, GraloraModel, OrtModel], t
         record_path(file).write_text(dataclasses.replace(record, name="a").to_json())
         with pytest.raises(ServingError, match=message):
             served.load_adapter("damaged", file)
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_base_head_that_peft_saved_in_another_precision_is_the_bases_on_every_route(
+    base: torch.dtype, saved: torch.dtype, tmp_path: Path
+) -> None:
+    head = tiny_model("llama").lm_head.weight.detach().clone()
+    model = tiny_model("llama").to(base)
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    adapter = peft.get_peft_model(tiny_model("llama").to(base), config)
+    adapter.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.base_layer.weight"] = head.to(saved)
+    save_file(tensors, file, metadata={"format": "pt"})
+    traced = trace(model, task="text-generation-with-past")
+    GraloraModel.from_pretrained(traced, tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    export_onnx(traced, tmp_path / "onnx", verify=False)
+    fold_onnx(tmp_path / "onnx", tmp_path / "adapter", tmp_path / "folded")
+    tensors["base_model.model.lm_head.base_layer.weight"] = 1.02 * head.to(saved)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"values are not those of the base's lm_head\.weight"):
+        GraloraModel.from_pretrained(traced, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has other values than the base"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "other")
+    with pytest.raises(MergeError, match=r"lm_head\.weight: the adapter holds values for it that are not the export's"):
+        fold_onnx(tmp_path / "onnx", tmp_path / "adapter", tmp_path / "other")

@@ -150,7 +150,6 @@ def test_openvino_is_compared_in_its_precision(
 ) -> None:
     report = verify_onnx(export, model, providers=(OPENVINO, options))
     assert (report.passed, report.arithmetic, report.tolerance) == (True, arithmetic, tolerance)
-    assert ("tolerance 0.08 of the largest value, and 0.004\n" in report.details) == (arithmetic == "bf16")
     assert f"run on {OPENVINO} {openvino.version} on CPU ({openvino.name}); nodes: {OPENVINO} " in report.details
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, option
 from gralora_fx.exporters.formats import Blocks
-from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_blocks
+from gralora_fx.exporters.quantize.block_arrays import BlockArrays, dequantize_blocks, digest_of_blocks
 from gralora_fx.exporters.quantize.block_search import scale_dtype
 from gralora_fx.exporters.quantize.quantized_arrays import in_usual_order, order_of, quantize_blocks
 from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, add_initializer, replace_value
@@ -63,6 +63,7 @@ class BlockProducts:
     form: Blocks  # how they are stored
     # the blocks of a matrix that is rounded already, by the names of its parameters, its sizes and format
     blocks_of: _BlocksOf
+    digests: dict[str, str] = field(default_factory=dict)  # gets those of matrices that were rounded by search
     _stored: dict[ConstantMatrix, BlockValues] = field(default_factory=dict, init=False)
     _ordered: dict[tuple[ir.Value, ir.Graph], ir.Value] = field(default_factory=dict, init=False)
 
@@ -112,7 +113,7 @@ class BlockProducts:
 
     def _blocks(self, matrix: ConstantMatrix) -> BlockValues:
         if matrix not in self._stored:
-            self._stored[matrix] = _initializers(self.graph, matrix, self.form, self.blocks_of)
+            self._stored[matrix] = _initializers(self.graph, matrix, self)
         return self._stored[matrix]
 
 
@@ -154,8 +155,9 @@ def _is_rounding(blocks: BlockArrays, matrix: ConstantMatrix, form: Blocks) -> b
     return error <= (_EQUAL if form.rounding == "kept" else _NEAR) * whole
 
 
-def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> BlockValues:
+def _initializers(graph: ir.Graph, matrix: ConstantMatrix, products: BlockProducts) -> BlockValues:
     """Add initializers for a matrix's packed integers, scales and zero points."""
+    form = products.form
     (inputs, outputs), dtype = matrix.sizes, matrix.tensor.dtype
     count, bits = -(-inputs // form.block_size), form.bits
     name = matrix.free_name(graph, f"_Q{bits}")
@@ -166,8 +168,14 @@ def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, blocks_
     if form.zero_points:
         parts.append((f"{name}_zero_points", ir.DataType.UINT8, (outputs, -(-count * bits // 8))))
 
+    def computed_arrays() -> list[NDArray[Any]]:
+        arrays = _quantized(matrix, form, products.blocks_of)
+        if form.rounding == "searched":
+            products.digests[parts[0][0]] = digest_of_blocks(arrays)
+        return arrays
+
     def quantized() -> list[LazyTensor]:
-        computed = ComputedTogether(functools.partial(_quantized, matrix, form, blocks_of))
+        computed = ComputedTogether(computed_arrays)
         return [
             LazyTensor(label, kind, ir.Shape(shape), functools.partial(computed.tensor, index))
             for index, (label, kind, shape) in enumerate(parts)

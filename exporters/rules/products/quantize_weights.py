@@ -125,7 +125,7 @@ class _Products:
         """Return the writer of a format, created once."""
         if form not in self.writers:
             self.writers[form] = (
-                BlockProducts(self.graph, form, self.plan.blocks_of)
+                BlockProducts(self.graph, form, self.plan.blocks_of, self.plan.digests)
                 if isinstance(form, Blocks)
                 else ColumnProducts(self.graph, form, self.plan.inputs_of)
             )

@@ -84,6 +84,28 @@ def _mapped(file: Path, keys: Iterable[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read ({error}); copy or save it again") from error
 
 
+def are_same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Return whether two arrays are the same values, perhaps in two precisions: within the coarser one's rounding."""
+    if one.shape != other.shape or np.array_equal(one, other):
+        return one.shape == other.shape
+    dtypes = [_precision(array) for array in (one, other)]
+    share = max(float(np.spacing(dtype.type(1))) for dtype in dtypes)
+    least = 2.0**-24 if FLOATS["F16"] in dtypes else 0.0
+    step = max(1, 2**22 // max(1, one[:1].size))
+    parts = (slice(at, at + step) for at in range(0, len(one), step))
+    return dtypes[0] != dtypes[1] and all(
+        np.allclose(one[part].astype(np.float64), other[part].astype(np.float64), rtol=share, atol=least)
+        for part in parts
+    )
+
+
+def _precision(array: NDArray[Any]) -> np.dtype[Any]:
+    """Return the dtype of 16 bits that holds an array's values as they are, or its own."""
+    with np.errstate(over="ignore"):
+        halves = (FLOATS["BF16"], FLOATS["F16"])  # many values of the first are values of the second too
+        return next((at for at in halves if np.array_equal(array.astype(at), array)), array.dtype)
+
+
 def extremes_are_finite(values: NDArray[Any]) -> bool:
     """Return whether all values are finite, by their extremes, which costs less than a test of each value."""
     if not values.size:

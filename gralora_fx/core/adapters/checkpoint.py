@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gralora_fx.base.sources.atomic_save import save_together
 from gralora_fx.base.sources.lazy_tensors import values_of
+from gralora_fx.base.sources.safetensors_files import are_same
 from gralora_fx.base.sources.same_base import BaseComparison, compare_bases, is_embedding
 from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
 from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers, read_adapter
@@ -22,6 +23,7 @@ from gralora_fx.core.adapters.saved_form import saved_config
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX, check_adapter_name
 from gralora_fx.core.graph.module_tree import ModuleTree
+from gralora_fx.core.methods.arrays import to_numpy
 from gralora_fx.core.planning.planner import planned_for
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.planning.targets import trains_whole_at
@@ -234,8 +236,8 @@ def _with_own_embeddings(
 
 
 def _repeats(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether a tensor equals another one cast to its dtype."""
-    return tensor.shape == other.shape and bool(tensor.equal(other.cpu().to(tensor)))
+    """Return whether two tensors are the same values, perhaps in two dtypes."""
+    return are_same(to_numpy(tensor), to_numpy(other))
 
 
 # -- the base that an adapter was made for --------------------------------------------------------------------------

@@ -62,11 +62,14 @@ def folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
     return fold(weight, entry.updates, transposed=site.is_transposed, out=out)
 
 
-def lazy_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> dict[str, nn.Parameter]:
+def lazy_weights(
+    graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, untie: bool = False
+) -> dict[str, nn.Parameter]:
     """Return lazy folded weights by site path; those in half precision are float32, so that they are rounded once."""
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
-    check_not_shared(graph_module, work)
+    if not untie:
+        check_not_shared(graph_module, work)
     return {entry.site.path: _lazy_weight(entry) for entry in work}
 
 

@@ -73,13 +73,15 @@ def merge(
     return dataclasses.replace(_merged(model, names, weights), merged_adapters=described)
 
 
-def merge_lazily(model: GraloraModel, adapter_names: Sequence[str] | str | None = None) -> TracedModel:
+def merge_lazily(
+    model: GraloraModel, adapter_names: Sequence[str] | str | None = None, *, untie: bool = False
+) -> TracedModel:
     """Merge like `merge`, with lazy weights on the meta device, each computed and checked to be finite when read.
 
     So a whole model is folded and written with the memory of one weight; it cannot be run.
     """
     names, work = _work(model, adapter_names)
-    return _merged(model, names, lazy_weights(model.traced.graph_module, work))
+    return _merged(model, names, lazy_weights(model.traced.graph_module, work, untie=untie))
 
 
 def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tuple[list[str], list[SiteUpdate]]:

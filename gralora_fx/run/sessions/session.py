@@ -23,6 +23,8 @@ CPU = "CPUExecutionProvider"
 FATAL = 4  # ONNX Runtime's log level above errors, which are raised as exceptions already
 
 _COMPILED, _LOCATION = "EPContext", "location"  # an operator, and the key of external data that names a file
+_HALVES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+_LEFT_OUT = "optimization.disable_specified_optimizers"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 QUIET_RUN = onnxruntime.RunOptions()  # leaves errors of a run to exceptions
@@ -105,6 +107,8 @@ def _open(
     model = check_external_data(path, error, weights)
     providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
     options = runtime.session_options or quiet_options()
+    if not _folds_constants(options) and _widens_scales(model):  # such scales would be read as zeros
+        options.add_session_config_entry("session.disable_prepacking", "1")
     is_cpu = not runtime.devices and [name for name, _ in runtime.providers[:1]] == [CPU]
     changes = (
         _take_defaults if runtime.devices else None,
@@ -143,12 +147,28 @@ def _open(
 
 def _read_weights_in(folder: Path, options: onnxruntime.SessionOptions) -> None:
     """Set the directory of external weights for a model opened from bytes; ONNX Runtime warns if it is set twice."""
-    try:
-        known = options.get_session_config_entry(_WEIGHTS_FOLDER)
-    except RuntimeError:  # there is none
-        known = None
-    if known != str(folder):
+    if _entry(options, _WEIGHTS_FOLDER) != str(folder):
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
+
+
+def _entry(options: onnxruntime.SessionOptions, key: str) -> str:
+    try:
+        return str(options.get_session_config_entry(key))
+    except RuntimeError:  # there is none
+        return ""
+
+
+def _folds_constants(options: onnxruntime.SessionOptions) -> bool:
+    is_off = options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return not is_off and "ConstantFolding" not in _entry(options, _LEFT_OUT)
+
+
+def _widens_scales(model: onnx.ModelProto) -> bool:
+    """Return whether products with blocks read scales through a cast from 16 bits."""
+    halves = {tensor.name for tensor in model.graph.initializer if tensor.data_type in _HALVES}
+    nodes = list(_within(model.graph.node))
+    widened = {node.output[0] for node in nodes if node.op_type == "Cast" and node.input[0] in halves}
+    return any(node.op_type in ("MatMulNBits", "QMoE") and not widened.isdisjoint(node.input) for node in nodes)
 
 
 def _call_functions(model: onnx.ModelProto) -> bool:
