@@ -99,6 +99,17 @@ class GraloraError(Exception):
         self.field = field
         return self
 
+    def reworded(self, message: str) -> Self:
+        """Return the error with another text; its class and all else stay.
+
+        Args:
+            message: The text, with its remedies marked (see `marked`).
+        """
+        other = type(self).__new__(type(self))
+        GraloraError.__init__(other, message)  # a class may take other arguments
+        other.__dict__.update(self.__dict__)
+        return other
+
 
 @contextmanager
 def concerning(field: str) -> Iterator[None]:
@@ -194,7 +205,7 @@ def without_folder(folder: str) -> Iterator[None]:
     try:
         yield
     except GraloraError as error:
-        raise type(error)(marked(error).replace(f"{folder}/", "")) from error
+        raise error.reworded(marked(error).replace(f"{folder}/", "")) from error
     finally:
         _copies.reset(token)
 

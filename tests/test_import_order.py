@@ -20,6 +20,7 @@ pytestmark = pytest.mark.quick
 # folders, and single files if a folder's own files are on both sides of its subfolders; the longest match counts
 ORDER = [
     "errors",
+    "base.patches",
     "base.compat",
     "base",
     "core.config",

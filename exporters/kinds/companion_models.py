@@ -50,7 +50,7 @@ def companion_models(conversions: Mapping[str, Conversion]) -> dict[str, ir.Mode
         try:
             models[name] = plain_models(conversion)[MODEL]
         except ExportError as error:
-            raise ExportError(f"{name}.onnx cannot be made: {marked(error)}") from error
+            raise error.reworded(f"{name}.onnx cannot be made: {marked(error)}") from error
         if conversion.adapters is not None:
             check_found(conversion.adapters, (found.paths for found in conversion.log.summaries(MarkedSites)))
     return models

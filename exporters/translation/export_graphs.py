@@ -16,6 +16,7 @@ from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.normalize.modes import find_rng_op, set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line, option, warn_caller
+from gralora_fx.exporters.translation.retrace import spell_out
 from gralora_fx.format.cache_slots import StateKind
 from gralora_fx.format.input_names import PAST
 
@@ -57,6 +58,8 @@ def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
         drop_regions_for_inference(graph_module.graph)
     graph_module.train(False)
     is_noted = all("val" in node.meta for node in graph_module.graph.find_nodes(op="placeholder"))  # pickle drops it
+    if is_noted:
+        spell_out(graph_module.graph)
     if traced.example_inputs.get(PAST) is not None and is_noted:
         return graph_module
     return _as_operators(graph_module, traced)

@@ -19,6 +19,7 @@ from gralora_fx.base.compat.torch_graphs import (
     schema_of,
     without_new_symbols,
 )
+from gralora_fx.core.graph.kept_calls import KeptCall, averaging_norm
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.exporters.rules.onnx_pipeline import FUNCTIONAL, NOTED_VALUES, UNSHARED_WRITES
 from gralora_fx.exporters.translation.matching import expression
@@ -77,6 +78,17 @@ def retrace(nodes: Sequence[fx.Node], table: Table | None = None, written: Seque
         node.replace_all_uses_with(copies[result], delete_user_cb=lambda user: user in after)
     for node in reversed(nodes):
         graph.erase_node(node)
+
+
+def spell_out(graph: fx.Graph) -> None:
+    """Replace calls that a trace has kept as one node by the operators of their forward, in place, without hooks."""
+    for node in [node for node in reversed(graph.nodes) if isinstance(node.target, KeptCall)]:
+        node.target, node.args = node.target.alone(), node.args[: node.target.count]
+        for part in [part for part in node.users if not part.users]:  # the record of hooks
+            graph.erase_node(part)
+    for node in list(graph.nodes):
+        if isinstance(node.target, KeptCall) or node.target is averaging_norm:
+            retrace([node, *sorted(user for user in node.users if user.target is operator.getitem)])
 
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:

@@ -33,7 +33,7 @@ def traced_with_cache(model: Any, tracing: Mapping[str, Any]) -> TracedModel:
     try:
         return trace(model, task=with_past(task), **tracing)
     except TraceError as error:
-        raise TraceError(
+        raise error.reworded(
             f"{marked(error)}. To train without generating, give get_peft_model(..., task={task!r})"
         ) from error
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import re
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from terminals import in_terminal, plain_lines
+from tqdm import tqdm
 
 from gralora_fx.base.progress import console as module
 from gralora_fx.base.progress.console import (
@@ -25,7 +29,7 @@ from gralora_fx.base.progress.console import (
     StageProgress,
     with_progress,
 )
-from gralora_fx.base.progress.stages import counted, is_displayed, quiet, time_left, timed
+from gralora_fx.base.progress.stages import counted, gc_pause, is_displayed, quiet, time_left, timed
 
 ROOT = Path(__file__).parents[2]
 
@@ -215,16 +219,40 @@ def test_make_says_that_an_installation_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.quick
-def test_quiet_blocks_of_several_threads_leave_the_process_as_it_was() -> None:
-    """The block that begins first ends first: its own state is no more than the first part of theirs."""
-    before = logging.root.manager.disable, sys.stdout, sys.stderr, warnings.filters[:]
-    first, second = quiet(), quiet()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert logging.root.manager.disable == logging.CRITICAL
-    second.__exit__(None, None, None)
-    assert (logging.root.manager.disable, sys.stdout, sys.stderr, warnings.filters) == before
+def test_quiet_blocks_silence_their_own_threads_alone_and_leave_the_process_as_it_was(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The block that begins first ends first, while the other thread's is still silent."""
+    before = logging.root.manager.disable, sys.stdout, sys.stderr, warnings.filters[:], gc.get_threshold()
+    library, begun, may_end = logging.getLogger("library"), threading.Event(), threading.Event()
+
+    def work() -> None:
+        with quiet(), gc_pause():
+            begun.set()
+            may_end.wait(60)
+            library.warning("of the silent thread")
+            warnings.warn("of the silent thread", UserWarning, stacklevel=1)
+
+    with ThreadPoolExecutor(1) as pool:
+        with quiet(), gc_pause():
+            done = pool.submit(work)
+            begun.wait(60)
+            library.warning("of a silent block")
+        assert (logging.root.manager.disable, sys.stdout, sys.stderr) == before[:3]
+        library.warning("of this thread")
+        with pytest.warns(UserWarning, match="of this thread"):
+            warnings.warn("of this thread", UserWarning, stacklevel=1)
+        may_end.set()
+        done.result()
+    assert [record.message for record in caplog.records] == ["of this thread"]
+    after = logging.root.manager.disable, sys.stdout, sys.stderr, warnings.filters[:], gc.get_threshold()
+    assert after == before
+
+
+def test_quiet_blocks_draw_no_progress_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    with quiet():
+        assert list(tqdm(range(3))) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_command_shows_what_the_package_logs_beside_its_stages(capsys: pytest.CaptureFixture[str]) -> None:

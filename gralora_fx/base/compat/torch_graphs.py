@@ -46,6 +46,7 @@ __all__ = [
     "SequenceKey",
     "TorchDispatchMode",
     "TreeSpec",
+    "backward_engine",
     "base_name",
     "code_transformer",
     "convention_of",
@@ -80,6 +81,11 @@ __all__ = [
 def schema_of(target: object) -> Any:
     """Return an operator's schema; None for another function."""
     return getattr(target, "_schema", None)
+
+
+def backward_engine() -> tuple[Any, str]:
+    """Return the module and the name of the function that every backward calls."""
+    return torch.autograd, "_engine_run_backward"
 
 
 def is_mutable(target: object) -> bool:

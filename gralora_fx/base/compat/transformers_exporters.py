@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +14,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from gralora_fx.base.compat.packages import fenced
+from gralora_fx.base.patches import patched_here
 
 with fenced("transformers"):
     from transformers.exporters import DynamoConfig, DynamoExporter
@@ -69,13 +69,13 @@ def leaf_names(values: Any) -> dict[str, Tensor]:
 @contextmanager
 def _recording_grad_modes() -> Iterator[None]:
     """Let this thread's exports record `torch.no_grad` blocks of a model, so that their layers do not train."""
-    export, thread = torch.export.export, threading.get_ident()
+    export = torch.export.export
 
     def recorded(*args: Any, **kwargs: Any) -> torch.export.ExportedProgram:
-        with torch.enable_grad() if threading.get_ident() == thread else nullcontext():
+        with torch.enable_grad():
             return export(*args, **kwargs)
 
-    with patch.object(torch.export, "export", recorded):
+    with patched_here(torch.export, "export", recorded):
         yield
 
 
@@ -96,9 +96,15 @@ def _chosen_patches() -> Iterator[None]:
     chosen.append(("transformers.masking_utils", "TransformGetItemToIndex", lambda original: nullcontext))
     exporter_utils._PATCHES["dynamo"] = chosen
     try:
-        yield
+        with patch.object(exporter_utils, "patch_attribute", _patch_here):
+            yield
     finally:
         exporter_utils._PATCHES["dynamo"] = patches
+
+
+def _patch_here(owner: Any, name: str, factory: Any) -> AbstractContextManager[None]:
+    """Patch an attribute as transformers' exporter does, for this thread alone."""
+    return patched_here(owner, name, factory(getattr(owner, name)))
 
 
 def _is_imported(path: str) -> bool:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-import io
 import logging
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Collection, Iterator, MutableMapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+from unittest.mock import patch
 
 _log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
@@ -20,14 +20,25 @@ _LEAST = 1.0  # minimum seconds of a stage before its remaining time is estimate
 _OBJECTS = 200_000  # allocations before a garbage collection; the default is 700
 
 
-class _Quiet:
-    """Count of quiet blocks active in all threads, and their context managers."""
+class _Shared:
+    """A change of the process that blocks of several threads share: the first makes it, the last undoes it."""
 
-    def __init__(self) -> None:
-        self.lock, self.blocks, self.stack = threading.Lock(), 0, ExitStack()
+    def __init__(self, change: Callable[[], AbstractContextManager[None]]) -> None:
+        self.change, self.lock, self.blocks, self.stack = change, threading.Lock(), 0, ExitStack()
 
-
-_quiet = _Quiet()
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        with self.lock:
+            self.blocks += 1
+            if self.blocks == 1:
+                self.stack.enter_context(self.change())
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.blocks -= 1
+                if not self.blocks:
+                    self.stack.close()
 
 
 class Display(Protocol):
@@ -152,44 +163,65 @@ def counted(items: Collection[_Item], stage: str, unit: str) -> Iterator[_Item]:
             yield item
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress prints, logs and warnings of other libraries while the block runs.
+_is_quiet: ContextVar[bool] = ContextVar("is quiet", default=False)
 
-    These are process-wide, so nested and concurrent blocks count as one: the first starts it, the last ends it.
-    """
-    with _quiet.lock:
-        _quiet.blocks += 1
-        if _quiet.blocks == 1:
-            _quiet.stack.enter_context(_suppression())
-    try:
-        yield
-    finally:
-        with _quiet.lock:
-            _quiet.blocks -= 1
-            if not _quiet.blocks:
-                _quiet.stack.close()
+
+class _InQuietBlocks:
+    """The message of a filter of warnings, which matches every warning of a quiet block's thread."""
+
+    def match(self, text: str) -> bool:
+        return _is_quiet.get()
 
 
 @contextmanager
 def _suppression() -> Iterator[None]:
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # some of their loggers are named after files, outside any hierarchy
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+    ignored: Any = ("ignore", _InQuietBlocks(), Warning, None, 0)
+    filters: Any = warnings.filters
+    handle, draw = logging.Logger.handle, tqdm.__init__
+
+    def handled(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if not _is_quiet.get():  # some loggers are named after files, outside any hierarchy
+            handle(logger, record)
+
+    def drawn(bar: Any, *args: Any, **options: Any) -> None:
+        draw(bar, *args, **{**options, "disable": True} if _is_quiet.get() else options)
+
+    filters.insert(0, ignored)
     try:
-        sink = io.StringIO()
-        with warnings.catch_warnings(), redirect_stdout(sink), redirect_stderr(sink):
-            warnings.simplefilter("ignore")
+        with patch.object(logging.Logger, "handle", handled), patch.object(tqdm, "__init__", drawn):
             yield
     finally:
-        logging.disable(disabled)
+        current: Any = warnings.filters  # another list, if a thread left a block of its own meanwhile
+        if ignored in current:
+            current.remove(ignored)
 
 
 @contextmanager
-def gc_pause() -> Iterator[None]:
-    """Run the garbage collector less often while the block runs: a trace creates a million objects that stay alive."""
+def _rare_collections() -> Iterator[None]:
     before = gc.get_threshold()
     gc.set_threshold(max(_OBJECTS, before[0]) if before[0] else 0, *before[1:])
     try:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+_suppressed, _collected_rarely = _Shared(_suppression), _Shared(_rare_collections)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress logs, warnings and progress bars in this thread while the block runs; other threads' are kept."""
+    with _suppressed.block():
+        token = _is_quiet.set(True)
+        try:
+            yield
+        finally:
+            _is_quiet.reset(token)
+
+
+def gc_pause() -> AbstractContextManager[None]:
+    """Run the garbage collector less often while the block runs: a trace creates a million objects that stay alive."""
+    return _collected_rarely.block()

@@ -122,4 +122,4 @@ def read_as(kind: Any, fields: Mapping[str, Any], origin: str) -> Any:
     try:
         return kind(**accepted).changed(**only_in_peft)
     except ConfigError as error:
-        raise ConfigError(f"{origin}: {marked(error)}") from error
+        raise error.reworded(f"{origin}: {marked(error)}") from error

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from gralora_fx.base.compat.torch_graphs import OpOverload, is_mutable, returns_alias
 from gralora_fx.core.graph.block_calls import BlockCall
 from gralora_fx.core.graph.effects import may_write
+from gralora_fx.core.graph.kept_calls import KeptCall
 from gralora_fx.errors import RewriteError, shown
 
 _OPTIONS = {name for name, p in inspect.signature(checkpoint).parameters.items() if p.kind is p.KEYWORD_ONLY} | {
@@ -74,7 +75,7 @@ def checkpoint_blocks(graph: fx.Graph, blocks: Iterable[BlockCall], checkpointin
 
 def _updates(graph: fx.Graph) -> bool:
     """Return whether a block may write into a tensor that it did not compute."""
-    writes = [node for node in graph.nodes if may_write(node)]
+    writes = [node for node in graph.nodes if may_write(node) and not isinstance(node.target, KeptCall)]
     return any(not is_mutable(node.target) or _is_given(node.args[0]) for node in writes)
 
 

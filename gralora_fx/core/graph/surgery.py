@@ -13,7 +13,7 @@ from copy import copy as shallow_copy
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from gralora_fx.base.compat.torch_graphs import TreeSpec, convention_of, set_convention, tree_flatten, tree_info
 from gralora_fx.base.sources.lazy_tensors import source_of, with_source
@@ -176,13 +176,13 @@ def share_adapters(graph_module: fx.GraphModule, tree: nn.Module) -> None:
         graph_module._modules.pop(ROOT, None)
 
 
-def replace_parameters(root: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Replace parameters of a tree, by path; modules on the way are copied, since others may share them."""
+def replace_parameters(root: nn.Module, parameters: Mapping[str, Tensor], table: str = "_parameters") -> None:
+    """Replace parameters (or buffers) of a tree by path; modules on the way are copied, since others may share them."""
     copied = {id(root)}
     for path, parameter in parameters.items():
         owner, _, attribute = path.rpartition(".")
         module = _own_container(root, owner, copied)
-        module.__dict__["_parameters"] = {**module._parameters, attribute: parameter}
+        module.__dict__[table] = {**module.__dict__[table], attribute: parameter}
 
 
 def map_parameters(root: nn.Module, new: Callable[[nn.Parameter, str], nn.Parameter]) -> None:

@@ -194,7 +194,7 @@ def trace_base(
             if not base.is_asked and task.endswith("-with-past"):
                 without = task.removesuffix("-with-past")
                 told = marked(error)
-                raise TraceError(f"{told}; take {option(task=without)} for an export without a cache") from error
+                raise error.reworded(f"{told}; take {option(task=without)} for an export without a cache") from error
             raise
     traced = dataclasses.replace(traced, tokenizer_source=traced.tokenizer_source or base.name)
     if base.adapter is None:
@@ -207,7 +207,7 @@ def trace_base(
         except VocabularySizeError:
             raise
         except (TargetError, CheckpointError) as error:
-            raise type(error)(_misfit(error, base)) from error
+            raise error.reworded(_misfit(error, base)) from error
     if all(rewritten.adapter(name).is_zero for name in rewritten.configs):
         warn_caller(
             f"{base.adapter} changes nothing: all of its updates are zero, as those of an untrained adapter are"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from gralora_fx.core.adapters.adapter import adapter_names as as_names
 from gralora_fx.core.adapters.folded_adapters import describe_folded
 from gralora_fx.core.adapters.folded_weights import SiteUpdate, folded_weights, lazy_weights
 from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.graph.surgery import replace_parameters
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.merging import replace_weights
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
+from gralora_fx.core.tracing.normalize.modes import trained_buffers
 from gralora_fx.core.tracing.traced_model import CALL_TRACE, TracedModel, check_traced
 from gralora_fx.errors import MergeError, RewriteError, an, remedy
 
@@ -51,7 +53,8 @@ def merge(
 ) -> TracedModel:
     """Return the base model, node for node, with adapters folded into its weights.
 
-    The model and the base's weights stay unchanged; only the folded weights are new. Updates are accumulated in float32
+    The model and the base's weights stay unchanged; the folded weights are new, and buffers that training updates are
+    copies. Updates are accumulated in float32
     or better and rounded once.
 
     Args:
@@ -70,7 +73,12 @@ def merge(
     names, work = _work(model, adapter_names)
     weights = folded_weights(model.traced.graph_module, work, safe=safe, untie=untie)
     described = describe_folded([model.adapter(name) for name in names], model.traced, own=False)
-    return dataclasses.replace(_merged(model, names, weights), merged_adapters=described)
+    merged = dataclasses.replace(_merged(model, names, weights), merged_adapters=described)
+    own: dict[Tensor, Tensor] = {}  # training either model leaves the other as it is
+    buffers = trained_buffers(merged.graph_module).items()
+    copies = {name: own.setdefault(buffer, buffer.clone()) for name, buffer in buffers}
+    replace_parameters(merged.graph_module, copies, "_buffers")
+    return merged
 
 
 def merge_lazily(

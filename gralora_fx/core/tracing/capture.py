@@ -20,7 +20,9 @@ from torch.utils import checkpoint
 from transformers import PreTrainedModel
 
 from gralora_fx.base.compat.transformers_exporters import auto_dynamic_shapes, export_program
+from gralora_fx.base.patches import patched_here
 from gralora_fx.base.progress.stages import quiet
+from gralora_fx.core.graph.kept_calls import keeping_calls
 from gralora_fx.core.graph.module_tree import module_stack
 from gralora_fx.core.tracing.aliases import own_modules
 from gralora_fx.core.tracing.check import check, check_other_sizes, difference
@@ -29,7 +31,8 @@ from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, cache_layout
 from gralora_fx.core.tracing.inputs.signature import own_inputs
 from gralora_fx.core.tracing.normalize.clean import normalize
 from gralora_fx.core.tracing.normalize.modes import mode_argument
-from gralora_fx.errors import TraceError, marked, warn_caller
+from gralora_fx.core.tracing.training_check import all_trainable, can_compare, training_gaps
+from gralora_fx.errors import TraceError, listed, marked, warn_caller
 from gralora_fx.format.input_names import PAST
 
 
@@ -37,7 +40,14 @@ def capture(draft: Draft) -> Captured:
     """Export the draft's model in its current mode, and return the draft with the graph."""
     model, sample = draft.model, draft.sample
     try:
-        with quiet(), _as_traced(model), own_modules(model), traceable_modes() as checkpoints:
+        with (
+            quiet(),
+            all_trainable(model),
+            keeping_calls(model, everything=draft.keeps_all) as kept,
+            _as_traced(model),
+            own_modules(model),
+            traceable_modes() as checkpoints,
+        ):
             shapes = dynamic_axes(sample, draft.held) if draft.dynamic else None
             if isinstance(model, PreTrainedModel):
                 program = _export_transformers_model(model, sample, shapes)
@@ -51,7 +61,9 @@ def capture(draft: Draft) -> Captured:
         raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {reason(error)}") from error
     if checkpoints:
         warn_caller(f"{NO_CHECKPOINTS} (checkpoints of {', '.join(dict.fromkeys(checkpoints))})")
-    return Captured(**vars(draft), graph_module=program.module(check_guards=False))
+    graph_module = program.module(check_guards=False)
+    kept.write(graph_module)
+    return Captured(**vars(draft), graph_module=graph_module, kept_calls=bool(kept.calls), lost=tuple(kept.lost))
 
 
 def _export_transformers_model(
@@ -139,13 +151,9 @@ def traceable_modes() -> Iterator[list[str]]:
     def note(function: Any) -> None:
         used.append(getattr(function, "__qualname__", type(function).__qualname__))
 
-    class Direct:
-        """Calls a function directly, in place of `CheckpointFunction`."""
-
-        @staticmethod
-        def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-            note(function)
-            return function(*args)
+    def direct(_: type, function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        note(function)
+        return function(*args)
 
     def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
         note(function)
@@ -158,9 +166,12 @@ def traceable_modes() -> Iterator[list[str]]:
     def leave(mode: Any, *_: object) -> None:
         torch.set_grad_enabled(mode._inference_mode_context)
 
-    inference = patch.multiple(torch.inference_mode, __enter__=enter, __exit__=leave)
-    direct = patch.multiple(checkpoint, CheckpointFunction=Direct, _checkpoint_without_reentrant_generator=noted)
-    with direct, inference:
+    with (
+        patched_here(torch.inference_mode, "__enter__", enter),
+        patched_here(torch.inference_mode, "__exit__", leave),
+        patched_here(checkpoint.CheckpointFunction, "apply", direct),
+        patched_here(checkpoint, "_checkpoint_without_reentrant_generator", noted),
+    ):
         yield used
 
 
@@ -175,6 +186,27 @@ def trace_both_modes(draft: Draft) -> Captured:
     """
     captured = _first_right(draft)
     check_other_sizes(captured)
+    return _trained_alike(draft, captured)
+
+
+def _trained_alike(draft: Draft, captured: Captured) -> Captured:
+    """Return a capture that trains as the model does, or warn how it differs."""
+    if can_compare(captured):
+        gaps = training_gaps(captured)
+    else:  # a transformers model's own functions have the gradients of their forward
+        gaps = [] if isinstance(draft.model, PreTrainedModel) else list(captured.lost)
+    if gaps and captured.lost:
+        other = _first_right(dataclasses.replace(draft, keeps_all=True))
+        if not can_compare(other) or not (gaps := training_gaps(other)):
+            check_other_sizes(other)
+            return other
+    if gaps:
+        lost = f" (the trace has not {listed(captured.lost)})" if captured.lost else ""
+        warn_caller(
+            f"training the trace of {type(draft.model).__name__} differs from training the model in "
+            f"{listed(gaps, 5)}{lost}; compute such gradients in an autograd.Function of tensors, or by "
+            "Tensor.register_hook in the forward, which a trace keeps"
+        )
     return captured
 
 
@@ -226,6 +258,9 @@ def _attempt_in_training(draft: Draft) -> tuple[Captured | None, str | None]:
 
 def capture_in_mode(draft: Draft) -> Captured:
     """Capture and normalize a model's graph in the draft's mode; this changes the model's own mode."""
+    draft.model.train()
+    kept = tuple(path for path, part in draft.model.named_modules(remove_duplicate=False) if not part.training)
+    draft = dataclasses.replace(draft, kept=kept)
     draft.model.train(not draft.evaluates)
     for path in draft.evaluated:
         draft.model.get_submodule(path).training = False

@@ -31,6 +31,7 @@ from gralora_fx.base.compat.transformers_models import (
     sliding_window_causal_mask_function,
 )
 from gralora_fx.base.features import parts
+from gralora_fx.base.patches import patched_here
 from gralora_fx.core.operators import NAMESPACE
 from gralora_fx.core.operators.attention import Attention, Mask, MaskOfBlocks
 from gralora_fx.core.operators.call import define_shape_only, is_shape_only
@@ -315,5 +316,5 @@ def _traced_cat(tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Tens
 @contextmanager
 def shape_only_ops() -> Iterator[None]:
     """Let traced code call the shape-only operators within the block; real tensors are computed as usual."""
-    with patch.object(nn.functional, "linear", _traced_linear), patch.object(torch, "cat", _traced_cat):
+    with patched_here(nn.functional, "linear", _traced_linear), patched_here(torch, "cat", _traced_cat):
         yield

@@ -76,6 +76,8 @@ class Draft:
     # whether the model is captured in evaluation mode; else in training mode, where every dropout has its probability
     evaluates: bool = False
     evaluated: tuple[str, ...] = ()  # paths of the modules that are in evaluation mode nevertheless
+    kept: tuple[str, ...] = ()  # paths of the modules that the model itself keeps in evaluation mode
+    keeps_all: bool = False  # whether functions of weights with a backward of their own stay one node too
 
 
 class Skeleton(Draft):
@@ -107,6 +109,8 @@ class Captured(Draft):
     passes: tuple[PassReport, ...] = ()  # reports of the passes that normalized it
     drawn: str | None = None  # an operator of it that draws random numbers in either mode, as text, or None
     updated: tuple[str, ...] = ()  # names of the buffers that it updates in either mode
+    kept_calls: bool = False  # whether it keeps calls as one node (see `kept_calls`)
+    lost: tuple[str, ...] = ()  # names of what has a backward of its own that is not in the graph
     problem: str | None = None  # how it differs from the model; None if it does not, or was not compared
     # features' records of its inputs, by their names in manifests
     facts: Mapping[str, InputFacts] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from gralora_fx.base.compat.torch_graphs import (
     TreeSpec,
     convention_of,
     set_convention,
+    tree_leaves,
     treespec_leaf,
 )
 from gralora_fx.core.graph.surgery import copy_graph
@@ -207,7 +208,8 @@ def _record(node: fx.Node) -> _NodeRecord:
     elif isinstance(target, HigherOrderOperator):
         target = _Operator(("higher_order", str(target.__name__)))
     elif node.op == "call_function":
-        _check_function(node, target)
+        for part in (target, *tree_leaves(getattr(target, "arguments", ()))):  # a hook of a kept call too
+            _check_function(node, part)
     meta = {key: node.meta[key] for key in _KEPT if key in node.meta}
     if "custom" in meta:
         meta["custom"] = dict(meta["custom"])
@@ -225,7 +227,7 @@ def _named(entry: Any) -> Any:
 
 
 def _check_function(node: fx.Node, function: Callable[..., Any]) -> None:
-    """Raise if pickle cannot find a function by its name."""
+    """Raise if pickle cannot find a function, or an object's class, by its name."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if "<locals>" in name or "<lambda>" in name:
         raise TraceError(

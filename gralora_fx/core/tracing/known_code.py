@@ -20,6 +20,8 @@ from unittest.mock import patch
 
 from torch import nn
 
+from gralora_fx.base.patches import patched_here
+
 _MODELS = "transformers.models"
 _PATCHES = __name__.rpartition(".")[0]
 INDEXER = "Indexer"  # end of the names of classes that choose keys
@@ -79,7 +81,7 @@ class Recognised:
                 changed.enter_context(patch.object(module, name, functools.partial(self.load(), module)))
         for owner in sorted({type(module).__module__ for module in model.modules()} & sys.modules.keys()):
             if self.is_function_of(sys.modules[owner]):
-                changed.enter_context(patch.object(sys.modules[owner], name, self.load()))
+                changed.enter_context(patched_here(sys.modules[owner], name, self.load()))
 
     def _module(self) -> ModuleType:
         return importlib.import_module(f"{_MODELS}.{self.place.partition(':')[0]}")

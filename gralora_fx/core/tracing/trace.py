@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
+from gralora_fx.base.patches import ONE_TRACE
 from gralora_fx.base.progress.stages import gc_pause, quiet
 from gralora_fx.base.sources.lazy_tensors import is_lazy
 from gralora_fx.core.graph.module_tree import ModuleTree, is_within
@@ -79,6 +80,20 @@ def repeated_modules(tree: ModuleTree) -> tuple[str, ...]:
     return tuple(path for path in tree.types if path in repeated)
 
 
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Trace as outside of the caller's `inference_mode`, `autocast` and `torch.device("meta")`, one model at a time."""
+    with ExitStack() as undone:
+        undone.enter_context(ONE_TRACE)
+        undone.enter_context(torch.inference_mode(False))
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            undone.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type == "meta":
+            undone.enter_context(torch.device("cpu"))
+        yield
+
+
+@_apart()
 def trace(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
@@ -142,6 +157,12 @@ def trace(
         raise TraceError(
             f"the {type(model).__name__} holds weights that bitsandbytes quantized, whose products cannot be traced; "
             "load it with gralora_fx.loading.load_model, which takes their values, or trace model.dequantize()"
+        )
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if inferred := [name for name, tensor in tensors if tensor.is_inference()]:
+        raise TraceError(
+            f"{inferred[0]} of the {type(model).__name__} was made under torch.inference_mode, so it can never train; "
+            "make the model outside of it, or trace copy.deepcopy(model)"
         )
     model = _form_of(model, task)
     with ExitStack() as changed:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gralora_fx.base.patches import patched_here
 from gralora_fx.core.tracing.inputs.cache import positions
 from gralora_fx.features.images.cross_attention import attending
 from gralora_fx.features.images.image_inputs import deepstack_part, embedding_of
@@ -94,7 +95,7 @@ def _join(changed: ExitStack, model: PreTrainedModel, prefix: Tensor) -> None:
     code = sys.modules[type(model).__module__]
     for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
         masked = functools.partial(getattr(code, name), block_sequence_ids=torch.where(prefix == 1, 0, -1))
-        changed.enter_context(patch.object(code, name, masked))
+        changed.enter_context(patched_here(code, name, masked))
 
 
 def _stands_in(model: PreTrainedModel) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gralora_fx.base.patches import patched_here
 from gralora_fx.core.graph.module_tree import kept_modes
 from gralora_fx.core.graph.surgery import placeholder_parameters
 from gralora_fx.core.tracing.check import gap
@@ -327,7 +328,7 @@ def of_one_image(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as changed:
         for owner, name, value in ((torch, "split", whole), (Tensor, "split", whole), (torch, "as_tensor", unread)):
-            changed.enter_context(patch.object(owner, name, value))
+            changed.enter_context(patched_here(owner, name, value))
         if hasattr(model, "get_rope_index"):
             changed.enter_context(patch.object(type(model), "get_rope_index", property()))
         yield

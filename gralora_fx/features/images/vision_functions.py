@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from gralora_fx.base.patches import patched_here
 from gralora_fx.features.images import vision_grids
 
 
@@ -22,7 +22,7 @@ def grids_by_arithmetic(model: nn.Module, count: Any) -> Iterator[None]:
         for name, function in _functions(count).items():
             for module in modules:
                 if hasattr(module, name):
-                    changed.enter_context(patch.object(module, name, function))
+                    changed.enter_context(patched_here(module, name, function))
         yield
 
 

@@ -54,7 +54,7 @@ def vision_part(traced: TracedModel) -> dict[str, TracedModel]:
     try:
         part = _traced_part(model, CrossForm(model) if reads_across(model) else form_of(model))
     except TraceError as error:
-        raise TraceError(f"{_NOT_TRACED}: {marked(error)}") from error
+        raise error.reworded(f"{_NOT_TRACED}: {marked(error)}") from error
     return {VISION_ENCODER: _over_parameters(part, model, traced)}
 
 

@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from gralora_fx.base.compat.transformers_models import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
+from gralora_fx.base.patches import patched_here
 from gralora_fx.features.states.state_kinds import KINDS
 from gralora_fx.format.cache_slots import CacheSlot
 
@@ -78,7 +78,7 @@ def longer_states(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
         return kept
 
     with ExitStack() as undone:
-        undone.enter_context(patch.object(DynamicCache, "update_conv_state", noted))
+        undone.enter_context(patched_here(DynamicCache, "update_conv_state", noted))
         for module in model.modules():
             own = [part for part in module.children() if isinstance(part, nn.Conv1d)]
             if len(own) == 1:
@@ -119,8 +119,8 @@ def fresh_states() -> Iterator[None]:
     before = _last.set(None)
     try:
         with (
-            patch.object(LinearAttentionLayer, "update_conv_state", _next_conv_state),
-            patch.object(LinearAttentionLayer, "update_recurrent_state", _next_recurrent_state),
+            patched_here(LinearAttentionLayer, "update_conv_state", _next_conv_state),
+            patched_here(LinearAttentionLayer, "update_recurrent_state", _next_recurrent_state),
         ):
             yield
     finally:

@@ -301,4 +301,4 @@ def _named(name: str) -> Iterator[None]:
         start = f"adapter {shown(name)}"
         if str(error).startswith(start):
             raise
-        raise type(error)(f"{start}: {marked(error)}") from error
+        raise error.reworded(f"{start}: {marked(error)}") from error

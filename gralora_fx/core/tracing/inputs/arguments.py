@@ -38,6 +38,8 @@ def example_arguments(example_inputs: Any, kwargs: Any) -> Arguments:
     wrong = next((name for name in named if not isinstance(name, str)), None)
     if wrong is not None:
         raise TraceError(f"an example input is named {wrong!r}; give a dict whose keys are names of arguments")
+    if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in tree_leaves((args, named))):
+        args, named = tree_map_only(Tensor, torch.clone, (args, named))  # a copy is no tensor of inference mode
     return args, named
 
 

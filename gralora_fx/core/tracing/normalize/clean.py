@@ -164,7 +164,7 @@ def normalize(draft: Captured) -> Captured:
         restore_aten,
         *_masks(draft),
         drop_unread_calls,
-        AnnotateModes(in_training=False if draft.evaluates else None),  # a training trace: none is on in both modes
+        AnnotateModes(not draft.evaluates, evaluated=draft.evaluated, kept=draft.kept),
         evaluate,
     )
     draft = run_passes(draft, passes)

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 from gralora_fx.base.compat.torch_graphs import schema_of
+from gralora_fx.core.graph.kept_calls import averaging_norm
+from gralora_fx.core.graph.module_tree import module_stack
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.operators import COMPUTING, DROPOUTS, TRAIN_FLAGS
 
@@ -28,6 +30,8 @@ _FLAGS: dict[Any, int] = {
     _aten.native_dropout.default: 2,
     _aten.rrelu.default: 3,
     _aten.batch_norm.default: 5,
+    _aten.instance_norm.default: 5,
+    averaging_norm: 6,
     _aten.lstm.input: 6,
     _aten.gru.input: 6,
     _aten.rnn_tanh.input: 6,
@@ -35,6 +39,8 @@ _FLAGS: dict[Any, int] = {
 }
 # PyTorch's operators: position of the dropout probability, which evaluation sets to zero
 _PROBABILITIES: dict[Any, int] = {_aten.scaled_dot_product_attention.default: 4}
+# norms whose fourth argument are running statistics; without, those of the batch are used in both modes
+_NORMS = {_aten.batch_norm.default, _aten.instance_norm.default}
 _FUNCTIONAL = {
     torch.nn.functional.dropout,
     torch.nn.functional.alpha_dropout,
@@ -53,8 +59,12 @@ class AnnotateModes:
     """
 
     # The mode that the model was traced in. An argument that is on in an evaluation trace, such as a dropout that
-    # ignores the mode, is on in both and not annotated. None if unknown.
+    # ignores the mode, is on in both and not annotated; one that is off in a training trace is off in both. None if
+    # unknown.
     in_training: bool | None = None
+    # paths of modules that are in evaluation mode in this trace alone, and of those that are in training too
+    evaluated: Collection[str] = ()
+    kept: Collection[str] = ()
     known: Collection[str] = ()  # names of nodes that were annotated before, or do not depend on the mode
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
@@ -62,12 +72,19 @@ class AnnotateModes:
         changed = 0
         for node in graph.nodes:
             switch = None if node.name in self.known else _mode_argument_values(node)
-            if switch is not None and not (self.in_training is False and _read(node, switch[0]) == switch[1]):
+            if switch is not None and not self._is_constant(node, *switch):
                 argument, trained, evaluated = switch
                 note = {"argument": argument, "train": trained, "eval": evaluated}
                 node.meta.setdefault("custom", {})[_KEY] = note
                 changed += 1
         return PassResult(changed)
+
+    def _is_constant(self, node: fx.Node, argument: int | str, trained: Any, evaluated: Any) -> bool:
+        """Return whether an argument is the same in both modes."""
+        path = next((path for path, _ in reversed(list(module_stack(node)))), "")
+        if self.in_training and path not in self.evaluated:
+            return bool(_read(node, argument) == evaluated)
+        return path in self.kept or (self.in_training is False and bool(_read(node, argument) == trained))
 
 
 def is_in_training(graph: fx.Graph) -> bool:
@@ -116,6 +133,11 @@ def dropouts(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if _KEY in node.meta.get("custom", {}) and _is_dropout(node)]
 
 
+def switches_more_than_dropout(graph: fx.Graph) -> bool:
+    """Return whether training differs from evaluation by more than dropout."""
+    return any(_KEY in node.meta.get("custom", {}) and not _is_dropout(node) for node in graph.nodes)
+
+
 def trained_probability(node: fx.Node) -> float:
     """Return the probability with which a dropout zeroes values in training."""
     position = _probability(node.target)
@@ -157,21 +179,33 @@ def updated_buffers(graph_module: fx.GraphModule) -> tuple[str, ...]:
     return tuple(dict.fromkeys(updated))
 
 
+def trained_buffers(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Return the buffers that a graph updates in training, such as those of batch norms, by name."""
+    switched = (node for node in graph_module.graph.nodes if _KEY in node.meta.get("custom", {}))
+    names = {str(source.target) for node in switched for source in node.all_input_nodes if source.op == "get_attr"}
+    names.update(updated_buffers(graph_module))
+    buffers = graph_module.named_buffers(remove_duplicate=False)
+    return {name: buffer for name, buffer in buffers if name in names}
+
+
 def _mode_argument_values(node: fx.Node) -> tuple[int | str, Any, Any] | None:
     """Return a node's mode-dependent argument with its values in training and in evaluation; None if it has none."""
     if node.op != "call_function":
         return None
     if (flag := _FLAGS.get(node.target, TRAIN_FLAGS.get(node.target))) is not None:
-        return flag, True, False
+        of_batch = node.target in _NORMS and node.args[3] is None
+        return None if of_batch else (flag, True, False)
     if node.target in _FUNCTIONAL and "training" in node.kwargs:
         return "training", True, False
     if (position := _probability(node.target)) is not None:
         probability = _read(node, position)
         return (position, probability, 0.0) if probability else None
-    if node.target is _aten.add_.Tensor and isinstance(counter := node.args[0], fx.Node):
+    counter: Any = node
+    while isinstance(counter, fx.Node) and counter.target is _aten.add_.Tensor:  # of a norm that is called again too
+        counter = counter.args[0]
+    if counter is not node and isinstance(counter, fx.Node) and counter.op == "get_attr":
         # BatchNorm counts its training batches in place
-        if counter.op == "get_attr" and str(counter.target).endswith("num_batches_tracked"):
-            return 1, 1, 0
+        return (1, 1, 0) if str(counter.target).endswith("num_batches_tracked") else None
     return None
 
 
