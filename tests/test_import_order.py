@@ -35,6 +35,7 @@ ORDER = [
     "core.tracing.other_layers",
     "core.tracing.sparse_attention",
     "core.tracing.decoder_operators",
+    "core.tracing.size_guards",
     "core.tracing.draft",
     "core.tracing.normalize",
     "core.tracing",

@@ -73,6 +73,7 @@ def describe(
         attention=None if attention is None else dataclasses.asdict(attention),
         passes=tuple(entry.to_dict() for entry in log.reports),
         facts=traced.signature.facts,
+        limits=traced.signature.limits,
         adapter_inputs=_adapter_inputs(conversion, companions.values()),
         weights=weight_entries(traced, graphs),
         base=_base(traced),

@@ -37,6 +37,7 @@ from gralora_fx.exporters.rules.clean_up import (
     FoldConstants,
     deduplicate_constants,
     drop_stack_traces,
+    forget_sliced_sizes,
     remove_unused_nodes,
 )
 from gralora_fx.exporters.rules.normalization import LowerNorms, match_rms_norms
@@ -59,6 +60,7 @@ def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool
     """Return the passes over a graph as translated, if no cache is fused into its attention."""
     return (
         *marking_passes(conversion),  # first: weights still have their names
+        forget_sliced_sizes,  # before anything reads them
         fold_transposes,  # first: constant folding would compute the transposes of weights
         FuseDotProductAttention(),  # before constants are folded: it makes some
         *lowering_passes(conversion),

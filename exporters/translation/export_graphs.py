@@ -40,6 +40,11 @@ def check_exportable(traced: TracedModel, *, verify: bool) -> None:
             f"the model draws random numbers in evaluation ({drawn}), so no two runs agree and none can be verified; "
             f"make the noise an input of its forward, or export with {option(verify=False)}"
         )
+    if PAST in traced.example_inputs and traced.signature.limits:  # steps are as long as their rows' prompts need
+        raise ExportError(
+            f"the model takes {traced.signature.limits[0]}, which the steps of a decoder do not keep to; trace it "
+            "for a task without a cache"
+        )
     precision_of(traced.graph_module)
 
 

@@ -67,7 +67,9 @@ def _unchanged(node: fx.Node) -> Any:
     source = node.args[0] if node.args else None
     if is_call(node, aten.slice.Tensor):
         before, after, step = shape(source), shape(node), node.args[4] if len(node.args) > 4 else 1
-        whole = step == 1 and all(same_size(a, b) for a, b in zip(before, after, strict=True))
+        stop = node.args[3] if len(node.args) > 3 else None
+        reaches = not isinstance(stop, int) or stop >= 2**62 or all(isinstance(size, int) for size in before)
+        whole = step == 1 and reaches and all(same_size(a, b) for a, b in zip(before, after, strict=True))
     elif is_call(node, *MUL):
         whole = number(node.args[1]) == 1.0 and _alike(node, source)
     elif is_call(node, aten.squeeze.dim):  # of an axis that is larger, which ONNX does not allow

@@ -14,12 +14,13 @@ from gralora_fx.base.compat.torch_graphs import KeyPath, tree_map_with_path
 from gralora_fx.base.features import parts
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import empty_cache, positions, returned_cache
-from gralora_fx.core.tracing.inputs.input_trees import leaf_paths, path_of
+from gralora_fx.core.tracing.inputs.input_trees import leaf_paths, path_of, tensor_paths
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.translation.names import AXES
 from gralora_fx.exporters.verify.tolerances import ToleranceCheck
 from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck
 from gralora_fx.format.input_names import PAST, beside_ids
+from gralora_fx.format.size_limits import first_problem
 from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.engine.limits import context_length
 
@@ -244,7 +245,21 @@ def pad_prompts(
 
 
 def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield texts of several lengths, padded on either side; other and nested inputs in several batch sizes."""
+    """Yield texts of several lengths, padded on either side; other and nested inputs in several batch sizes.
+
+    They are within the limits of the trace's sizes; if none is, the example inputs are all.
+    """
+    limits, is_any = model.signature.limits, False
+    for case in _plain_inputs(model, generator):
+        shapes = {path: tensor.shape for path, tensor in tensor_paths(case[1]).items()} if limits else {}
+        if first_problem(limits, shapes) is None:
+            is_any = True
+            yield case
+    if not is_any:
+        yield "the example inputs", dict(model.graph_inputs)
+
+
+def _plain_inputs(model: TracedModel, generator: torch.Generator) -> Iterator[tuple[str, dict[str, Any]]]:
     inputs = model.graph_inputs
     sample = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     if len(sample) < len(inputs) or not any(map(is_text, sample)):

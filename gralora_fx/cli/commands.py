@@ -87,6 +87,8 @@ def inspect(
     traced = loaded.traced if isinstance(loaded, GraloraModel) else loaded
     for facts in traced.signature.facts.values():
         print(f"{facts.title}: {facts}")
+    for limit in traced.signature.limits:
+        print(f"size: {limit}")
     if isinstance(loaded, GraloraModel):
         print(loaded.plans["default"])
         return

@@ -67,6 +67,28 @@ def split_labels(inputs: Mapping[str, Any], traced: Collection[str] = ()) -> tup
     return {name: value for name, value in inputs.items() if name not in outside}, labels
 
 
+def packed_problem(task: str | None, inputs: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a decoder's positions that begin anew in a row; None if nothing is.
+
+    Tokens are of one text if their entries of the mask are equal.
+    """
+    positions: Any = inputs.get("position_ids")
+    mask: Any = inputs.get("attention_mask")
+    if not (task or "").startswith("text-generation") or getattr(positions, "ndim", 0) != 2 or positions.shape[1] < 2:
+        return None
+    is_back = positions[:, 1:] <= positions[:, :-1]
+    if getattr(mask, "ndim", 0) == 2:
+        mask = mask[:, -positions.shape[1] :]
+        is_back = is_back & (mask[:, 1:] == mask[:, :-1]) & (mask[:, 1:] != 0)
+    if not bool(is_back.any()):
+        return None
+    return (
+        "input 'position_ids' begins anew within a row, so that it holds several texts, which this call would not keep "
+        "apart; give each a row of its own, or train with use_cache=False on a trace with a cache, which keeps them "
+        "apart"
+    )
+
+
 OtherValues = Callable[[Any, Any], Any]  # of an input's value and a generator of random numbers
 
 

@@ -26,6 +26,7 @@ from gralora_fx.format.export_directory import (
 )
 from gralora_fx.format.json_records import MISSING, FieldError, read_object, wrong_fields
 from gralora_fx.format.quantized_weights import Quality, QuantizedWeights
+from gralora_fx.format.size_limits import SizeLimit
 
 if TYPE_CHECKING:
     from gralora_fx.format.input_names import InputFacts
@@ -155,6 +156,7 @@ class Manifest:
     companions: Mapping[str, CompanionEntry] = field(default_factory=dict)
     # `inputs` and `outputs` of graphs over the weights of `model.onnx` that other programs run in its place
     programs: Mapping[str, Any] = field(default_factory=dict)
+    limits: tuple[SizeLimit, ...] = ()  # conditions on sizes of the graph's inputs
 
     @property
     def has_rows(self) -> bool:
@@ -180,7 +182,7 @@ class Manifest:
         for companion in entries["companions"].values():
             if companion["quantization"] is None:
                 del companion["quantization"]
-        for name in ("companions", "programs"):
+        for name in ("companions", "programs", "limits"):
             if not entries[name]:
                 del entries[name]
         fields = {name: value for name, value in entries.items() if name not in optional or value is not None} | facts
@@ -275,6 +277,8 @@ def _check_values(manifest: Manifest, fields: Mapping[str, Any]) -> None:
         raise FieldError("rows", fields["rows"])
     if inputs is not None and (inputs.mode not in AS_DATA or inputs.k < 0):
         raise FieldError("adapter_inputs", fields["adapter_inputs"])
+    if wrong := [limit for limit in manifest.limits if not limit.is_valid]:
+        raise FieldError("limits", dataclasses.asdict(wrong[0]))
     for site in () if inputs is None else inputs.sites:
         if site.form not in (BLOCKS, WHOLE, BIAS):
             raise FieldError("adapter_inputs.sites", dataclasses.asdict(site))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, an
 from gralora_fx.format.cache_slots import past_slots
-from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST, StepInput, beside_ids
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST, StepInput, beside_ids, packed_problem
+from gralora_fx.format.size_limits import SizeLimit, first_problem
 from gralora_fx.run.engine.limits import context_length
 from gralora_fx.run.sessions.ort_values import DTYPES, as_array, plain_array
 from gralora_fx.run.sessions.session_views import empty_past
@@ -35,6 +36,8 @@ class CallInputs:
     position_offset: int = 0
     # facts about inputs, recorded by features, by their names in the manifest
     facts: Mapping[str, InputFacts] = field(default_factory=dict)
+    limits: tuple[SizeLimit, ...] = ()  # conditions on sizes that the manifest records
+    task: str | None = None  # the task that the model was exported for
 
     def parts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Flatten the inputs to the session's names: a list, tuple, dict or dataclass becomes its parts, by path."""
@@ -69,6 +72,9 @@ class CallInputs:
                 arrays[name] = default
         self._check_equal_axes(arrays)
         self._check_length(arrays)
+        check_limits(self.limits, {name: array.shape for name, array in arrays.items()})
+        if "position_ids" in inputs and (problem := packed_problem(self.task, arrays)) is not None:
+            raise ServingError(problem)
         return arrays
 
     @cached_property
@@ -156,6 +162,12 @@ class CallInputs:
                     f"input {name!r} has {length - cached} positions{after}, more than the context of {limit}; shorten "
                     "it, as a tokenizer does with truncation=True and max_length"
                 )
+
+
+def check_limits(limits: Iterable[SizeLimit], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Check the sizes of inputs, by path, against the limits of an export."""
+    if limits and (problem := first_problem(limits, shapes)) is not None:
+        raise ServingError(f"{problem}; give that, or export a trace of an example of the other size")
 
 
 def default_array(name: str, arrays: Mapping[str, NDArray[Any]], cached: int | None = None) -> NDArray[Any] | None:

@@ -93,7 +93,10 @@ class OrtModel(OpenExport):
         taken = (*self._called.get_inputs(), *optional_arguments(self._called))
         inputs = {value.name: value for value in taken if not is_adapter_input(value.name)}
         is_pair = len(parts_of(self._called)) > 1
-        return CallInputs(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.facts)
+        manifest = self.manifest
+        return CallInputs(
+            inputs, self.config, is_pair, manifest.position_offset, manifest.facts, manifest.limits, manifest.task
+        )
 
     def load_adapter(self, name: str, path: AdapterSource) -> None:
         """Load an adapter, so that calls, or rows of them, can name it.

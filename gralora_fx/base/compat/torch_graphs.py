@@ -33,6 +33,7 @@ with fenced("torch"):
         tree_unflatten,
         treespec_leaf,
     )
+    from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
     "SUPPORTED_NODES",
@@ -62,8 +63,11 @@ __all__ = [
     "multiplies_bfloat16",
     "plain_backward",
     "returns_alias",
+    "saved_guards",
     "schema_of",
     "set_convention",
+    "size_guards",
+    "size_range",
     "tree_flatten",
     "tree_flatten_with_path",
     "tree_info",
@@ -183,3 +187,39 @@ def without_new_symbols(mode: Any) -> Iterator[None]:
     mode.shape_env.pending_fresh_unbacked_symbols.clear()
     with mode.shape_env.ignore_fresh_unbacked_symbols():
         yield
+
+
+def size_guards(graph: fx.Graph) -> list[tuple[str, str]]:
+    """Return the conditions on sizes of inputs that an export recorded, with the files of the code that set them.
+
+    A condition is Python's text, such as `L['x'].size()[1] <= 16`; one that an author set as a range has no file.
+    """
+    nodes = graph.find_nodes(op="placeholder")
+    mode = detect_fake_mode([node.meta.get("val") for node in nodes])
+    environment = None if mode is None else mode.shape_env
+    if environment is None:
+        return []
+    names = {s: type(s)(of[0].name, integer=True, positive=True) for s, of in environment.var_to_sources.items()}
+    found = []
+    for guard in environment.guards:
+        if guard.expr.free_symbols <= names.keys():
+            place = guard.sloc.framework_loc
+            found.append((PythonPrinter().doprint(guard.expr.xreplace(names)), getattr(place, "filename", "")))
+    return found
+
+
+def saved_guards(program: object) -> list[str]:
+    """Return the guards of an exported program that was read from a file, whose symbols have lost their places."""
+    graph = getattr(program, "graph", None)
+    guards = list(getattr(program, "_guards_code", ()))
+    return [] if graph is None or not guards or size_guards(graph) else guards
+
+
+def size_range(size: Any) -> tuple[str, int | None, int | None]:
+    """Return an axis' size as text over symbols, and its least and largest value in an export; None for no bound."""
+    if not isinstance(size, torch.SymInt):
+        return str(size), size, size
+    expression = size.node.expr
+    bounds = size.node.shape_env.bound_sympy(expression)
+    least, most = (int(bound) if bound.is_Integer else None for bound in (bounds.lower, bounds.upper))
+    return PythonPrinter().doprint(expression), least, most

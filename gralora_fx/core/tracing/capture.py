@@ -25,13 +25,15 @@ from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.kept_calls import keeping_calls
 from gralora_fx.core.graph.module_tree import module_stack
 from gralora_fx.core.tracing.aliases import own_modules
-from gralora_fx.core.tracing.check import check, check_other_sizes, difference
+from gralora_fx.core.tracing.check import check, difference
 from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, Captured, Draft
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, cache_layout
 from gralora_fx.core.tracing.inputs.signature import own_inputs
 from gralora_fx.core.tracing.normalize.clean import normalize
 from gralora_fx.core.tracing.normalize.modes import mode_argument
+from gralora_fx.core.tracing.size_guards import guards_of
 from gralora_fx.core.tracing.training_check import all_trainable, can_compare, training_gaps
+from gralora_fx.core.tracing.tried_sizes import with_limits
 from gralora_fx.errors import TraceError, listed, marked, warn_caller
 from gralora_fx.format.input_names import PAST
 
@@ -62,8 +64,11 @@ def capture(draft: Draft) -> Captured:
     if checkpoints:
         warn_caller(f"{NO_CHECKPOINTS} (checkpoints of {', '.join(dict.fromkeys(checkpoints))})")
     graph_module = program.module(check_guards=False)
+    guards = guards_of(graph_module.graph)
     kept.write(graph_module)
-    return Captured(**vars(draft), graph_module=graph_module, kept_calls=bool(kept.calls), lost=tuple(kept.lost))
+    return Captured(
+        **vars(draft), graph_module=graph_module, guards=guards, kept_calls=bool(kept.calls), lost=tuple(kept.lost)
+    )
 
 
 def _export_transformers_model(
@@ -184,9 +189,7 @@ def trace_both_modes(draft: Draft) -> Captured:
     If that fails, or differs from the model in evaluation mode, modules with a separate training branch, or else all,
     are traced in evaluation mode; a warning says what training then lacks.
     """
-    captured = _first_right(draft)
-    check_other_sizes(captured)
-    return _trained_alike(draft, captured)
+    return _trained_alike(draft, with_limits(_first_right(draft)))
 
 
 def _trained_alike(draft: Draft, captured: Captured) -> Captured:
@@ -198,8 +201,7 @@ def _trained_alike(draft: Draft, captured: Captured) -> Captured:
     if gaps and captured.lost:
         other = _first_right(dataclasses.replace(draft, keeps_all=True))
         if not can_compare(other) or not (gaps := training_gaps(other)):
-            check_other_sizes(other)
-            return other
+            return with_limits(other)
     if gaps:
         lost = f" (the trace has not {listed(captured.lost)})" if captured.lost else ""
         warn_caller(

@@ -7,7 +7,8 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,8 +19,9 @@ from gralora_fx.base.compat.torch_graphs import tree_leaves, tree_map
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.lazy_tensors import reading
 from gralora_fx.core.tracing.draft import Captured, Draft
-from gralora_fx.core.tracing.inputs.input_trees import by_own_names, leaf_paths, same_value, shown
+from gralora_fx.core.tracing.inputs.input_trees import by_own_names, placeholder_values, same_value, shown
 from gralora_fx.core.tracing.inputs.signature import default_input, own_inputs
+from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.errors import TraceError, first_line, remedy
 from gralora_fx.format.input_names import PAST, TEXT_INPUTS
 
@@ -77,6 +79,7 @@ def with_call_signature(draft: Captured) -> Captured:
         dynamic=draft.dynamic,
         fixed=fixed,
         facts=draft.facts,
+        limits=draft.limits,
     )
     return dataclasses.replace(draft, signature=signature)
 
@@ -121,18 +124,10 @@ def _defaults(name: str, rest: Mapping[str, Any]) -> Iterator[tuple[bool, Tensor
 
 def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
     """Return the sizes that a trace fixes for each input tensor, by path; None for an axis that may vary."""
-    leaves = list(leaf_paths(inputs))
-    placeholders = graph.find_nodes(op="placeholder")
-    if len(leaves) != len(placeholders):  # there is a cache, which has checks of its own
-        leaves = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor) and path in inputs]
-        by_name = {str(node.target): node for node in placeholders}
-        placeholders = [by_name.get(path) for path, _ in leaves]
-    fixed: dict[str, tuple[int | None, ...]] = {}
-    for (path, leaf), node in zip(leaves, placeholders, strict=True):
-        value = None if node is None else node.meta.get("val")
-        if isinstance(leaf, Tensor) and isinstance(value, Tensor):
-            fixed[path] = tuple(int(size) if is_concrete_int(size) else None for size in value.shape)
-    return fixed
+    return {
+        path: tuple(int(size) if is_concrete_int(size) else None for size in value.shape)
+        for path, value in placeholder_values(graph, inputs)
+    }
 
 
 @contextmanager
@@ -176,24 +171,46 @@ def _is_close(want: Any, got: Any) -> bool:
     return type(want) is type(got) and (same_value(want, got) or not isinstance(want, (bool, int, str, type(None))))
 
 
-def check_other_sizes(draft: Captured) -> None:
-    """Check a trace on other sizes, if axes may vary: a branch or a loop over a size would be baked in."""
-    model = draft.model
-    if not (draft.dynamic and draft.has_values):
-        return
-    for description, other in other_sizes(model, draft.sample):
-        try:
-            problem = difference(draft, other)
-        except TraceError:  # the model itself does not support this size
-            continue
-        if problem is not None:
-            from gralora_fx.core.tracing.failures import where_defined
+def refuse_size(draft: Captured, description: str, problem: str) -> NoReturn:
+    """Raise since a trace differs from its model on inputs of other sizes: the graph holds a branch for one."""
+    from gralora_fx.core.tracing.failures import where_defined
 
-            raise TraceError(
-                f"the trace of {type(model).__name__} is valid for the example's sizes only; with {description} "
-                f"{problem}. The forward{where_defined(model)} branches or loops on a size: "
-                f"{remedy('trace', 'trace it from Python')} with dynamic=False for one size, or rewrite it"
-            )
+    raise TraceError(
+        f"the trace of {type(draft.model).__name__} is valid for the example's sizes only; with {description} "
+        f"{problem}. The forward{where_defined(draft.model)} branches or loops on a size: "
+        f"{remedy('trace', 'trace it from Python')} with dynamic=False for one size, or rewrite it"
+    )
+
+
+def differs_in_training(draft: Captured, sample: Mapping[str, Any]) -> bool:
+    """Return whether a graph of both modes differs from the model in training mode, on inputs that it takes."""
+    model, graph_module = draft.model, draft.graph_module
+    if draft.evaluates:
+        return False
+    outputs = []
+    model.train()
+    for path in draft.evaluated:
+        model.get_submodule(path).training = False
+    with quiet(), torch.no_grad(), torch.random.fork_rng(devices=()), reading(model), _in_training(graph_module):
+        for run in (partial(call_eager, model, sample), partial(graph_module.forward, **own_inputs(sample))):
+            torch.manual_seed(0)
+            try:
+                outputs.append(run())
+            except Exception:  # noqa: BLE001  # either may raise anything
+                return bool(outputs)  # the model takes the inputs, the graph does not
+    return gap(*outputs) is not None
+
+
+@contextmanager
+def _in_training(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Put a graph in training mode within the block."""
+    try:
+        if set_mode(graph_module.graph, True):
+            graph_module.recompile()
+        yield
+    finally:
+        if set_mode(graph_module.graph, False):
+            graph_module.recompile()
 
 
 def other_sizes(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -34,7 +34,9 @@ from gralora_fx.errors import TraceError, first_line, warn_caller
 from gralora_fx.format.input_names import PAST
 
 if TYPE_CHECKING:  # only for models whose inputs features know
+    from gralora_fx.core.tracing.size_guards import Guard
     from gralora_fx.format.input_names import InputFacts
+    from gralora_fx.format.size_limits import SizeLimit
 
 NO_CHECKPOINTS = (
     "gradient checkpointing is not part of a trace; the rewritten model has its own (gradient_checkpointing_enable), "
@@ -114,6 +116,8 @@ class Captured(Draft):
     problem: str | None = None  # how it differs from the model; None if it does not, or was not compared
     # features' records of its inputs, by their names in manifests
     facts: Mapping[str, InputFacts] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()  # conditions on sizes that the export recorded
+    limits: tuple[SizeLimit, ...] = ()  # those that a call must meet
 
 
 def first_draft(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gralora_fx.base.compat.torch_graphs import HigherOrderOperator, OpOverload, tree_info
+from gralora_fx.base.compat.torch_graphs import HigherOrderOperator, OpOverload, saved_guards, tree_info
 from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.module_tree import ModuleTree
@@ -32,7 +32,9 @@ from gralora_fx.core.tracing.normalize.clean import (
 )
 from gralora_fx.core.tracing.normalize.inline import inline_leaves
 from gralora_fx.core.tracing.normalize.modes import AnnotateModes, is_in_training
+from gralora_fx.core.tracing.size_guards import recorded_limits
 from gralora_fx.errors import TraceError, first_line
+from gralora_fx.format.size_limits import SizeLimit
 
 _CONTROL_FLOW = {"cond", "scan"}  # control flow with an ONNX form
 _SCALARS = {"_operator", "math", "torch"}  # modules of the functions that compute sizes
@@ -67,7 +69,10 @@ def trace_ready_graph(
     is_training = is_in_training(draft.graph_module.graph) or (graph_module.training and not is_exported)
     if sample:
         _check_example(draft.graph_module, sample)
-    signature = dataclasses.replace(signature, fixed=fixed, dynamic=is_dynamic)
+    limits: tuple[SizeLimit, ...] = ()
+    if is_exported:
+        limits = recorded_limits(graph_module.graph, sample, saved_guards(model))
+    signature = dataclasses.replace(signature, fixed=fixed, dynamic=is_dynamic, limits=limits)
     return dataclasses.replace(draft, signature=signature, evaluates=not is_training)
 
 

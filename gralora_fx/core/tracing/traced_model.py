@@ -26,6 +26,7 @@ from gralora_fx.core.tracing.inputs.signature import CallSignature
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.source_model import main_input
 from gralora_fx.errors import GraloraError, TargetError, TraceError, an
+from gralora_fx.format.input_names import packed_problem
 
 if TYPE_CHECKING:
     from gralora_fx.core.graph.checkpointing import Checkpointing
@@ -230,12 +231,16 @@ class TracedModel:
 
         Raises:
             TraceError: An input is missing, given twice, of another structure than the example's, or was not part of
-                the trace; a mask does not cover all positions; or an argument that is part of the graph has another
-                value.
+                the trace; a mask does not cover all positions; an argument that is part of the graph has another
+                value; a size is beyond a limit; or a row's positions begin anew.
         """
         from gralora_fx.core.tracing.inputs.binding import bind_call
 
-        return bind_call(self.signature, self.example_inputs, args, kwargs)
+        inputs = bind_call(self.signature, self.example_inputs, args, kwargs)
+        if "position_ids" in inputs and not torch.compiler.is_compiling():
+            if (problem := packed_problem(self.task, inputs)) is not None:
+                raise TraceError(problem)
+        return inputs
 
     def train(self, mode: bool = True) -> TracedModel:
         """Switch dropout, attention dropout and batch statistics as the source model's `train()` does.
@@ -330,7 +335,7 @@ class TracedModel:
         name = type(self.config).__name__.removesuffix("Config") if self.config is not None else "module"
         return (
             f"TracedModel({name}, task={self.task!r}, {len(self.graph_module.graph.nodes)} nodes, "
-            f"{len(self.sites)} linear sites)"
+            f"{len(self.sites)} linear sites{''.join(f', {limit}' for limit in self.signature.limits)})"
         )
 
 

@@ -9,10 +9,19 @@ from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
 from gralora_fx.base.compat.torch_graphs import KeyPath, tree_flatten_with_path
-from gralora_fx.core.tracing.inputs.input_trees import FixedAxes, batch_of, key_text, kind_of, same_value, shown
+from gralora_fx.core.tracing.inputs.input_trees import (
+    FixedAxes,
+    batch_of,
+    key_text,
+    kind_of,
+    same_value,
+    shown,
+    tensor_paths,
+)
 from gralora_fx.core.tracing.inputs.signature import CallSignature, default_input
 from gralora_fx.errors import TraceError, an, option
 from gralora_fx.format.input_names import IDS, PAST, beside_ids, takes_embeddings
+from gralora_fx.format.size_limits import first_problem
 
 
 def bind_call(
@@ -61,6 +70,10 @@ def _bind(
             _check_tensor(name, inputs[name], signature.fixed[name])
         elif signature.has_form and name in examples:
             _check_form(name, examples[name], inputs[name], signature.fixed)
+    if signature.limits:
+        shapes = {path: tensor.shape for path, tensor in tensor_paths(inputs).items()}
+        if (problem := first_problem(signature.limits, shapes)) is not None:
+            raise TraceError(f"{problem}; give that, or trace again with an example of the other size")
     return inputs
 
 

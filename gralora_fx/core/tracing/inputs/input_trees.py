@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from gralora_fx.base.compat.torch_graphs import (
@@ -39,6 +39,20 @@ def path_of(name: str, keys: KeyPath) -> str:
 def tensor_paths(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return every tensor of the inputs by its path, without those of caches."""
     return {path: leaf for path, leaf in leaf_paths(inputs) if isinstance(leaf, Tensor)}
+
+
+def placeholder_values(graph: fx.Graph, inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the traced value of each input tensor, by its path in the example inputs."""
+    leaves = list(leaf_paths(inputs))
+    placeholders: list[fx.Node | None] = [*graph.find_nodes(op="placeholder")]
+    if len(leaves) != len(placeholders):  # there is a cache, which has checks of its own
+        leaves = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor) and path in inputs]
+        by_name = {str(node.target): node for node in placeholders if node is not None}
+        placeholders = [by_name.get(path) for path, _ in leaves]
+    for (path, leaf), node in zip(leaves, placeholders, strict=True):
+        value = None if node is None else node.meta.get("val")
+        if isinstance(leaf, Tensor) and isinstance(value, Tensor):
+            yield path, value
 
 
 def has_tensor(value: Any) -> bool:

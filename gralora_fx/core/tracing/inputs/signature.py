@@ -18,6 +18,7 @@ from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST
 
 if TYPE_CHECKING:  # only for a model whose inputs features know
     from gralora_fx.format.input_names import InputFacts
+    from gralora_fx.format.size_limits import SizeLimit
 
 _RULES = ("attention_mask", "decoder_attention_mask", "token_type_ids", "position_ids")
 
@@ -43,6 +44,7 @@ class CallSignature:
     has_form: bool = True  # whether inputs must have the structure of the examples, as for an exported graph
     # features' records of inputs, by their names in manifests
     facts: Mapping[str, InputFacts] = dataclasses.field(default_factory=dict)
+    limits: tuple[SizeLimit, ...] = ()  # conditions on sizes, beyond which the graph is not the model's
 
     @property
     def image_sizes(self) -> Any:
