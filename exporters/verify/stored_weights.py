@@ -75,7 +75,7 @@ def _weights(models: Models, manifest: Manifest, traced: TracedModel) -> Iterato
             if value.dtype is None or (weight is None and not value.dtype.is_floating_point()):
                 continue  # a table of blocks that a product of another graph reads
             if weight is None or weight.storage == "float":
-                is_same = _is_near(value, names, parameters, roundings)
+                is_same = _is_near(value, names, parameters, roundings, DTYPES[manifest.precision])
             elif roundings == 1 and weight.name in digests:
                 is_same = digest_of_blocks([read_rows(part) for part in weight.parts]) == digests[weight.name]
             else:
@@ -95,7 +95,9 @@ def _readings(parameters: Sequence[Tensor], names: Sequence[str]) -> Iterator[Te
             yield from (whole, whole.t()) if whole.ndim == 2 else (whole,)
 
 
-def _is_near(value: ir.Value, names: Sequence[str], parameters: Mapping[str, Tensor], roundings: int) -> bool:
+def _is_near(
+    value: ir.Value, names: Sequence[str], parameters: Mapping[str, Tensor], roundings: int, dtype: torch.dtype
+) -> bool:
     """Return whether a float initializer is its parameters, rounded; what has another shape is not known."""
     sizes, arrangement = [int(size) for size in tensor_of(value).shape.numpy()], arrangement_of(value)
     if arrangement is not None:
@@ -111,8 +113,9 @@ def _is_near(value: ir.Value, names: Sequence[str], parameters: Mapping[str, Ten
         )
     readings = _readings([parameters[name] for name in names], names)
     fitting = [reading for reading in readings if list(reading.shape) == sizes]
-    ways = [0, roundings]  # most are equal; only then each reading is looked at for how far it is
-    return not fitting or any(_holds(value, reading, count) for count in ways for reading in fitting)
+    # most are equal; only then each reading is looked at for how far it is, and as what was rounded before it was stored
+    ways = [(0, None), (roundings, None), (0, dtype)]
+    return not fitting or any(_holds(value, reading.to(how), count) for count, how in ways for reading in fitting)
 
 
 def _holds(value: ir.Value, expected: Tensor, roundings: int) -> bool:
@@ -160,7 +163,10 @@ def _settings(
             there, now = (
                 json.loads(file.read_bytes()) if file.is_file() else {} for file in (directory / path.name, path)
             )
-            yield from (f"{path.name} says {text}" for text in _other_entries(there, now))
+            if isinstance(there, dict) and isinstance(now, dict):
+                yield from (f"{path.name} says {text}" for text in _other_entries(there, now))
+            elif there != now:
+                yield f"{path.name} is not what the model's export writes"
 
 
 def _other_entries(there: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[str]:

@@ -180,7 +180,8 @@ def test_metadata_of_a_transformers_model() -> None:
     assert result.config is source("bert").config
     assert result.example_inputs.keys() == {"input_ids", "attention_mask", "token_type_ids"}
     assert repr(result) == (
-        f"TracedModel(Bert, task='text-classification', {len(result.graph_module.graph.nodes)} nodes, 14 linear sites)"
+        f"TracedModel(Bert, task='text-classification', {len(result.graph_module.graph.nodes)} nodes, 14 linear sites, "
+        "input_ids length <= 64)"
     )
 
 

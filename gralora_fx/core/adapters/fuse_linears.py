@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.base.compat.torch_graphs import is_forward_mode, is_transformed
-from gralora_fx.core.graph.effects import may_write
+from gralora_fx.core.graph.effects import may_write, without_effect
 from gralora_fx.core.graph.linear_calls import is_unpacked
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.methods.low_rank import accumulate, project, set_rows, take_rows
@@ -153,6 +153,7 @@ def _replace(graph: fx.Graph, layer: _Layer, fused: Mapping[fx.Node, fx.Node], s
     return made
 
 
+@without_effect
 def share_input(x: Tensor) -> SharedInput | None:
     """Return what the layers that read `x` add its gradient to; None where each returns it by itself."""
     from gralora_fx.core.adapters.adapted_linear import SharedInput
@@ -160,6 +161,7 @@ def share_input(x: Tensor) -> SharedInput | None:
     return SharedInput.of(x) if x.requires_grad and torch.is_grad_enabled() and _is_plain(x) else None
 
 
+@without_effect
 def adapted_linear(
     x: Tensor,
     dropped: Tensor | None,
