@@ -132,7 +132,9 @@ def check_rows(model: ir.Model) -> ir.Model:
     for node in model.graph:
         before = node.inputs[0].producer() if node.op_type in ("LSTM", "GRU", "RNN") and node.inputs[0] else None
         if node.op_type in ("LSTM", "GRU", "RNN") and (before is None or before.op_type != "Transpose"):
-            raise RowsError(f"the first axis of the input of {node.op_type} is its length (batch_first=False)")
+            raise RowsError(
+                f"the first axis of the input of {node.op_type} is its length, not the batch (batch_first is False)"
+            )
     return model
 
 

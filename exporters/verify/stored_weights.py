@@ -74,6 +74,8 @@ def _weights(models: Models, manifest: Manifest, traced: TracedModel) -> Iterato
             seen.add(place)
             if value.dtype is None or (weight is None and not value.dtype.is_floating_point()):
                 continue  # a table of blocks that a product of another graph reads
+            if weight is None and value.name not in names and not str(value.name).startswith("_to_copy"):
+                continue  # computed from the parameter, as a gate's tanh
             if weight is None or weight.storage == "float":
                 is_same = _is_near(value, names, parameters, roundings, DTYPES[manifest.precision])
             elif roundings == 1 and weight.name in digests:
@@ -113,7 +115,7 @@ def _is_near(
         )
     readings = _readings([parameters[name] for name in names], names)
     fitting = [reading for reading in readings if list(reading.shape) == sizes]
-    # most are equal; only then each reading is looked at for how far it is, and as what was rounded before it was stored
+    # most are equal; only then is each looked at for how far it is, and as rounded before it was stored
     ways = [(0, None), (roundings, None), (0, dtype)]
     return not fitting or any(_holds(value, reading.to(how), count) for count, how in ways for reading in fitting)
 
@@ -164,7 +166,7 @@ def _settings(
                 json.loads(file.read_bytes()) if file.is_file() else {} for file in (directory / path.name, path)
             )
             if isinstance(there, dict) and isinstance(now, dict):
-                yield from (f"{path.name} says {text}" for text in _other_entries(there, now))
+                yield from (f"{path.name}: {text}" for text in _other_entries(there, now))
             elif there != now:
                 yield f"{path.name} is not what the model's export writes"
 
@@ -177,4 +179,4 @@ def _other_entries(there: Mapping[str, Any], now: Mapping[str, Any], where: str 
         if isinstance(one, dict) and isinstance(other, dict):
             yield from _other_entries(one, other, f"{where}{key}.")
         elif one != other:
-            yield f"{where}{key}={one!r:.80}, the model {other!r:.80}"
+            yield f"{where}{key} is {one!r:.80}, where the model has {other!r:.80}"

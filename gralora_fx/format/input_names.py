@@ -84,8 +84,7 @@ def packed_problem(task: str | None, inputs: Mapping[str, Any]) -> str | None:
         return None
     return (
         "input 'position_ids' begins anew within a row, so that it holds several texts, which this call would not keep "
-        "apart; give each a row of its own, or train with use_cache=False on a trace with a cache, which keeps them "
-        "apart"
+        "apart; give each a row of its own, or train without use_cache on a trace with a cache, which keeps them apart"
     )
 
 

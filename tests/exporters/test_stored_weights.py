@@ -178,8 +178,8 @@ def test_another_setting_is_named(
     (tmp_path / "onnx" / file).write_text(json.dumps(fields))
     forget_digests(tmp_path / "onnx")
     (found,) = verify_onnx(tmp_path / "onnx", model, "quick").differences
-    assert found.startswith(f"{file} says ")
-    assert f"{key}={value!r}" in found
+    assert found.startswith(f"{file}: ")
+    assert f"{key} is {value!r}" in found
 
 
 def test_a_token_map_is_found_by_its_digest(exports: Any, model: TracedModel, tmp_path: Path) -> None:

@@ -94,9 +94,16 @@ class _Sizes:
         return [[*map(tuple, alike.values())], [*map(tuple, tied.values())], [(axis,) for axis in self.axes]]
 
     def limits(self, tests: Iterable[Term]) -> tuple[SizeLimit, ...]:
-        """Return conditions as limits, each once."""
+        """Return conditions as limits, the plainest first, without those of one size that others imply."""
         ranks = {path: len(shape) for path, shape in self.shapes.items()}
-        return tuple({limit.condition: limit for limit in (SizeLimit.of(test, ranks) for test in tests)}.values())
+        kept: dict[str, Term] = {}
+        for test in sorted(tests, key=lambda test: len(str(test))):
+            (path, axis), *others = {*sizes_in(test)}
+            alone = [other for other in kept.values() if {*sizes_in(other)} == {(path, axis)}]
+            broken = (size for size in _sizes_for(test, 1) if not holds(test, {path: (size,) * (axis + 1)}))
+            if others or any(all(holds(other, {path: (size,) * (axis + 1)}) for other in alone) for size in broken):
+                kept[SizeLimit.of(test, ranks).condition] = test
+        return tuple(SizeLimit.of(test, ranks) for test in kept.values())
 
     def reads(self, test: Term) -> bool:
         """Return whether a condition reads sizes that vary, and no others."""
@@ -134,6 +141,9 @@ class _Sizes:
 
     def makes_difference(self, guard: Guard, others: Iterable[Guard]) -> bool:
         """Return whether the model differs from its graph, or fails, beyond a guard, or may do so."""
+        relation, term, number = (*guard.test, None, None)[:3]
+        if guard.is_of_operator and relation == ">=" and number == 2 and term[0] != "size":
+            return False  # torch's assumption that a computed size is not 1
         tried = [self.at(shapes) for shapes in self.beyond(guard.test, (other.test for other in others))]
         outcomes = {outcome for outcome, _ in tried}
         if outcomes - {"same", "fails", "untried"}:
