@@ -93,7 +93,7 @@ def conversion_of(
     else:
         from gralora_fx.exporters.kinds.data_sites import data_sites
 
-        traced, adapters = model.traced, data_sites(model, options, has_blocks=has_blocks)
+        traced, adapters = base_trace(model), data_sites(model, options, has_blocks=has_blocks)
     plan = None if options.format is None else _plan(options, options.format, traced, base_trace(model), stored=stored)
     return Conversion(model, traced, options, log, adapters, plan)
 
@@ -122,12 +122,12 @@ def fold_adapters(model: TracedModel | GraloraModel, *, untie: bool = False) -> 
         raise ExportError(
             f"cannot export {an(type(model).__name__)}; {CALL_TRACE} and give what it or rewrite() returned"
         )
-    return merge_lazily(model, untie=untie) if model.active_adapters else model.traced
+    return merge_lazily(model, untie=untie) if model.active_adapters else base_trace(model)
 
 
 def base_trace(model: TracedModel | GraloraModel) -> TracedModel:
-    """Return the trace of the base model, without adapters."""
-    return model.traced if isinstance(model, GraloraModel) else model
+    """Return the trace of the base model, without adapters but with the passes of a rewritten one."""
+    return model.without_adapters if isinstance(model, GraloraModel) else model
 
 
 def is_streamed(model: TracedModel | GraloraModel) -> bool:

@@ -26,7 +26,7 @@ from gralora_fx.base.progress.stages import counted
 from gralora_fx.core.graph.linear_calls import calls_at
 from gralora_fx.core.graph.packed_weights import StreamedWeight
 from gralora_fx.core.graph.sites import other_readers
-from gralora_fx.core.graph.surgery import copy_graph, map_parameters
+from gralora_fx.core.graph.surgery import copied, map_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.quantize.bfloat16_products import with_bfloat16_products
 
@@ -156,7 +156,7 @@ def measure_sensitivities(
 
 def _tapped(model: TracedModel, layers: dict[str, Sensitivity], tables: dict[str, TableSensitivity]) -> TracedModel:
     """Return a copy whose layers record inputs and output gradients; no parameter requires a gradient."""
-    root = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "TappedGraph")
+    root = copied(model.graph_module, "TappedGraph")
     readers = other_readers(root, model.sites)
     map_parameters(root, lambda parameter, _: nn.Parameter(parameter.detach(), requires_grad=False))
     nodes = {node.name: node for node in root.graph.nodes}

@@ -14,7 +14,7 @@ from gralora_fx.base.compat.torch_graphs import OpOverload, base_name, tree_map
 from gralora_fx.base.sources.lazy_tensors import EntrySource, lazy_parameter, raw_entries, raw_values_of
 from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.module_tree import module_stack
-from gralora_fx.core.graph.surgery import copy_graph, map_parameters
+from gralora_fx.core.graph.surgery import copied, map_parameters
 from gralora_fx.core.operators import CONTRACTIONS
 from gralora_fx.errors import ExportError, option
 from gralora_fx.format.cache_slots import StateKind
@@ -49,11 +49,11 @@ class GraphCast:
         """Copy the graph; `before` is the dtype of its parameters, `cache` the kinds of its cache's tensors."""
         self.source = graph_module
         self.before, self.dtype, self.cache = before, dtype, cache
-        self.graph = copy_graph(graph_module)
+        self.module = copied(graph_module, "CastGraph")
+        self.graph = self.module.graph
         self.kinds: dict[fx.Node, _Kind] = {}
         self.raised: dict[fx.Node, fx.Node] = {}
         self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-        self.module = fx.GraphModule(graph_module, self.graph)
 
     def run(self) -> fx.GraphModule:
         """Return the graph in the other precision."""

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gralora_fx.base.sources.lazy_tensors import lazy_parameter, values_of
-from gralora_fx.core.graph.surgery import copy_graph, map_parameters
+from gralora_fx.core.graph.surgery import copied, map_parameters
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -217,7 +217,7 @@ def reference_model(
 def float32_model(traced: TracedModel, precision: str, *, streamed: bool = False) -> TracedModel:
     """Return the model in float32 arithmetic with rounded weights, copied, or made on reading in a streamed model."""
     dtype = DTYPES[precision]
-    graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "RoundedGraph")
+    graph_module = copied(traced.graph_module, "RoundedGraph")
     set_mode(graph_module.graph, False)
     graph_module = cast_graph(graph_module, "fp32")
 

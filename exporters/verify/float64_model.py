@@ -12,7 +12,7 @@ from transformers import Cache
 
 from gralora_fx.base.compat.torch_graphs import TorchDispatchMode, returns_alias, tree_map, tree_map_only
 from gralora_fx.core.graph.packed_weights import StreamedRows, StreamedWeight, runnable
-from gralora_fx.core.graph.surgery import copy_graph, map_parameters
+from gralora_fx.core.graph.surgery import copied, map_parameters
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import tensors_of, with_tensors
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -79,7 +79,7 @@ class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _widened(graph_module: fx.GraphModule, round_off: _RoundingNoise) -> fx.GraphModule:
-    wide_module = fx.GraphModule(graph_module, copy_graph(graph_module), "Float64Graph")
+    wide_module = copied(graph_module, "Float64Graph")
     for node in wide_module.graph.nodes:
         if isinstance(node.target, (StreamedWeight, StreamedRows)):
             node.target = _WideWeight(StreamedWeight(node.target.parameter, node.target.name), round_off)

@@ -12,13 +12,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gralora_fx.base.features import marks, parts
 from gralora_fx.base.sources.lazy_tensors import computed_like
 from gralora_fx.base.sources.reused_memory import READ
 from gralora_fx.core.graph.sites import LinearSite, other_readers
-from gralora_fx.core.graph.surgery import copy_graph, map_parameters
+from gralora_fx.core.graph.surgery import copied, map_parameters
 from gralora_fx.core.model.merging import replace_weights
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, option
@@ -328,6 +328,6 @@ def _difference(case: _Case, activations: NDArray[np.float32], results: NDArray[
 
 def with_parameters(model: TracedModel, parameters: Mapping[int, nn.Parameter]) -> TracedModel:
     """Copy a model with other parameters for its graph."""
-    graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
+    graph_module = copied(model.graph_module, "RoundedGraph")
     map_parameters(graph_module, lambda parameter, _: parameters.get(id(parameter), parameter))
     return model.with_graph(graph_module, model.tree)

@@ -143,7 +143,7 @@ def reference_of(
 
     if isinstance(part, GraloraModel) and inputs is not None:
         if adapter not in part.configs:
-            part = part.traced
+            part = base
         elif is_exact:
             part.set_adapter(adapter)
         else:  # the base and the adapter's tensors are rounded separately

@@ -329,7 +329,7 @@ def _replaced(model: GraloraModel) -> None:
         lambda model: model.adapter("default").factors["0"].A.data.mul_(2),
         lambda model: (model.delete_adapter("default"), model.add_adapter("default", TWO)),
         lambda model: model.add_pass(lambda graph_module: None),
-        lambda model: _halved(model.graph_module),
+        lambda model: (_halved(model.graph_module), model.adopt_edits()),
         _replaced,
     ],
 )
@@ -346,7 +346,7 @@ TWO = GraloraConfig(r=2, target_modules=["0", "2"], init_weights=False)
 
 
 def _halved(graph_module: fx.GraphModule) -> None:
-    """Edit the graph that runs, as a user might: an edit is not part of any state."""
+    """Edit the graph that runs, as a user might."""
     output = graph_module.graph.output_node()
     with graph_module.graph.inserting_before(output):
         (result,) = output.all_input_nodes
@@ -354,24 +354,21 @@ def _halved(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def test_an_edit_of_a_graph_does_not_come_back_with_its_state() -> None:
-    model = adapted()
-    expected = model(X)
-    _halved(model.graph_module)
-    assert torch.equal(model(X), expected * 0.5)
-    model.set_adapter("b")
-    model.set_adapter("default")
-    assert torch.equal(model(X), expected)
-
-
-def test_an_edit_stays_when_the_mode_changes_and_goes_with_a_switch() -> None:
+def test_an_edit_stays_when_the_mode_changes_and_is_not_lost_by_a_switch() -> None:
     model = adapted()
     expected = model(X)
     _halved(model.graph_module)
     model.train()
     assert torch.equal(model(X), expected * 0.5)
+    with pytest.raises(RewriteError, match=r"edited by hand.*call adopt_edits\(\)"):
+        model.set_adapter("b")
+    assert torch.equal(model(X), expected * 0.5)
+    edit = model.adopt_edits()
+    assert edit is not None
     model.set_adapter("b")
     model.set_adapter("default")
+    assert torch.equal(model(X), expected * 0.5)
+    model.remove_pass(edit)
     assert torch.equal(model(X), expected)
 
 

@@ -45,14 +45,15 @@ def text(model: GraloraModel | TracedModel) -> str:
 
 def test_a_pass_holds_through_every_change(model: GraloraModel) -> None:
     inputs = inputs_of("bert")
-    plain = {}
+    plain, merged = {}, {}
     for name in ("default", "other"):
         model.set_adapter(name)
-        plain[name] = run(model, inputs), text(model)
+        plain[name], merged[name] = (run(model, inputs), text(model)), merge(model)
     model.add_pass(double_the_pooler)
     for name in ("default", "other"):
         model.set_adapter(name)
-        expected = doubled(inputs, merge(model))
+        expected = doubled(inputs, merged[name])
+        assert relative_error(run(merge(model), inputs), expected) < 1e-5
         assert relative_error(run(model, inputs), expected) < 1e-5
         assert relative_error(run(model, inputs), plain[name][0]) > 1e-3
         model.train()
@@ -78,9 +79,10 @@ def test_removing_the_pass_gives_the_graph_back(model: GraloraModel) -> None:
         model.remove_pass(double_the_pooler)
 
 
-def test_merging_and_unloading_give_the_bases_graph(model: GraloraModel) -> None:
+def test_merging_and_unloading_give_the_bases_graph_with_the_pass(model: GraloraModel) -> None:
+    assert text(merge(model)) == text(traced("bert"))
     model.add_pass(double_the_pooler)
-    base = text(traced("bert"))
+    base = text(traced("bert").with_pass(double_the_pooler))
     assert text(merge(model)) == base
     assert text(model.unload()) == base
 

@@ -14,10 +14,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from gralora_fx.core.adapters.adapter import ModelAdapter, drop
 from gralora_fx.core.adapters.base import Base
-from gralora_fx.core.adapters.current_graph import CurrentGraph
 from gralora_fx.core.adapters.folded_weights import SiteUpdate, check_foldable, check_not_shared, folded_weights
+from gralora_fx.core.adapters.graph_with_history import GraphWithHistory
+from gralora_fx.core.adapters.state_graph import GraphState
 from gralora_fx.core.config.checks import check_acts_everywhere
-from gralora_fx.core.graph.pipeline import GraphPass
 from gralora_fx.core.methods import AdapterTensors
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.errors import ConfigError, MergeError, RewriteError, listed
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gralora_fx.core.methods.low_rank import Rows
 
 
-class AdapterGraph(CurrentGraph):
+class AdapterGraph(GraphWithHistory):
     """A graph whose state changes are each applied completely or not at all."""
 
     def _begin(self, base: Base) -> None:
@@ -119,23 +119,10 @@ class AdapterGraph(CurrentGraph):
         """Remove every adapter and every pass, so that the graph equals the base's node for node."""
         with self._lock:
             self._make(active=(), merged=(), weights={}, unties=False, passes=())
+            self._drop_additions()
             for name in list(self.adapters):
                 self._drop(name)
             self._spare = {}
-
-    def add_pass(self, graph_pass: GraphPass) -> None:
-        """Run a pass over the graph now, and over every graph that is built later."""
-        with self._lock:
-            self._make(passes=(*self.state.passes, graph_pass))
-
-    def remove_pass(self, graph_pass: GraphPass) -> None:
-        """Remove a pass of `add_pass`."""
-        with self._lock:
-            passes = self.state.passes
-            if graph_pass not in passes:
-                raise RewriteError(f"{graph_pass!r} is not a pass of this model; its passes are {list(passes)}")
-            index = passes.index(graph_pass)
-            self._make(passes=(*passes[:index], *passes[index + 1 :]))
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
@@ -186,6 +173,7 @@ class AdapterGraph(CurrentGraph):
         from gralora_fx.core.adapters.fold_in_place import fold_adapters
 
         with self._lock:
+            self.check_adopted()
             chosen = self.mergeable(names, again=True)
             adapters, work = [self.adapters[name] for name in chosen], self.updates(chosen)
             return fold_adapters(self.traced, adapters, work, safe=safe, untie=untie)
@@ -297,20 +285,30 @@ class AdapterGraph(CurrentGraph):
     def _enable(self) -> None:
         """Restore the state from before `disabled()`, without adapters that were deleted meanwhile."""
         assert self._suspended is not None
-        suspended, self._suspended = self._suspended, None
+        edited = self.current.is_edited and self.current
+        state, self._suspended = self._state_after_blocks(), None
+        self.current = self._cached(state) or self._build(state)
+        self._remember()
+        if edited:
+            raise RewriteError(
+                "the graph was edited by hand within disable_adapter(), and the edit ended with the block; call "
+                "adopt_edits() within the block"
+            )
+
+    def _state_after_blocks(self) -> GraphState:
+        if self._suspended is None:
+            return self.state
         now = self.state
         state = dataclasses.replace(
-            suspended, training=now.training, passes=now.passes, checkpointing=now.checkpointing
+            self._suspended, training=now.training, passes=now.passes, checkpointing=now.checkpointing
         )
-        if (before := self._cached(state)) is not None:
-            self.current = before
-            self._remember()
-            return
+        if self._cached(state) is not None:
+            return state
         active, merged = (
             tuple(name for name in names if name in self.adapters) for names in (state.active, state.merged)
         )
         weights = self._folded(merged) if merged else {}
-        self._make(active=active, merged=merged, weights=weights, unties=state.unties)
+        return dataclasses.replace(state, active=active, merged=merged, weights=weights)
 
     def _drop(self, name: str) -> None:
         drop(self.base.tree, name)

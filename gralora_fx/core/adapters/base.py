@@ -15,6 +15,7 @@ from gralora_fx.errors import MergeError
 
 if TYPE_CHECKING:
     from gralora_fx.base.sources.same_base import BaseSource
+    from gralora_fx.core.adapters.additions import Additions
     from gralora_fx.core.graph.packed_weights import PackedWeight, StreamedWeight
 
 
@@ -44,6 +45,7 @@ class Base:
         running_block: Returns a block of the module that runs, by its path.
         computed: Packed and streamed weights by name; the tree has buffers in place of packed ones.
         slots: The parameters of the trace, and the place of each in the tree.
+        added: What the user's passes registered in the tree, each with its pass.
         seen_graph: The trace's graph at the last comparison.
     """
 
@@ -54,6 +56,7 @@ class Base:
         copied = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "ParameterTree")
         self.tree = parameter_tree(copied)
         self.traced = traced
+        self.added: Additions = {}
         self._hold_packed()
         self.seen_graph = traced.graph_module
         self._install_blocks()
@@ -78,7 +81,8 @@ class Base:
     def __getstate__(self) -> dict[str, Any]:
         from gralora_fx.core.tracing.graph_record import pack_module
 
-        return {"tree": pack_module(self._plain_tree()), "traced": self.traced, "trainable": self.trainable}
+        tree = pack_module(self._plain_tree())
+        return {"tree": tree, "traced": self.traced, "trainable": self.trainable, "added": self.added}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the state, and find the parameters in the tree again."""
@@ -87,7 +91,7 @@ class Base:
         self.tree, self.traced = unpack_module(state["tree"]), state["traced"]
         self.seen_graph = self.traced.graph_module
         self.computed = {}  # a trace with packed weights is not pickled
-        self.trainable = state["trainable"]
+        self.trainable, self.added = state["trainable"], state.get("added", {})
         self._install_blocks()
         self.slots = self.find_slots(self.traced)
 
@@ -98,6 +102,7 @@ class Base:
         other.tree = copy.deepcopy(self._plain_tree(), memo)
         other.seen_graph = other.traced.graph_module
         other.trainable = list(self.trainable)
+        other.added = copy.deepcopy(self.added, memo)
         other.computed = self.computed
         other._install_blocks()
         other.slots = other.find_slots(other.traced)

@@ -116,8 +116,13 @@ class CurrentGraph:
 
     def _parts(self) -> dict[str, Any]:
         self.traced  # noqa: B018  # it follows the tree
+        self.check_adopted()
         self.current.check_fresh()
-        return {"base": self.base, "adapters": list(self.adapters.values()), "state": self.state}
+        return {"base": self.base, "adapters": list(self.adapters.values()), "state": self._state_after_blocks()}
+
+    def _state_after_blocks(self) -> GraphState:
+        """Return the state in which no block disables adapters."""
+        return self.state
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -145,9 +150,15 @@ class CurrentGraph:
 
     def lend(self) -> fx.GraphModule:
         """Return the current graph to a caller that may keep it."""
-        current = self.current
-        current.is_lent = True
-        return current.flat.compiled()
+        return self.current.show()
+
+    def check_adopted(self) -> None:
+        """Raise if the graph was edited by hand, and the edit is in no other form of it."""
+        if self._current is not None and self._current.is_edited:
+            raise RewriteError(
+                "the graph was edited by hand, and would lose that where it is built again, copied, merged or "
+                "exported; call adopt_edits(), which makes the edit a pass of the model (remove_pass() takes it away)"
+            )
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -161,8 +172,10 @@ class CurrentGraph:
             before = self.current
             if training == before.state.training:
                 return
-            other = self._cached(dataclasses.replace(before.state, training=training))
-            if other is not None and not (other.is_edited or before.is_edited):
+            other, is_edited = self._cached(dataclasses.replace(before.state, training=training)), before.is_edited
+            if is_edited and not before.is_compiled:
+                self.check_adopted()  # the other mode would run what this one does not
+            if other is not None and not (is_edited or other.is_edited):
                 self.current = other
                 self._remember()
                 return
@@ -227,6 +240,8 @@ class CurrentGraph:
         """Return the graph with adapters by row and its inputs; the base's graph while adapters are disabled."""
         if rows is None or self._suspended is not None:
             return self.current, inputs
+        if not torch.compiler.is_compiling():
+            self.check_adopted()
         given = {**inputs, ROWS: tuple(rows.values())} if rows else inputs
         if torch.compiler.is_compiling():
             if (made := self._cached(self._by_row(rows))) is None:
@@ -245,6 +260,7 @@ class CurrentGraph:
 
     def _make(self, **changes: Any) -> None:
         """Switch to the current state with some fields changed, cached if possible; an error changes nothing."""
+        self.check_adopted()
         state = dataclasses.replace(self.state, **changes)
         cached = self._cached(state) if state.is_repeatable else None
         self.current = cached if cached is not None and not cached.is_edited else self._build(state)
@@ -269,14 +285,14 @@ class CurrentGraph:
 
 
 def _check_picklable(graph_pass: GraphPass) -> None:
+    from gralora_fx.core.graph.user_pass import label_of
+
     try:
         pickle.dumps(graph_pass)
     except Exception as error:  # pickle, and the objects in it, raise errors of many types
-        name = getattr(graph_pass, "__qualname__", type(graph_pass).__qualname__)
         raise RewriteError(
-            f"the graph pass {name} cannot be pickled ({first_line(error)}); define it at the top of a module, or "
-            "remove "
-            "it with remove_pass() first"
+            f"{label_of(graph_pass)} cannot be pickled ({first_line(error)}); define it at the top of a module, or "
+            "remove it with remove_pass() first"
         ) from error
 
 

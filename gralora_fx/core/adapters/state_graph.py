@@ -15,7 +15,14 @@ from gralora_fx.core.adapters.base import Base
 from gralora_fx.core.adapters.insert_adapter import INSERTED, protect_outputs
 from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, SetWeights, UntieWeights
 from gralora_fx.core.graph.pipeline import GraphPass, Pass, Pipeline
-from gralora_fx.core.graph.surgery import CountedGraph, FlatGraph, copy_graph, overlay, share_adapters
+from gralora_fx.core.graph.surgery import (
+    CountedGraph,
+    FlatGraph,
+    copy_graph,
+    overlay,
+    set_mode_of_modules,
+    share_adapters,
+)
 from gralora_fx.core.methods import first_tensor
 from gralora_fx.core.methods.low_rank import accumulate
 from gralora_fx.core.operators import COMPUTING
@@ -75,7 +82,8 @@ class StateGraph:
         # program), so that their memory must not be written again
         self.is_lent = False
         self._base = base
-        self._was_edited = False
+        self._was_edited = False  # by hand, in another mode
+        self._shown: dict[str, tuple[Any, ...]] | None = None  # its nodes when it was first shown to a caller
         self._sources = tuple(sources)
         self._running_edits = flat.edits
         self._running = self._new_running(flat.module)
@@ -153,13 +161,33 @@ class StateGraph:
         shared = self.flat if flat in (None, self.flat.module) else FlatGraph(flat)
         other = StateGraph(state, shared, self._base, self.casts, self._sources)
         other._was_edited = self.is_edited
+        other._shown = self._shown if shared is self.flat else None
         self.is_lent = other.is_lent = True
         return other
 
+    def show(self) -> fx.GraphModule:
+        """Return the flat graph to a caller, who may keep it and edit it."""
+        self.is_lent = True
+        if self._shown is None:
+            from gralora_fx.core.graph.user_pass import snapshot
+
+            self._shown = snapshot(self.flat.module.graph)
+        return self.flat.compiled()
+
     @property
     def is_edited(self) -> bool:
-        """True if the graph was recompiled since it was built, as after an edit."""
-        return self._was_edited or self.flat.edits > 0
+        """True if the graph was edited by hand since it was built, recompiled or not."""
+        if self._shown is None or self._was_edited:
+            return self._was_edited
+        from gralora_fx.core.graph.user_pass import is_edited
+
+        return is_edited(self.flat.module.graph, self._shown)
+
+    @property
+    def is_compiled(self) -> bool:
+        """True if the code is the graph's."""
+        module = self.flat.compiled()
+        return bool(module.graph.python_code("self").src == module.code)
 
     @property
     def is_fresh(self) -> bool:
@@ -219,13 +247,13 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
     Pipeline[fx.Graph]("adapters", passes, given=frozenset({OWN_WEIGHTS, COMPUTING})).run(graph)
     set_mode(graph, state.training, drops=state.drops)
     if state.passes:
-        from gralora_fx.core.graph.user_pass import run_pass
+        from gralora_fx.core.adapters.history import run_history
 
-        for graph_pass in state.passes:
-            run_pass(graph_module, graph_pass)
+        run_history(graph_module, state.passes, base.tree, base.added, elsewhere=(*state.merged, *state.by_row))
+        set_mode_of_modules(graph_module, state.training)
+        graph = graph_module.graph
         Pipeline("after user passes", (protect_outputs, modes), given=frozenset({INSERTED, COMPUTING})).run(graph)
         set_mode(graph, state.training, drops=state.drops)
-        _adopt(graph_module, base.tree)
     graph.lint()
     sources: list[Source] = []
     if state.merged:
@@ -256,14 +284,6 @@ def _passes(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter])
             from gralora_fx.core.adapters.module_copies import redirection
 
             yield redirection(adapters[name], traced.tree)
-
-
-def _adopt(graph_module: fx.GraphModule, tree: nn.Module) -> None:
-    """Register in the tree what a pass added to the graph module, so that it trains and is saved with the model."""
-    for table in ("_parameters", "_buffers", "_modules"):
-        owned: dict[str, Any] = tree.__dict__[table]
-        targets = {str(node.target).partition(".")[0] for node in graph_module.graph.nodes}
-        owned |= {k: v for k, v in graph_module.__dict__[table].items() if k not in owned and k in targets}
 
 
 def dtypes_of(state: GraphState, adapters: Mapping[str, ModelAdapter]) -> tuple[tuple[torch.dtype, torch.dtype], ...]:

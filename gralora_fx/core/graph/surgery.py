@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from gralora_fx.base.compat.torch_graphs import TreeSpec, convention_of, set_convention, tree_flatten, tree_info
 from gralora_fx.base.sources.lazy_tensors import source_of, with_source
 
+TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _KEY = "gralora"
 
 
@@ -33,6 +34,24 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.Graph:
         new.meta = {**old.meta, "custom": dict(old.meta["custom"])} if "custom" in old.meta else dict(old.meta)
     set_convention(copy, convention_of(graph_module.graph))
     return copy
+
+
+def copied(graph_module: fx.GraphModule, class_name: str) -> fx.GraphModule:
+    """Return a copy of a graph module over the same tensors, whose modules can get others."""
+    copy = fx.GraphModule(graph_module, copy_graph(graph_module), class_name)
+    copy.__dict__.update(own_tables(copy, {}))
+    return copy
+
+
+def own_tables(module: nn.Module, copies: dict[int, nn.Module]) -> dict[str, Any]:
+    """Return copies of a module's tables, with copies of its submodules, which are noted by their ids."""
+    tables: dict[str, Any] = {table: shallow_copy(module.__dict__[table]) for table in TABLES}
+    for name, child in module._modules.items():
+        if child is not None:
+            tables["_modules"][name] = own = object.__new__(type(child))
+            own.__dict__.update({**child.__dict__, **own_tables(child, copies)})
+            copies[id(own)] = own
+    return tables
 
 
 def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
@@ -133,7 +152,7 @@ class FlatGraph:
 def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
     """Return a plain module with a graph module's tensors, layers and containers at the same paths."""
     tree = nn.Module()
-    for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+    for table in TABLES:
         tree.__dict__[table] = graph_module.__dict__[table]
     for path in _called(graph_module.graph):
         replace_module(tree, path, _in_mode(tree.get_submodule(path)))
@@ -143,10 +162,15 @@ def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
 def copy_in_mode(root: nn.Module, graph: fx.Graph, training: bool, class_name: str) -> fx.GraphModule:
     """Return a graph module over the tensors of a tree, with its own containers and mode."""
     graph_module = fx.GraphModule(root, graph, class_name)
-    graph_module.training = training
-    for path in _called(graph):
-        replace_module(graph_module, path, _in_mode(graph_module.get_submodule(path), training))
+    set_mode_of_modules(graph_module, training)
     return graph_module
+
+
+def set_mode_of_modules(graph_module: fx.GraphModule, training: bool) -> None:
+    """Set the mode of a graph module and of the modules that it calls, in copies that others do not share."""
+    graph_module.training = training
+    for path in _called(graph_module.graph):
+        replace_module(graph_module, path, _in_mode(graph_module.get_submodule(path), training))
 
 
 def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> CountedGraph:
@@ -159,12 +183,11 @@ def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> CountedGraph:
     for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
         graph_module.__dict__[table] = tree.__dict__[table]
     graph_module.__dict__["_modules"] = dict(tree._modules)
+    graph_module.__dict__.update({name: value for name, value in vars(tree).items() if isinstance(value, torch.Tensor)})
     share_adapters(graph_module, tree)
     graph.owning_module = graph_module
     graph_module._graph = graph  # the public setter would compile it before it is complete
-    graph_module.training = training
-    for path in _called(graph):
-        replace_module(graph_module, path, _in_mode(graph_module.get_submodule(path), training))
+    set_mode_of_modules(graph_module, training)
     return graph_module
 
 

@@ -8,34 +8,46 @@ from typing import Any
 from torch import fx
 
 from gralora_fx.core.graph.pipeline import GraphPass, PassResult
+from gralora_fx.core.graph.same_value import same_value
 from gralora_fx.errors import RewriteError, first_line
 
 _MOST_LINES = 20  # of a diff in a message
 
 
-def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass) -> None:
+def label_of(graph_pass: GraphPass) -> str:
+    """Return a pass's name for messages: a function's or a class's, or its `label`."""
+    name = getattr(graph_pass, "__qualname__", None)
+    return f"the graph pass {name or getattr(graph_pass, 'label', type(graph_pass).__qualname__)}"
+
+
+def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass, label: str | None = None) -> None:
     """Run a pass over a graph module in place, lint the graph and recompile it."""
-    name = getattr(graph_pass, "__qualname__", type(graph_pass).__qualname__)
-    before = _snapshot(graph_module.graph)
+    label = label or label_of(graph_pass)
+    before = snapshot(graph_module.graph)
     try:
         result = graph_pass(graph_module)
         graph_module.graph.lint()
         graph_module.recompile()
     except Exception as error:  # a user's pass may raise anything
-        changes = _changes(before, _snapshot(graph_module.graph))
+        changes = _changes(before, snapshot(graph_module.graph))
         raise RewriteError(
-            f"the graph pass {name} failed with {type(error).__name__}: {first_line(error)}"
+            f"{label} failed with {type(error).__name__}: {first_line(error)}"
             + ("; it had changed:\n" + "\n".join(changes) if changes else "")
         ) from error
     returned = result.graph if isinstance(result, PassResult) else getattr(result, "graph_module", result)
     if returned is not None and returned is not graph_module:
         kind = type(returned).__name__
-        raise RewriteError(f"the graph pass {name} returned another {kind}; edit the given module in place")
+        raise RewriteError(f"{label} returned another {kind}; edit the given module in place")
 
 
-def _snapshot(graph: fx.Graph) -> dict[str, tuple[Any, ...]]:
+def snapshot(graph: fx.Graph) -> dict[str, tuple[Any, ...]]:
     """Return the operation of each node, by name."""
     return {node.name: (node.op, node.target, node.args, node.kwargs) for node in graph.nodes}
+
+
+def is_edited(graph: fx.Graph, before: Mapping[str, tuple[Any, ...]]) -> bool:
+    """Return whether a graph has other nodes than at an earlier snapshot, recompiled or not."""
+    return not same_value(list(before.items()), list(snapshot(graph).items()))
 
 
 def _changes(before: Mapping[str, tuple[Any, ...]], after: Mapping[str, tuple[Any, ...]]) -> list[str]:

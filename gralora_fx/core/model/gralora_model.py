@@ -101,6 +101,11 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
         return self._state.traced
 
     @property
+    def without_adapters(self) -> TracedModel:
+        """The base model with the passes and adopted edits of this one, over the same tensors."""
+        return self._state.without_adapters()
+
+    @property
     def sites(self) -> tuple[LinearSite, ...]:
         """Every linear layer of the base model."""
         return self.traced.sites
@@ -217,6 +222,7 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
             assign: Whether tensors replace the module's, instead of being copied into them.
         """
         with self._state.writing():
+            self._state.check_adopted()
             return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GraloraModel:
@@ -224,6 +230,7 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
         from gralora_fx.core.tracing.other_dtypes import convert_trace, once_each, trace_converted
 
         with self._state.writing():
+            self._state.check_adopted()
             self._state.check_convertible(fn)
             captured, once = trace_converted(self._state.traced, fn), once_each(fn)
             super()._apply(once, recurse)  # type: ignore[no-untyped-call]

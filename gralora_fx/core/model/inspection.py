@@ -93,7 +93,7 @@ class Inspection:
         if path is not None and not any(path in adapter.copies for adapter in self._state.adapters.values()):
             self.site(path)
         nodes = []
-        for node in self._state.current.flat.module.graph.nodes:
+        for node in self._state.lend().graph.nodes:
             annotation = annotation_of(node)
             if (
                 annotation is not None

@@ -83,21 +83,29 @@ class Merging:
         names = None if adapter_names is None else as_names(adapter_names)
         folded = [self._state[name] for name in names or self._state.state.active]
         described = describe_folded(folded, self._state.traced, own=True)
+        self._state.with_history(
+            self._state.traced, " in the merged form", [adapter.name for adapter in folded]
+        )  # or it raises
         untied = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
         return dataclasses.replace(replace_weights(Merging.unload(self), untied), merged_adapters=described)
 
     def unload(self) -> TracedModel:
         """Remove every adapter and return the base model: its graph node for node, its weights as they are.
 
-        The model is empty afterwards; parameters that required gradients before the rewrite require them again.
+        The result keeps the model's own passes and adopted edits, with what they added. The model is empty afterwards;
+        parameters that required gradients before the rewrite require them again.
+
+        Raises:
+            RewriteError: A pass fails without adapters, or the graph has an edit that was not adopted.
         """
-        self._state.clear()
         traced, training = self._state.traced, self._state.state.training
+        graph_module = self._state.base.graph_module(copy_graph(traced.graph_module), training, "GraloraGraph")
+        unloaded = traced.with_graph(graph_module, traced.tree).train(training)
+        unloaded = self._state.with_history(unloaded, " in the form without adapters", shares=True)
+        self._state.clear()
         for name in self._state.base.trainable:
             traced.tree.parameters[name].requires_grad_(True)
-        graph = copy_graph(traced.graph_module)
-        graph_module = self._state.base.graph_module(graph, training, "GraloraGraph")
-        return traced.with_graph(graph_module, traced.tree).train(training)
+        return unloaded
 
     def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
         """Return the weight updates of adapters, by site.

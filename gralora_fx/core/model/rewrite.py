@@ -51,7 +51,7 @@ def rewrite(
 def merge(
     model: GraloraModel, adapter_names: Sequence[str] | str | None = None, *, safe: bool = True, untie: bool = False
 ) -> TracedModel:
-    """Return the base model, node for node, with adapters folded into its weights.
+    """Return the base model with adapters folded into its weights, and with the model's own passes.
 
     The model and the base's weights stay unchanged; the folded weights are new, and buffers that training updates are
     copies. Updates are accumulated in float32
@@ -68,6 +68,7 @@ def merge(
 
     Raises:
         RewriteError: An adapter does not exist, or two of them cannot be combined (see `set_adapter`).
+            Or a pass fails over the merged graph, or an edit of the graph was not adopted (`adopt_edits`).
         MergeError: There is nothing to fold, a weight is tied to another layer, or would not be finite.
     """
     names, work = _work(model, adapter_names)
@@ -89,7 +90,7 @@ def merge_lazily(
     So a whole model is folded and written with the memory of one weight; it cannot be run.
     """
     names, work = _work(model, adapter_names)
-    return _merged(model, names, lazy_weights(model.traced.graph_module, work, untie=untie))
+    return _merged(model, names, lazy_weights(model.traced.graph_module, work, untie=untie), shares=True)
 
 
 def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tuple[list[str], list[SiteUpdate]]:
@@ -108,11 +109,13 @@ def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tup
     return names, work
 
 
-def _merged(model: GraloraModel, names: Sequence[str], weights: Mapping[str, nn.Parameter]) -> TracedModel:
+def _merged(
+    model: GraloraModel, names: Sequence[str], weights: Mapping[str, nn.Parameter], *, shares: bool = False
+) -> TracedModel:
     merged = replace_weights(model.traced, weights)
     for adapter in map(model.adapter, names):
         if adapter.copies:
             from gralora_fx.core.adapters.module_copies import settle_copies
 
             merged = settle_copies(merged, adapter)
-    return merged.train(model.training)
+    return model._state.with_history(merged, " in the merged form", names, shares=shares).train(model.training)

@@ -122,7 +122,8 @@ class Switching:
     ) -> None:
         """Write adapters in PEFT's format: `default` into `directory`, others into a folder of their name in it.
 
-        An error writes none of them; other files in the directory stay.
+        An error writes none of them; other files in the directory stay. The files hold no passes, nor what these
+        added, of which a warning reminds.
 
         Args:
             directory: The directory, created if it does not exist.
@@ -137,7 +138,7 @@ class Switching:
             max_shard_size: Accepted for `push_to_hub`, and ignored: an adapter is one file.
 
         Raises:
-            RewriteError: An adapter does not exist.
+            RewriteError: An adapter does not exist, or the graph has an edit that was not adopted.
             CheckpointError: The directory cannot be written, or the state dict holds other values; the directory's
                 contents are unchanged.
         """
@@ -151,6 +152,7 @@ class Switching:
         names = list(self._state.adapters) if chosen is None else as_names(chosen)
         adapters = {"" if name == "default" else name: self._state[name] for name in names}
         model: nn.Module = self  # type: ignore[assignment]  # a base class of the model
+        self._state.warn_of_unsaved()
         save_adapters(self._state, adapters, directory, model, is_main_process=is_main_process, state_dict=state_dict)
 
     def load_adapter(
@@ -200,6 +202,20 @@ class Switching:
                 unchanged.
         """
         self._state.add_pass(graph_pass)
+
+    def adopt_edits(self) -> GraphPass | None:
+        """Take over what was edited in `graph_module` by hand, as a pass that every other form of the graph has too.
+
+        It need not be recompiled. Edits of an adapter's own nodes go with the adapter. Where an edit does not fit, such
+        as at nodes that a merge removes, that is an error which names the node.
+
+        Returns:
+            The edit as a pass, for `remove_pass`; None if nothing was edited.
+
+        Raises:
+            RewriteError: The edit adds inputs, or moves nodes; the edited graph stays as it is.
+        """
+        return self._state.adopt_edits()
 
     def remove_pass(self, graph_pass: GraphPass) -> None:
         """Remove a pass that was added.

@@ -133,8 +133,7 @@ class GraphRecord:
 
         for record in self.nodes:
             args, kwargs = map_aggregate(record.args, read), map_aggregate(record.kwargs, read)
-            target = _operator_at(record.target) if isinstance(record.target, _Operator) else record.target
-            node = graph.create_node(record.op, target, args, kwargs, record.name, record.type)
+            node = graph.create_node(record.op, loaded_target(record.target), args, kwargs, record.name, record.type)
             node.meta = dict(record.meta)
             nodes[record.name] = node
         set_convention(graph, self.convention.codegen())
@@ -202,21 +201,36 @@ def _record(node: fx.Node) -> _NodeRecord:
     def write(argument: fx.Node) -> Any:
         return _Reference(argument.name)
 
-    target: Any = node.target
+    args, kwargs = fx.map_arg(node.args, write), fx.map_arg(dict(node.kwargs), write)
+    target = saved_target(node.op, node.name, node.target)
+    return _NodeRecord(node.op, node.name, target, args, kwargs, node.type, saved_meta(node))
+
+
+def saved_target(op: str, name: str, target: Any) -> Any:
+    """Return a node's target as pickle takes it: operators by their path."""
     if isinstance(target, (OpOverload, OpOverloadPacket)):
-        target = _Operator(tuple(str(target).split(".")))
-    elif isinstance(target, HigherOrderOperator):
-        target = _Operator(("higher_order", str(target.__name__)))
-    elif node.op == "call_function":
+        return _Operator(tuple(str(target).split(".")))
+    if isinstance(target, HigherOrderOperator):
+        return _Operator(("higher_order", str(target.__name__)))
+    if op == "call_function":
         for part in (target, *tree_leaves(getattr(target, "arguments", ()))):  # a hook of a kept call too
-            _check_function(node, part)
+            _check_function(name, part)
+    return target
+
+
+def loaded_target(target: Any) -> Any:
+    """Return the target that `saved_target` was given."""
+    return _operator_at(target) if isinstance(target, _Operator) else target
+
+
+def saved_meta(node: Any) -> dict[str, Any]:
+    """Return the part of a node's, or its record's, metadata that pickle takes."""
     meta = {key: node.meta[key] for key in _KEPT if key in node.meta}
     if "custom" in meta:
         meta["custom"] = dict(meta["custom"])
     if "nn_module_stack" in node.meta:
         meta["nn_module_stack"] = {key: _named(entry) for key, entry in node.meta["nn_module_stack"].items()}
-    args, kwargs = fx.map_arg(node.args, write), fx.map_arg(dict(node.kwargs), write)
-    return _NodeRecord(node.op, node.name, target, args, kwargs, node.type, meta)
+    return meta
 
 
 def _named(entry: Any) -> Any:
@@ -226,12 +240,12 @@ def _named(entry: Any) -> Any:
     return entry[0], f"{entry[1].__module__}.{entry[1].__qualname__}", *entry[2:]
 
 
-def _check_function(node: fx.Node, function: Callable[..., Any]) -> None:
+def _check_function(node: str, function: Callable[..., Any]) -> None:
     """Raise if pickle cannot find a function, or an object's class, by its name."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if "<locals>" in name or "<lambda>" in name:
         raise TraceError(
-            f"node {node.name!r} calls {name}, which is defined within a function, so the graph cannot be saved; "
+            f"node {node!r} calls {name}, which is defined within a function, so the graph cannot be saved; "
             "define it at the top of a module"
         )
 

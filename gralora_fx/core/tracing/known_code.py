@@ -7,23 +7,29 @@ afterwards, which finds a replacement that is no longer right. A replacement is 
 
 from __future__ import annotations
 
+import dis
 import functools
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import CodeType, FunctionType, ModuleType
+from operator import attrgetter
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 from unittest.mock import patch
 
 from torch import nn
 
 from gralora_fx.base.patches import patched_here
+from gralora_fx.core.graph.same_value import same_value
 
 _MODELS = "transformers.models"
 _PATCHES = __name__.rpartition(".")[0]
+_PARTS = attrgetter(
+    *("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_exceptiontable"),
+    *("co_argcount", "co_kwonlyargcount", "co_posonlyargcount"),
+)
 INDEXER = "Indexer"  # end of the names of classes that choose keys
 
 
@@ -87,22 +93,47 @@ class Recognised:
         return importlib.import_module(f"{_MODELS}.{self.place.partition(':')[0]}")
 
 
-def same_code(one: Any, other: Callable[..., Any]) -> bool:
-    """Return whether two functions, undecorated, have equal instructions, names, constants and defaults."""
-    one, other = inspect.unwrap(one) if callable(one) else one, inspect.unwrap(other)
+def same_code(one: Any, other: Any) -> bool:
+    """Return whether two functions are of equal code, over equal defaults, globals and closures; not, if in doubt."""
+    return _alike(one, other, set())
+
+
+def _alike(one: Any, other: Any, compared: set[tuple[int, int]]) -> bool:
+    """Return whether two functions are equal, or two other values the same; pairs once compared are not again."""
     if not isinstance(one, FunctionType) or not isinstance(other, FunctionType):
+        return same_value(one, other)
+    if one is other or (id(one), id(other)) in compared:
+        return True
+    compared.add((id(one), id(other)))
+    if not _equal_codes(one.__code__, other.__code__):
         return False
-    return _meaning(one.__code__) == _meaning(other.__code__) and one.__defaults__ == other.__defaults__
+    read = [[function.__defaults__, function.__kwdefaults__] for function in (one, other)]
+    return same_value(*read) and all(
+        _alike(values, others, compared) for values, others in zip(_read(one), _read(other), strict=True)
+    )
 
 
-def _meaning(code: CodeType) -> tuple[Any, ...]:
-    """Return a function's code without location and docstring, nested functions included."""
-    constants = [
-        _meaning(constant) if isinstance(constant, CodeType) else constant
-        for constant in code.co_consts
-        if not isinstance(constant, str)
-    ]
-    return code.co_code, code.co_names, code.co_varnames, constants, code.co_freevars
+def _equal_codes(one: CodeType, other: CodeType) -> bool:
+    """Return whether two codes are equal but for locations and docstrings, which no instruction loads."""
+    if _PARTS(one) != _PARTS(other):
+        return False
+    constants = [[at.argval for at in dis.get_instructions(code) if at.opcode in dis.hasconst] for code in (one, other)]
+    return all(
+        _equal_codes(value, constant)
+        if isinstance(value, CodeType) and isinstance(constant, CodeType)
+        else same_value(value, constant)
+        for value, constant in zip(*constants, strict=True)
+    )
+
+
+def _read(function: FunctionType) -> list[Any]:
+    """Return the values of a function's closure and of the globals that it may read."""
+    codes, names = [function.__code__], list[str]()
+    for code in codes:
+        names += code.co_names
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    closure = [cell if cell == CellType() else cell.cell_contents for cell in function.__closure__ or ()]
+    return [*closure, *(function.__globals__.get(name) for name in names)]
 
 
 @contextmanager

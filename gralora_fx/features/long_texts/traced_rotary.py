@@ -37,10 +37,11 @@ def _rotation(module: Any, x: Tensor, position_ids: Tensor, frequencies: Tensor)
 
 def _rereads(module: Any) -> bool:
     """Return whether the model's generation computes its cache anew where a text grows longer than the switch."""
-    from transformers import Phi3ForCausalLM
+    from transformers import Phi3ForCausalLM, PhimoeForCausalLM
 
-    known = Phi3ForCausalLM.prepare_inputs_for_generation
-    beside = vars(sys.modules[type(module).__module__]).values()
-    return any(
-        same_code(kind.__dict__.get("prepare_inputs_for_generation"), known) for kind in beside if inspect.isclass(kind)
-    )
+    name = "prepare_inputs_for_generation"
+    known = [getattr(kind, name) for kind in (Phi3ForCausalLM, PhimoeForCausalLM)]
+    own = [
+        vars(kind).get(name) for kind in vars(sys.modules[type(module).__module__]).values() if inspect.isclass(kind)
+    ]
+    return any(same_code(method, other) for method in own for other in known)
