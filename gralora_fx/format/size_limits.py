@@ -57,7 +57,7 @@ class SizeLimit:
 
     @property
     def is_valid(self) -> bool:
-        """Whether its test is a condition that an export writes."""
+        """True if its test is a condition that an export writes."""
         return isinstance(self.test, tuple) and _is_term(self.test) and any(True for _ in sizes_in(self.test))
 
     def problem(self, shapes: Mapping[str, Sequence[int]]) -> str | None:

@@ -31,7 +31,7 @@ def main() -> int:
 
     from tests.generated.checks import CHECKS, EXPORTS, Verdict
     from tests.generated.modules import drawn
-    from tests.generated.running import run
+    from tests.generated.seed_ranges import run
     from tests.generated.scripts import script, short, smallest
 
     if options.show:

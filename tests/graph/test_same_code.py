@@ -1,4 +1,4 @@
-"""Which functions a trace takes for copies of each other."""
+"""Functions that a trace takes for copies of each other."""
 
 from __future__ import annotations
 

@@ -252,6 +252,7 @@ GAINED: tuple[tuple[str, ...], ...] = (
     ("flavour",),
     ("companions",),  # models with parts beside the graph
     ("programs",),  # graphs over the same weights
+    ("limits",),  # sizes that the model's code branches on
 )
 
 

@@ -1,4 +1,4 @@
-"""What the user's passes register in a module tree: tensors and modules, each at one place."""
+"""Tensors and modules that the user's passes register in a module tree, each at one place."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class _Sizes:
 
     @cached_property
     def parameters(self) -> int:
-        """How many values the model's parameters have."""
+        """Number of values of the model's parameters."""
         return sum(parameter.numel() for parameter in self.draft.model.parameters())
 
     @cached_property

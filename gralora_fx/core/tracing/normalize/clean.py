@@ -14,11 +14,17 @@ from gralora_fx.core.graph.surgery import copy_graph, erase_unused
 from gralora_fx.core.operators import COMPUTING, STANDS_FOR
 from gralora_fx.core.tracing.draft import Captured
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, cache_layout
-from gralora_fx.core.tracing.normalize.modes import INLINED, AnnotateModes, evaluate, find_rng_op, updated_buffers
+from gralora_fx.core.tracing.normalize.modes import (
+    INLINED,
+    UNGUARDED,
+    AnnotateModes,
+    evaluate,
+    find_rng_op,
+    updated_buffers,
+)
 from gralora_fx.core.tracing.normalize.products import plain_products
 from gralora_fx.errors import TraceError
 
-_UNGUARDED = "there are no guards"
 _ASSERTIONS = {
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_scalar.default,
@@ -27,7 +33,7 @@ _ASSERTIONS = {
 }
 
 
-@contract(needs={INLINED}, leaves={_UNGUARDED})
+@contract(needs={INLINED}, leaves={UNGUARDED})
 def drop_guards(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Remove size checks, so that batch 1 and length 1 run.
 
@@ -73,7 +79,7 @@ def _is_empty(node: fx.Node) -> bool:
     )
 
 
-@contract(needs={_UNGUARDED})
+@contract(needs={UNGUARDED})
 def drop_dead_scalars(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Erase size comparisons that only guards used."""
     changed = 0

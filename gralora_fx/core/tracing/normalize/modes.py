@@ -17,6 +17,7 @@ from gralora_fx.core.operators import COMPUTING, DROPOUTS, TRAIN_FLAGS
 
 MODES = "modes are annotated"
 INLINED = "subgraphs that run once are inlined"
+UNGUARDED = "there are no guards"
 _KEY = "gralora_mode"
 _aten = torch.ops.aten
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx.core.graph.linear_calls import origin_of, tensor_at
-from gralora_fx.core.graph.pipeline import PassResult
+from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.graph.surgery import erase_unused, module_of
+from gralora_fx.core.tracing.normalize.modes import UNGUARDED
 
 _aten = torch.ops.aten
 _Factors = Iterator[tuple[Any, Any, bool]]  # candidates: `x`, the matrix, and whether the product is with its transpose
@@ -19,6 +20,7 @@ _REPEATS |= {_aten.repeat.default, _aten.expand_as.default}
 _SWAPS = {_aten.transpose.int, _aten.mT.default}
 
 
+@contract(needs={UNGUARDED})
 def plain_products(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Replace products of the last axis with a matrix that is a parameter by `linear` or `matmul`.
 
