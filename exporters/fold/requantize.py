@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gralora_fx.exporters.quantize.block_arrays import BlockArrays
 
 _COLUMNS = 1024  # output features that are quantized at once
+_VALUES = 2**17  # values that a thread compares at once
 # Square of a row's error over that of rounding to the nearest; a search makes it up to eight times larger.
 _LARGEST_ERROR = 10.0
 _SAME = 1e-4  # what a scale may differ by from that of the largest value, which a fold computes in another order
@@ -274,6 +275,28 @@ def stored_values(weight: ProductWeight) -> StoredValues:
 def is_rounding_of(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:
     """Return whether output features of a quantized weight, from `start`, are the rounding of a matrix `[out, in]`."""
     return stored_values(weight).is_rounded(values.astype(np.float32), slice(start, start + len(values)))
+
+
+def is_rounded_from(
+    weight: ProductWeight, readings: Iterable[NDArray[Any]], digest: str | None, *, is_fresh: bool
+) -> bool:
+    """Return whether a quantized weight has a digest; or, without one, is what a reading of its matrix rounds to."""
+    from gralora_fx.exporters.quantize.block_arrays import digest_of_blocks
+    from gralora_fx.exporters.quantize.block_search import in_threads
+
+    if digest is not None:
+        return digest_of_blocks([read_rows(part) for part in weight.parts]) == digest
+    held = stored_values(weight)
+    step = max(1, _VALUES // weight.in_features)
+
+    def fits(matrix: NDArray[Any]) -> bool:
+        def is_rounded(first: int) -> bool:
+            rows = matrix[first : first + step]
+            return held.is_rounded(rows, slice(first, first + len(rows)), is_fresh=is_fresh)
+
+        return all(in_threads(is_rounded, range(0, len(matrix), step)))
+
+    return any(fits(matrix) for matrix in readings if matrix.shape == (weight.out_features, weight.in_features))
 
 
 def survival_by_layer(edits: Sequence[QuantizedEdit]) -> dict[str, Survival]:

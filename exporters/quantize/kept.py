@@ -15,7 +15,8 @@ import torch
 
 from gralora_fx.base.progress.stages import counted
 from gralora_fx.base.sources.lazy_tensors import source_of, stored_form_of, values_of
-from gralora_fx.base.sources.packed_tensors import PackedTensor, as_tensor
+from gralora_fx.base.sources.packed_tensors import PackedTensor
+from gralora_fx.base.sources.rewriting import as_tensor
 from gralora_fx.base.sources.stored_integers import StoredIntegers
 from gralora_fx.core.graph.sites import LinearSite, other_readers
 from gralora_fx.core.tracing.traced_model import TracedModel

@@ -14,17 +14,13 @@ import torch
 from torch import Tensor
 
 from gralora_fx.base.sources.lazy_tensors import raw_entries, raw_values_of
-from gralora_fx.base.sources.packed_tensors import as_tensor
+from gralora_fx.base.sources.rewriting import as_tensor
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.artifact.program_files import write_program_files
-from gralora_fx.exporters.fold.requantize import stored_values
-from gralora_fx.exporters.fold.stack_locations import arrangement_of
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
-from gralora_fx.exporters.quantize.block_arrays import digest_of_blocks
-from gralora_fx.exporters.quantize.block_search import in_threads
 from gralora_fx.exporters.rules.products.initializers import (
-    ProductWeight,
+    FOLDED_FROM,
     initializers,
     parameter_names,
     product_weights,
@@ -58,7 +54,8 @@ def differences(
 
 
 def _weights(models: Models, manifest: Manifest, traced: TracedModel) -> Iterator[str]:
-    parameters = {**traced.tree.parameters, **{f"{site.path}.weight": site.weight for site in traced.sites}}
+    # those of the graph, which initializers are called after: a tied or untied layer's may have another's name there
+    parameters = dict(traced.graph_module.named_parameters(remove_duplicate=False))
     roundings = 1 + sum(entry.rounded_again for entry in manifest.adapters.values())
     kinds = (manifest.quantization, *(companion.quantization for companion in manifest.companions.values()))
     digests = {name: digest for kind in kinds if kind is not None for name, digest in kind.digests.items()}
@@ -74,16 +71,18 @@ def _weights(models: Models, manifest: Manifest, traced: TracedModel) -> Iterato
             seen.add(place)
             if value.dtype is None or (weight is None and not value.dtype.is_floating_point()):
                 continue  # a table of blocks that a product of another graph reads
-            if weight is None and value.name not in names and not str(value.name).startswith("_to_copy"):
+            is_named = value.name in names or str(value.name).startswith("_to_copy")
+            if not is_named and (weight is None or FOLDED_FROM in value.metadata_props):
                 continue  # computed from the parameter, as a gate's tanh
             if weight is None or weight.storage == "float":
                 is_same = _is_near(value, names, parameters, roundings, DTYPES[manifest.precision])
-            elif roundings == 1 and weight.name in digests:
-                is_same = digest_of_blocks([read_rows(part) for part in weight.parts]) == digests[weight.name]
             else:
+                from gralora_fx.exporters.fold.requantize import is_rounded_from
+
                 readings = _readings([parameters[name] for name in names], names)
-                rounded = [reading.to(DTYPES[manifest.precision]).float() for reading in readings]
-                is_same = _is_rounded(weight, rounded, is_fresh=roundings == 1)
+                rounded = (reading.to(DTYPES[manifest.precision]).float().numpy() for reading in readings)
+                digest = digests.get(weight.name) if roundings == 1 else None
+                is_same = is_rounded_from(weight, rounded, digest, is_fresh=roundings == 1)
             if not is_same:
                 yield f"{value.name} of {file}.onnx is not the model's weight as the export's format rounds it"
 
@@ -101,13 +100,17 @@ def _is_near(
     value: ir.Value, names: Sequence[str], parameters: Mapping[str, Tensor], roundings: int, dtype: torch.dtype
 ) -> bool:
     """Return whether a float initializer is its parameters, rounded; what has another shape is not known."""
-    sizes, arrangement = [int(size) for size in tensor_of(value).shape.numpy()], arrangement_of(value)
-    if arrangement is not None:
-        at, own = arrangement.as_modelled, parameters[names[0]]
-        turned = own.shape[1:] != at(np.empty(sizes[1:], np.bool_)).shape
+    sizes, at = [int(size) for size in tensor_of(value).shape.numpy()], None
+    if len(sizes) == 3:
+        from gralora_fx.exporters.fold.stack_locations import arrangement_of
+
+        at = arrangement_of(value)
+    if at is not None:
+        own = parameters[names[0]]
+        turned = own.shape[1:] != at.as_modelled(np.empty(sizes[1:], np.bool_)).shape
         stack = (read_rows(value, index, index + 1).reshape(sizes[1:]) for index in range(sizes[0]))
         pairs = zip(stack, raw_entries(own, names[0]), strict=True)
-        equal = ((as_tensor(at(one).copy()), other) for one, other in pairs)
+        equal = ((as_tensor(at.as_modelled(one).copy()), other) for one, other in pairs)
         return all(
             _is_equal(one, other.t() if turned else other, roundings)
             or (own.shape[1] == own.shape[2] and _is_equal(one, other.t(), roundings))
@@ -134,21 +137,6 @@ def _is_equal(stored: Tensor, own: Tensor, roundings: int) -> bool:
     noise = _NOISE * own.abs().max().double() + _TINY
     allowed = stored.double().abs() * (roundings * torch.finfo(stored.dtype).eps / 2) + noise
     return roundings > 0 and bool(((stored.double() - own.double()).abs() <= allowed).all())
-
-
-def _is_rounded(weight: ProductWeight, readings: Sequence[Tensor], *, is_fresh: bool) -> bool:
-    """Return whether quantized values are what a reading of the parameters rounds to."""
-    held = stored_values(weight)
-    step = max(1, _AT_ONCE // (8 * weight.in_features))
-
-    def fits(matrix: Tensor) -> bool:
-        def is_rounded(first: int) -> bool:
-            rows = matrix[first : first + step].numpy()
-            return held.is_rounded(rows, slice(first, first + len(rows)), is_fresh=is_fresh)
-
-        return all(in_threads(is_rounded, range(0, len(matrix), step)))
-
-    return any(fits(matrix) for matrix in readings if tuple(matrix.shape) == (weight.out_features, weight.in_features))
 
 
 def _settings(

@@ -31,8 +31,8 @@ def main() -> int:
 
     from tests.generated.checks import CHECKS, EXPORTS, Verdict
     from tests.generated.modules import drawn
-    from tests.generated.seed_ranges import run
     from tests.generated.scripts import script, short, smallest
+    from tests.generated.seed_ranges import run
 
     if options.show:
         print(drawn(seeds[0]).code(), short(drawn(seeds[0])), sep="\n")

@@ -195,7 +195,7 @@ def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _P
 
 
 _QUANTIZED = re.compile(r"(_transposed)?_(Q[48](G\d+)?|quantized)$")
-_FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # names of the constants that onnxscript folded into one
+FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # names of the constants that onnxscript folded into one
 
 
 def parameter_names(value: ir.Value) -> list[tuple[str, ...]]:
@@ -203,7 +203,7 @@ def parameter_names(value: ir.Value) -> list[tuple[str, ...]]:
 
     `attn.q_proj+k_proj.weight` is `attn.q_proj.weight` and `attn.k_proj.weight`.
     """
-    origin = value.metadata_props.get(_FOLDED_FROM)
+    origin = value.metadata_props.get(FOLDED_FROM)
     if origin is not None:
         names = ast.literal_eval(origin)
         return [(str(names[0]),)] if isinstance(names, list) and len(names) == 1 else []

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.base.sources.base_quantization import BaseQuantization
-from gralora_fx.base.sources.rewriting import BLOCK, bytes_of
+from gralora_fx.base.sources.rewriting import BLOCK, as_tensor, bytes_of
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
 from gralora_fx.base.sources.stored_integers import StoredIntegers
 
@@ -95,15 +95,6 @@ class RoundedTensor(StoredTensor):
         rounded = self.quantization.rounded(floats.T if self.is_turned else floats, name)
         stored = np.ascontiguousarray(rounded.T if self.is_turned else rounded).astype(FLOATS[self.dtype], copy=False)
         target[:] = bytes_of(stored)[first : first + len(target)]
-
-
-def as_tensor(values: NDArray[Any]) -> Tensor:
-    """Return a tensor that shares an array's memory; bfloat16 arrays work too."""
-    import torch
-
-    if values.dtype == FLOATS["BF16"]:
-        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
 
 
 def packed_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[PackedTensor]:

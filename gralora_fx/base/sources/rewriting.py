@@ -14,12 +14,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 2**20  # values of a tensor that are changed at a time
 COPIED = 2**26  # bytes that a thread copies at a time
@@ -239,6 +242,15 @@ def _hash_up_to(end: int, digest: Any, target: int, position: int) -> int:
         digest.update(data)
         position += len(data)
     return position
+
+
+def as_tensor(values: NDArray[Any]) -> Tensor:
+    """Return a tensor that shares an array's memory; bfloat16 arrays work too."""
+    import torch
+
+    if values.dtype.name == "bfloat16":
+        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
 
 
 def bytes_of(values: NDArray[Any]) -> memoryview:
