@@ -17,6 +17,7 @@ from gralora_fx.base.compat.torch_graphs import (
     detect_fake_mode,
     is_mutable,
     schema_of,
+    sizes_of_slices,
     without_new_symbols,
 )
 from gralora_fx.core.graph.kept_calls import KeptCall, averaging_norm
@@ -59,7 +60,7 @@ def retrace(nodes: Sequence[fx.Node], table: Table | None = None, written: Seque
     assert mode is not None
     values = [node.meta["val"] for node in inputs]
     noted = [_as_fake(value, mode) for value in values]
-    with mode, torch.no_grad(), without_new_symbols(mode):
+    with mode, torch.no_grad(), without_new_symbols(mode), sizes_of_slices():
         noted = [v.contiguous() if isinstance(v, Tensor) else v for v in noted]  # ONNX has no other layout
         parts = make_fx(compute, decomposition_table={**_BASIC, **(table or {})})(*noted)
         parts = make_fx(func.functionalize(parts))(*noted)
@@ -106,7 +107,7 @@ def note_values(graph: fx.Graph) -> PassResult[fx.Graph]:
     mode = detect_fake_mode([node.meta["val"] for node in graph.nodes if "val" in node.meta])
     assert mode is not None
 
-    with mode, torch.no_grad(), without_new_symbols(mode):
+    with mode, torch.no_grad(), without_new_symbols(mode), sizes_of_slices():
         for node in added:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _as_fake(source.meta["val"], mode))
             node.meta["val"] = node.target(*args, **kwargs)

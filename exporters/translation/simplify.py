@@ -12,6 +12,7 @@ from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.operators.layers import DropPath, Reshape
 from gralora_fx.exporters.rules.onnx_pipeline import FUNCTIONAL, SIMPLIFIED, UNSHARED_WRITES
 from gralora_fx.exporters.translation.matching import (
+    END,
     MUL,
     aten,
     concat_operands,
@@ -66,10 +67,11 @@ def _unchanged(node: fx.Node) -> Any:
         return None if drop_path.train else drop_path.x
     source = node.args[0] if node.args else None
     if is_call(node, aten.slice.Tensor):
-        before, after, step = shape(source), shape(node), node.args[4] if len(node.args) > 4 else 1
-        stop = node.args[3] if len(node.args) > 3 else None
-        reaches = not isinstance(stop, int) or stop >= 2**62 or all(isinstance(size, int) for size in before)
-        whole = step == 1 and reaches and all(same_size(a, b) for a, b in zip(before, after, strict=True))
+        before, after = shape(source), shape(node)
+        start, stop, step = (*node.args[2:], *(0, END, 1)[len(node.args) - 2 :])
+        is_open = start in (None, 0) and (not isinstance(stop, int) or stop == END)
+        is_whole = step == 1 and (is_open or all(isinstance(size, int) for size in before))
+        whole = is_whole and all(same_size(a, b) for a, b in zip(before, after, strict=True))
     elif is_call(node, *MUL):
         whole = number(node.args[1]) == 1.0 and _alike(node, source)
     elif is_call(node, aten.squeeze.dim):  # of an axis that is larger, which ONNX does not allow

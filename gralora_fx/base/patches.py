@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 # Held while a model is traced or anything is patched: patches of two threads would undo each other.
 ONE_TRACE = threading.RLock()
+_BEFORE = "gralora_before_patch"  # a patched function's attribute
 
 
 @contextmanager
@@ -31,9 +32,17 @@ def patched_here(owner: Any, name: str, replacement: Callable[..., Any]) -> Iter
             return (replacement if is_here.get() else before)(*args, **kwargs)
 
         functools.update_wrapper(chosen, before)
+        vars(chosen)[_BEFORE] = before
         token = is_here.set(True)
         try:
             with patch.object(owner, name, classmethod(chosen) if of_class else chosen):
                 yield
         finally:
             is_here.reset(token)
+
+
+def unpatched(function: Any) -> Any:
+    """Return the function that `patched_here` has replaced, where it has."""
+    while (before := getattr(function, _BEFORE, None)) is not None:
+        function = before
+    return function

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from types import CellType
+from types import CellType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from gralora_fx.base.patches import patched_here
 from gralora_fx.core.tracing.known_code import same_code
 
 pytestmark = pytest.mark.quick
@@ -67,3 +68,14 @@ def test_functions_that_call_themselves_and_empty_closures_are_compared() -> Non
     empty = type(waiting)(waiting.__code__, {}, closure=(CellType(),))
     assert not same_code(waiting, empty)
     assert not same_code(waiting, 3)
+
+
+def test_what_is_replaced_while_a_model_is_traced_counts_as_it_was() -> None:
+    """Rows of the table are compared after others have been replaced, in functions that call these."""
+    one, other = defined(PLAIN), defined(PLAIN)
+    owner = SimpleNamespace(g=one.__globals__["g"])
+    with patched_here(owner, "g", print), patched_here(owner, "g", repr):
+        one.__globals__["g"] = owner.g
+        assert same_code(one, other)
+    one.__globals__["g"] = lambda *x: (x, 2)
+    assert not same_code(one, other)

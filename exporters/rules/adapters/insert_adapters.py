@@ -205,11 +205,13 @@ class _Insertion:
         if not factors:
             return [*bias]
         assert x.shape is not None
-        k = site.blocks(self.inputs.k)
-        name = adapter_function(self.model, k, len(x.shape))
-        shapes = self._shapes(k, len(x.shape)) if k else []
+        k, num_axes = site.blocks(self.inputs.k), max(len(x.shape), 2)
+        is_vector = k > 0 and len(x.shape) == 1
+        name = adapter_function(self.model, k, num_axes)
+        shapes = self._shapes(k, num_axes) if k else []
+        x = build("Unsqueeze", x, [0]) if is_vector else x
         node = build.node(name, [x, *factors, *shapes], domain=FUNCTIONS, num_outputs=2 if k else 1)
-        return [*node.outputs, *bias]
+        return [*(build("Squeeze", output, [0]) if is_vector else output for output in node.outputs), *bias]
 
     def _shapes(self, k: int, num_axes: int) -> list[ir.Value]:
         """Return the shapes of blocks as values of the graph, each created once."""

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.base.compat.packages import fenced
+from gralora_fx.base.patches import patched_here
 
 with fenced("torch"):
     from torch._guards import detect_fake_mode
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-    from torch._subclasses import FakeTensor
+    from torch._subclasses import FakeTensor, fake_impls
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import (
@@ -68,6 +69,7 @@ __all__ = [
     "set_convention",
     "size_guards",
     "size_range",
+    "sizes_of_slices",
     "tree_flatten",
     "tree_flatten_with_path",
     "tree_info",
@@ -186,6 +188,20 @@ def without_new_symbols(mode: Any) -> Iterator[None]:
         return
     mode.shape_env.pending_fresh_unbacked_symbols.clear()
     with mode.shape_env.ignore_fresh_unbacked_symbols():
+        yield
+
+
+@contextmanager
+def sizes_of_slices() -> Iterator[None]:
+    """Let the size of a slice be a function of its input's, such as `min(4, length)`, not that of long or short ones."""
+    assumed = fake_impls._compute_slice_index
+
+    def index_in(size: Any, index: Any) -> Any:
+        if not isinstance(size, torch.SymInt) or not isinstance(index, int) or index in (-1, 0, 1):
+            return assumed(size, index)
+        return torch.sym_min(index, size) if index > 0 else torch.sym_max(size + index, 0)  # type: ignore[no-untyped-call]
+
+    with patched_here(fake_impls, "_compute_slice_index", index_in):
         yield
 
 

@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.utils import checkpoint
 from transformers import PreTrainedModel
 
+from gralora_fx.base.compat.torch_graphs import sizes_of_slices
 from gralora_fx.base.compat.transformers_exporters import auto_dynamic_shapes, export_program
 from gralora_fx.base.patches import patched_here
 from gralora_fx.base.progress.stages import quiet
@@ -45,6 +46,7 @@ def capture(draft: Draft) -> Captured:
         with (
             quiet(),
             all_trainable(model),
+            sizes_of_slices(),
             keeping_calls(model, everything=draft.keeps_all) as kept,
             _as_traced(model),
             own_modules(model),

@@ -22,6 +22,7 @@ from gralora_fx.core.tracing.draft import Captured, Draft
 from gralora_fx.core.tracing.inputs.input_trees import by_own_names, placeholder_values, same_value, shown
 from gralora_fx.core.tracing.inputs.signature import default_input, own_inputs
 from gralora_fx.core.tracing.normalize.modes import set_mode
+from gralora_fx.core.tracing.recurrent_shapes import checked_states
 from gralora_fx.errors import TraceError, first_line, remedy
 from gralora_fx.format.input_names import PAST, TEXT_INPUTS
 
@@ -52,7 +53,8 @@ def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str 
             ) from error
         torch.manual_seed(0)
         try:
-            actual = draft.graph_module(**own_inputs(sample))
+            with checked_states(draft.graph_module.graph):
+                actual = draft.graph_module(**own_inputs(sample))
         except Exception as error:  # noqa: BLE001  # a graph of a fixed size raises its operators' errors
             return f"it fails with {type(error).__name__}: {first_line(error)}"
     return gap(expected, actual)
@@ -191,7 +193,14 @@ def differs_in_training(draft: Captured, sample: Mapping[str, Any]) -> bool:
     model.train()
     for path in draft.evaluated:
         model.get_submodule(path).training = False
-    with quiet(), torch.no_grad(), torch.random.fork_rng(devices=()), reading(model), _in_training(graph_module):
+    with (
+        quiet(),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=()),
+        reading(model),
+        _in_training(graph_module),
+        checked_states(graph_module.graph),
+    ):
         for run in (partial(call_eager, model, sample), partial(graph_module.forward, **own_inputs(sample))):
             torch.manual_seed(0)
             try:

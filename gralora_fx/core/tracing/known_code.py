@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 from torch import nn
 
-from gralora_fx.base.patches import patched_here
+from gralora_fx.base.patches import patched_here, unpatched
 from gralora_fx.core.graph.same_value import same_value
 
 _MODELS = "transformers.models"
@@ -100,6 +100,7 @@ def same_code(one: Any, other: Any) -> bool:
 
 def _alike(one: Any, other: Any, compared: set[tuple[int, int]]) -> bool:
     """Return whether two functions are equal, or two other values the same; pairs once compared are not again."""
+    one, other = (unpatched(each) if isinstance(each, FunctionType) else each for each in (one, other))
     if not isinstance(one, FunctionType) or not isinstance(other, FunctionType):
         return same_value(one, other)
     if one is other or (id(one), id(other)) in compared:

@@ -5,10 +5,11 @@ On tensors without values PyTorch runs them step by step, which fixes the length
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from gralora_fx.base.compat.torch_graphs import schema_of
@@ -40,3 +41,17 @@ class RecurrentShapes(TorchFunctionMode):
                 "padded sequences, and choose each row's last state with gather"
             )
         return (func if operator is None else operator_for(operator, args[0]))(*args, **(kwargs or {}))
+
+
+class _CheckedStates(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _OPERATORS.values():
+            states, rows = [args[1]] if isinstance(args[1], Tensor) else args[1], args[0].shape[0 if args[8] else 1]
+            if any(state.shape[1] != rows for state in states):
+                raise ValueError(f"a recurrent layer's states are not of {rows} rows, as its input is")
+        return func(*args, **(kwargs or {}))
+
+
+def checked_states(graph: fx.Graph) -> AbstractContextManager[Any]:
+    """Let a graph's recurrent operators raise for states of another batch than the input, which they read beyond."""
+    return _CheckedStates() if any(node.target in _OPERATORS.values() for node in graph.nodes) else nullcontext()
