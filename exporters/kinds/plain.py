@@ -16,10 +16,14 @@ from onnx_ir.passes.common import (
 )
 from torch import Tensor, fx
 
-from gralora_fx.base.compat.torch_graphs import tree_info, tree_map, tree_unflatten
+from gralora_fx.base.compat.torch_graphs import tree_info, tree_map, tree_map_with_path, tree_unflatten
 from gralora_fx.base.compat.transformers_exporters import fix_model, leaf_names
 from gralora_fx.core.graph.pipeline import Pass, PassResult
 from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.tracing.check import gap
+from gralora_fx.core.tracing.inputs.input_trees import key_text
+from gralora_fx.core.tracing.inputs.signature import own_inputs
+from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import listed
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.kinds.flavour import (
@@ -37,7 +41,6 @@ from gralora_fx.exporters.rules.clean_up import (
     FoldConstants,
     deduplicate_constants,
     drop_stack_traces,
-    forget_sliced_sizes,
     remove_unused_nodes,
 )
 from gralora_fx.exporters.rules.normalization import LowerNorms, match_rms_norms
@@ -50,8 +53,8 @@ from gralora_fx.exporters.translation.export_graphs import CastGraph, graph_to_t
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.exporters.verify.cases import Verification, plain_inputs
-from gralora_fx.exporters.verify.outputs import compare_rows
+from gralora_fx.exporters.verify.cases import Verification, axes_of_rows, plain_inputs
+from gralora_fx.exporters.verify.outputs import compare_rows, flat, named_outputs, run_model
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, DATA
 from gralora_fx.format.export_directory import MODEL, PLAIN_KIND
 
@@ -60,7 +63,6 @@ def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool
     """Return the passes over a graph as translated, if no cache is fused into its attention."""
     return (
         *marking_passes(conversion),  # first: weights still have their names
-        forget_sliced_sizes,  # before anything reads them
         fold_transposes,  # first: constant folding would compute the transposes of weights
         FuseDotProductAttention(),  # before constants are folded: it makes some
         *lowering_passes(conversion),
@@ -86,7 +88,9 @@ def plain_models(conversion: Conversion) -> Models:
         return {MODEL: model}
 
     def rows_model(by_row: Conversion) -> ir.Model:
-        return check_rows(finishing_pipeline(by_row, "rows").run(copy, by_row.log))
+        model = check_rows(finishing_pipeline(by_row, "rows").run(copy, by_row.log))
+        check_each_row(conversion.traced)
+        return model
 
     return with_rows(model, conversion, rows_model)
 
@@ -136,6 +140,25 @@ def check_rows(model: ir.Model) -> ir.Model:
                 f"the first axis of the input of {node.op_type} is its length, not the batch (batch_first is False)"
             )
     return model
+
+
+def check_each_row(traced: TracedModel) -> None:
+    """Raise if a row's outputs depend on the rows beside it, as where a forward reads `x.numel()` or `x.mean(0)`."""
+    by_row = axes_of_rows(traced)
+
+    def rows(count: int) -> dict[str, Any]:
+        def chosen(keys: Any, value: Any) -> Any:
+            for axis in by_row.get(".".join(map(key_text, keys)), ()) if isinstance(value, Tensor) else ():
+                first, last = value.narrow(axis, 0, 1), value.narrow(axis, -1, 1)
+                value = torch.cat([first, last if value.shape[axis] > 1 else first.flip(-1)][:count], axis)
+            return value
+
+        result: dict[str, Any] = tree_map_with_path(chosen, dict(traced.graph_inputs))
+        return result
+
+    alone, both = (flat(named_outputs(run_model(traced, f"{n} rows", **own_inputs(rows(n))))) for n in (1, 2))
+    if differs := [name for name, value in alone.items() if gap(value, both[name][:1]) is not None]:
+        raise RowsError(f"the output {listed(differs, 3)} of a row depends on the rows beside it")
 
 
 def _may_fold(node: ir.Node) -> bool | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
@@ -12,7 +11,6 @@ from onnxscript import optimizer
 
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.pipeline import PassResult, contract
-from gralora_fx.exporters.rules.builder import const_ints
 from gralora_fx.exporters.rules.onnx_pipeline import FOLDED_TRANSPOSES
 from gralora_fx.exporters.translation.weights import LazyTensor
 
@@ -34,44 +32,6 @@ class FoldConstants:
         with quiet():  # it prints what it skips
             optimizer.fold_constants(model, should_fold=self.should_fold)
         return PassResult(before - len(model.graph))
-
-
-def forget_sliced_sizes(model: ir.Model) -> PassResult[ir.Model]:
-    """Forget sizes that slices of varying axes have for long inputs alone, in place: after the slice, and after these.
-
-    Before: `Slice(x [batch, length, 16], -4) [batch, 4, 16]`
-    After:  `Slice(x [batch, length, 16], -4) [batch, ?, 16]`
-
-    ONNX Runtime would make a `Split` of slices of four, which fails for three.
-    """
-    assumed: dict[ir.Value, set[Any]] = {}
-    for node in model.graph:
-        found: set[Any] = set().union(*(assumed.get(value, ()) for value in node.inputs if value is not None))
-        if node.op_type == "Slice":
-            found |= _assumed_sizes(node)
-        if found and node.op_type == "Concat" and node.outputs[0].shape is not None:
-            found = found | {node.outputs[0].shape[node.attributes["axis"].as_int()]}
-        for value in node.outputs if found else ():
-            assumed[value] = found
-            if value.shape is not None:
-                value.shape = ir.Shape([None if size in found else size for size in value.shape])
-    return PassResult(len(assumed))
-
-
-def _assumed_sizes(node: ir.Node) -> set[Any]:
-    """Return the sizes of a slice that it has only if its input is long enough."""
-    sliced, result = node.inputs[0], node.outputs[0]
-    if sliced is None or sliced.shape is None or result.shape is None:
-        return set()
-    always = {1} if const_ints(node.inputs[1]) in ([0], [-1]) else set()  # the first or the last position
-    stops, axes = const_ints(node.inputs[2]), const_ints(node.inputs[3]) if len(node.inputs) > 3 else None
-    bounded = axes if stops and axes and len(stops) == 1 and stops[0] < 2**62 else []  # "all of it", for short ones
-    sizes = enumerate(zip(sliced.shape, result.shape, strict=True))
-    return {
-        after
-        for axis, (before, after) in sizes
-        if not isinstance(before, int) and (isinstance(after, int) or (axis in bounded and after == before))
-    } - always
 
 
 def remove_unused_nodes(model: ir.Model) -> PassResult[ir.Model]:

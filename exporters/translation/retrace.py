@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ def _broadcast(x: Tensor, shape: Sequence[Any], axes: Sequence[int]) -> Tensor:
 
 # used by PyTorch's own decompositions, but not supported by functionalization
 _BASIC: dict[Any, Function] = {torch.ops.prims.broadcast_in_dim.default: _broadcast}
+
+
+def _tensor_split(x: Tensor, sections: int, dim: int = 0) -> list[Tensor]:
+    """Split an axis of any size, where PyTorch's own decomposition is for sizes of one remainder."""
+    size = x.shape[dim]
+    ends = [size // sections * part + torch.sym_min(part, size % sections) for part in range(sections + 1)]  # type: ignore[no-untyped-call]
+    return [torch.ops.aten.slice(x, dim, start, end) for start, end in pairwise(ends)]
+
+
+_SPELLED: Table = {torch.ops.aten.tensor_split.sections: _tensor_split}
 
 # in-place operators whose rule fails while writes are functionalized with dynamic sizes, by the argument written
 _UNTRACEABLE: dict[Any, Function] = {torch.ops.aten.clamp_.default: torch.ops.aten.clamp.default}
@@ -94,7 +105,7 @@ def spell_out(graph: fx.Graph) -> None:
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:
     """Return an operator's result; it may write into its first argument."""
-    functional = _UNTRACEABLE.get(target)
+    functional, target = _UNTRACEABLE.get(target), _SPELLED.get(target, target)
     return target(*args, **kwargs) if functional is None else args[0].copy_(functional(*args, **kwargs))
 
 

@@ -54,6 +54,9 @@ def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
             _constant_shape(node)
         elif node.target in _SPLITS:
             _slices(node)
+        elif node.target is aten.narrow.default and isinstance(start := node.args[2], int) and start < 0:
+            node.target, length = aten.slice.Tensor, node.args[3]  # ONNX counts from the end too, but not past it
+            node.args = (*node.args[:3], END if start + length == 0 else start + length)
         elif (pieces := concat_operands(node)) is not None:
             _drop_empty(node, pieces)
     graph.eliminate_dead_code()
@@ -68,7 +71,8 @@ def _unchanged(node: fx.Node) -> Any:
     source = node.args[0] if node.args else None
     if is_call(node, aten.slice.Tensor):
         before, after = shape(source), shape(node)
-        start, stop, step = (*node.args[2:], *(0, END, 1)[len(node.args) - 2 :])
+        given: list[Any] = [*node.args[2:]]
+        start, stop, step = given + [0, END, 1][len(given) :]
         is_open = start in (None, 0) and (not isinstance(stop, int) or stop == END)
         is_whole = step == 1 and (is_open or all(isinstance(size, int) for size in before))
         whole = is_whole and all(same_size(a, b) for a, b in zip(before, after, strict=True))

@@ -14,7 +14,8 @@ from gralora_fx.base.compat.torch_graphs import KeyPath, tree_map_with_path
 from gralora_fx.base.features import parts
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import empty_cache, positions, returned_cache
-from gralora_fx.core.tracing.inputs.input_trees import leaf_paths, path_of, tensor_paths
+from gralora_fx.core.tracing.inputs.input_trees import key_text, leaf_paths, path_of, tensor_paths
+from gralora_fx.core.tracing.inputs.signature import own_inputs
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.translation.names import AXES
 from gralora_fx.exporters.verify.tolerances import ToleranceCheck
@@ -268,6 +269,7 @@ def _plain_inputs(model: TracedModel, generator: torch.Generator) -> Iterator[tu
                 f"batch {batch}",
                 {name: _nested(model, name, value, batch, generator) for name, value in inputs.items()},
             )
+        yield from _longer(model)
         for changed, words, other in _others(model):
             case = {name: _nested(model, name, value, 2, generator) for name, value in inputs.items()}
             case[changed] = other(case[changed], generator)
@@ -288,6 +290,26 @@ def _plain_inputs(model: TracedModel, generator: torch.Generator) -> Iterator[tu
         yield description, case
 
 
+def _longer(model: TracedModel) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the example inputs where every size that varies, beside the batch, is larger by one, if it may be."""
+    by_row, sizes = axes_of_rows(model), _symbols(model)
+
+    def longer(keys: KeyPath, value: Any) -> Any:
+        path = ".".join(map(key_text, keys))
+        for axis, size in enumerate(sizes.get(path, ()) if isinstance(value, Tensor) else ()):
+            if axis not in by_row[path] and not size.isdigit():
+                value = torch.cat([value, value.narrow(axis, 0, 1)], axis)
+        return value
+
+    case = tree_map_with_path(longer, dict(model.graph_inputs))
+    try:
+        with torch.no_grad():
+            model(**own_inputs(case))
+    except Exception:  # noqa: BLE001  # a model may raise anything at sizes that are not its own
+        return
+    yield "longer inputs", case
+
+
 def _others(model: TracedModel) -> Iterator[tuple[str, str, OtherValues]]:
     """Yield variants of inputs known to features: the input's name, a description, and a function that makes it."""
     for facts in model.signature.facts.values():
@@ -304,28 +326,34 @@ def _held_sizes(model: TracedModel, sample: Mapping[str, Tensor]) -> tuple[int |
 
 def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: torch.Generator) -> Any:
     """Return random values with an example's structure, with another batch size if it is dynamic."""
-    by_row = _axes_of_rows(model)
+    by_row = axes_of_rows(model)
 
     def fresh(keys: KeyPath, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         path = path_of(name, keys)
         rows, *_ = (*model.signature.fixed.get(path, ()), None)
-        for axis in by_row.get(path, ()):  # such as axis 1 of a recurrent layer's state
+        for axis in filter(None, by_row.get(path, ())):  # such as axis 1 of a recurrent layer's state
             value = value.narrow(axis, 0, 1).expand([batch if at == axis else -1 for at in range(value.ndim)])
         return like(value, rows or batch, None, generator)
 
     return tree_map_with_path(fresh, example)
 
 
-def _axes_of_rows(model: TracedModel) -> dict[str, tuple[int, ...]]:
-    """Return which axes of each input, beside the first, have the size of some input's first axis, by path."""
-    shapes: dict[str, list[str]] = {}
+def _symbols(model: TracedModel) -> dict[str, list[str]]:
+    """Return each input's sizes as the trace's numbers and expressions, by path."""
     placeholders = model.graph_module.graph.find_nodes(op="placeholder")
-    for (path, _), node in zip(leaf_paths(model.graph_inputs), placeholders, strict=False):
-        shapes[path] = [str(size) for size in getattr(node.meta.get("val"), "shape", ())]
+    return {
+        path: [str(size) for size in getattr(node.meta.get("val"), "shape", ())]
+        for (path, _), node in zip(leaf_paths(model.graph_inputs), placeholders, strict=False)
+    }
+
+
+def axes_of_rows(model: TracedModel) -> dict[str, tuple[int, ...]]:
+    """Return which axes of each input have the size of some input's first axis, which may vary, by path."""
+    shapes = _symbols(model)
     rows = {sizes[0] for sizes in shapes.values() if sizes and not sizes[0].isdigit()}
-    return {path: tuple(axis for axis in range(1, len(s)) if s[axis] in rows) for path, s in shapes.items()}
+    return {path: tuple(axis for axis, size in enumerate(s) if size in rows) for path, s in shapes.items()}
 
 
 def random_answers(model: TracedModel, seed: int) -> list[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from traces import fresh_trace
 from wrong_rows import ShiftedSteps
 
-from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
+from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.verify import adapters_as_data, comparable
@@ -262,6 +263,43 @@ def test_an_output_without_rows_has_no_graph_of_rows(tmp_path: Path) -> None:
     report = export_onnx(model, tmp_path / "onnx", adapters="data")
     assert report.rows is not None
     assert "the first axis of the output output_1 is not the batch" in str(report.rows)
+
+
+@pytest.mark.parametrize("function", [lambda x: x / x.numel() ** 0.5, lambda x: x - x.mean(0)], ids=["numel", "mean"])
+def test_a_row_that_depends_on_others_has_no_graph_of_rows(
+    function: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(function(x))
+
+    config = GraloraConfig(r=2, gralora_k=2, target_modules=["linear"], init_weights=False)
+    model = rewrite(trace(Scaled(), (torch.randn(2, 3, 8),)), config)
+    report = export_onnx(model, tmp_path / "onnx", adapters="data")
+    assert "of a row depends on the rows beside it" in str(report.rows)
+
+
+@pytest.mark.parametrize("kind", ["lora", "gralora"])
+def test_a_vector_has_adapters_as_data(kind: str, tmp_path: Path) -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x).relu()
+
+    config = LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False)
+    blocks = GraloraConfig(r=2, gralora_k=2, target_modules=["linear"], init_weights=False)
+    model = rewrite(trace(Single(), (torch.randn(8),)), config if kind == "lora" else blocks)
+    export_onnx(model, tmp_path / "onnx", adapters="data")
+    x = torch.randn(8)
+    found = load(tmp_path / "onnx")(x=x.numpy(), adapter="default")["output"]
+    assert np.allclose(found, model(x).detach(), atol=1e-5)
 
 
 def test_an_encoder_decoder_says_why_it_has_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from torch import Tensor, fx, nn
 from traces import fresh_trace
 from transformers import DebertaV2Config, DebertaV2Model, ResNetConfig, ResNetForImageClassification
 
-from gralora_fx import trace
+from gralora_fx import GraloraModel, LoraConfig, merge, rewrite, trace
 from gralora_fx.core.tracing import ready_graphs
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters import onnx as onnx_module
+from gralora_fx.serving import load
 
 
 def operators(path: Path) -> Counter[str]:
@@ -205,3 +207,35 @@ def test_what_cannot_be_captured_again_is_one_error(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(ready_graphs.torch.export, "export", fails)
     with pytest.raises(onnx_module.ExportError, match=r"cannot be captured as PyTorch's operators: .*no such kernel"):
         export_onnx(traced, tmp_path / "onnx")
+
+
+class Keywords(nn.Module):
+    """Layers and a parameter that are called as Python's keywords."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"in": nn.Linear(8, 8), "class": nn.BatchNorm1d(5), "def": nn.Linear(8, 8)})
+        self.register_parameter("lambda", nn.Parameter(torch.randn(8, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.parts["class"](torch.relu(self.parts["in"](x)))
+        result: Tensor = self.parts["def"](h @ getattr(self, "lambda"))
+        return result
+
+
+def test_layers_that_are_called_as_keywords_are_layers_as_others(tmp_path: Path) -> None:
+    model, x = Keywords().eval(), torch.randn(2, 5, 8)
+    adapted = rewrite(trace(model, (x,)), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    assert set(adapted.adapter("default").planned) == {"parts.in", "parts.def"}
+    adapted.train()
+    adapted(x).sum().backward()
+    expected = adapted.eval()(x).detach()
+    torch.save(adapted, tmp_path / "model.pt")
+    adapted.save_pretrained(tmp_path / "adapter")
+    read = GraloraModel.from_pretrained(trace(model, (x,)), tmp_path / "adapter")
+    for other in (copy.deepcopy(adapted), merge(adapted), torch.load(tmp_path / "model.pt", weights_only=False), read):
+        torch.testing.assert_close(other.eval()(x), expected)
+    for form, options in (("merged", {}), ("data", {"adapter": "default"})):
+        export_onnx(adapted, tmp_path / form, adapters=form)
+        found = load(tmp_path / form)(x=x.numpy(), **options)["output"]
+        torch.testing.assert_close(torch.tensor(found), expected)

@@ -9,11 +9,13 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -221,13 +223,24 @@ SLICES: dict[str, Callable[[Tensor], Tensor]] = {
     "halves": lambda h: h[:, :4].sum(1, keepdim=True) + h[:, 4:].sum(1, keepdim=True),
     "one": lambda h: h[:, 1:2].sum(1),
     "bounded": lambda h: h[:, :16] * 2,
+    "mean": lambda h: h[:, -4:].mean(1),
+    "its size": lambda h: h[:, -4:].sum(1) / h[:, -4:].shape[1],
+    "step": lambda h: h[:, -4::2] + 1,
+    "reshaped": lambda h: h[:, :4].reshape(h.shape[0], -1, 8, 2).flatten(2),
+    "in place": lambda h: F.silu(h[:, -4:].clone().relu_(), inplace=True)[:, 0],
+    "view": lambda h: h[:, -4:].view_as(h[:, -4:]),
+    "tensor_split": lambda h: h.tensor_split(2, 1)[0],
 }
 
 
+@pytest.mark.parametrize("length", [3, 9])
 @pytest.mark.parametrize("name", SLICES)
-def test_slices_are_right_in_every_session_at_every_length(name: str, tmp_path: Path) -> None:
+def test_slices_are_right_in_every_session_at_every_length(name: str, length: int, tmp_path: Path) -> None:
+    """Whether the example is shorter than the slice, or longer."""
     source = Between(lambda h, _: SLICES[name](h)).eval()
-    export_onnx(trace(source, (example(2, 9),)), tmp_path / "onnx")
+    traced = trace(source, (example(2, length),))
+    assert traced.signature.limits == ()
+    export_onnx(traced, tmp_path / "onnx")
     for level in (
         onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
         onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -239,6 +252,35 @@ def test_slices_are_right_in_every_session_at_every_length(name: str, tmp_path: 
         for length in (1, 2, 3, 4, 5, 7, 17):
             (found,) = session.run(None, {"x": example(3, length).numpy()})
             assert np.allclose(found, source(example(3, length)).detach(), atol=1e-5), length
+
+
+def test_a_narrow_counted_from_the_end_is_right_in_an_export(tmp_path: Path) -> None:
+    source = Between(lambda h, _: h.narrow(1, -4, 4)).eval()
+    traced = trace(source, (example(2, 9),))
+    assert [limit.condition for limit in traced.signature.limits] == ["length >= 4"]
+    export_onnx(traced, tmp_path / "onnx")
+    found = load(tmp_path / "onnx")(x=example(2, 6).numpy())["output"]
+    assert np.allclose(found, source(example(2, 6)).detach(), atol=1e-5)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: str, **options: Any) -> None:
+        super().__init__()
+        self.states, self.steps = nn.Linear(16, 16), getattr(nn, kind)(16, 16, **options)
+
+    def forward(self, x: Tensor, states: Tensor) -> Tensor:
+        first = self.states(states)[None]
+        return self.steps(x, (first, first) if isinstance(self.steps, nn.LSTM) else first)[0]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_states_of_another_batch_are_a_limit(kind: str, batch_first: bool) -> None:
+    """PyTorch's operators check nothing: they would read beyond the states."""
+    shape = (2, 5, 16) if batch_first else (5, 2, 16)
+    traced = trace(Recurrent(kind, batch_first=batch_first).eval(), (torch.randn(shape), torch.randn(2, 16)))
+    with pytest.raises(TraceError, match="but the model takes"):
+        traced(torch.randn(3 if batch_first else 5, 5 if batch_first else 3, 16), torch.randn(2, 16))
 
 
 def llama() -> LlamaForCausalLM:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import keyword
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +63,7 @@ __all__ = [
     "leave_autocast",
     "memory_of",
     "multiplies_bfloat16",
+    "name_keywords",
     "plain_backward",
     "returns_alias",
     "saved_guards",
@@ -160,6 +162,23 @@ def set_convention(graph: fx.Graph, convention: Any) -> None:
     graph._codegen = convention
 
 
+def name_keywords(paths: Iterable[str]) -> None:
+    """Let the code of graphs name these paths even where a part is a keyword of Python, as of a layer called `in`.
+
+    torch writes `self.in`, which is no Python; from the first such path on, it writes `getattr(self, "in")`.
+    """
+    written = torch.fx.graph._format_target
+    if written.__module__ == __name__ or not any(keyword.iskeyword(part) for path in paths for part in path.split(".")):
+        return
+
+    def with_keywords(base: str, target: str) -> str:
+        for part in target.split("."):
+            base = f'getattr({base}, "{part}")' if keyword.iskeyword(part) else written(base, part)
+        return base
+
+    torch.fx.graph._format_target = with_keywords
+
+
 def tree_info(graph: fx.Graph) -> Any:
     """Return names and specs of nested inputs and outputs (`_PyTreeInfo`); None for a graph without them."""
     return getattr(graph._codegen, "pytree_info", None)
@@ -193,7 +212,7 @@ def without_new_symbols(mode: Any) -> Iterator[None]:
 
 @contextmanager
 def sizes_of_slices() -> Iterator[None]:
-    """Let the size of a slice be a function of its input's, such as `min(4, length)`, not that of long or short ones."""
+    """Let the size of a slice be a function of its input's, such as `min(4, length)`, not that of long inputs alone."""
     assumed = fake_impls._compute_slice_index
 
     def index_in(size: Any, index: Any) -> Any:

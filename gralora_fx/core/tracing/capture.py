@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.utils import checkpoint
 from transformers import PreTrainedModel
 
-from gralora_fx.base.compat.torch_graphs import sizes_of_slices
+from gralora_fx.base.compat.torch_graphs import name_keywords, sizes_of_slices
 from gralora_fx.base.compat.transformers_exporters import auto_dynamic_shapes, export_program
 from gralora_fx.base.patches import patched_here
 from gralora_fx.base.progress.stages import quiet
@@ -42,6 +42,8 @@ from gralora_fx.format.input_names import PAST
 def capture(draft: Draft) -> Captured:
     """Export the draft's model in its current mode, and return the draft with the graph."""
     model, sample = draft.model, draft.sample
+    name_keywords(name for name, _ in model.named_modules())
+    name_keywords(name for name, _ in model.named_parameters())
     try:
         with (
             quiet(),

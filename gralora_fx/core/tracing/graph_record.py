@@ -24,6 +24,7 @@ from gralora_fx.base.compat.torch_graphs import (
     OpOverloadPacket,
     TreeSpec,
     convention_of,
+    name_keywords,
     set_convention,
     tree_leaves,
     treespec_leaf,
@@ -127,6 +128,7 @@ class GraphRecord:
         """Rebuild the graph."""
         graph = fx.Graph()
         nodes: dict[str, fx.Node] = {}
+        name_keywords(record.target for record in self.nodes if isinstance(record.target, str))
 
         def read(argument: Any) -> Any:
             return nodes[argument.name] if isinstance(argument, _Reference) else argument

@@ -134,6 +134,8 @@ def _tidy(test: Term) -> Term:
             return _tidy((relation, term, number - shift))
         case (str(relation), ("-", term, int(shift)), int(number)) if relation in _MIRRORED:
             return _tidy((relation, term, number + shift))
+        case (str(relation), ("*", -1, term), int(number)) if relation in _MIRRORED:
+            return _tidy((_MIRRORED[relation], term, -number))
     return test
 
 
