@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
@@ -327,7 +328,8 @@ def _difference(case: _Case, activations: NDArray[np.float32], results: NDArray[
 
 
 def with_parameters(model: TracedModel, parameters: Mapping[int, nn.Parameter]) -> TracedModel:
-    """Copy a model with other parameters for its graph."""
+    """Copy a model with other parameters."""
     graph_module = copied(model.graph_module, "RoundedGraph")
     map_parameters(graph_module, lambda parameter, _: parameters.get(id(parameter), parameter))
-    return model.with_graph(graph_module, model.tree)
+    own = {name: parameters.get(id(parameter), parameter) for name, parameter in model.tree.parameters.items()}
+    return model.with_graph(graph_module, dataclasses.replace(model.tree, parameters=own))

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from gralora_fx.base.compat.torch_graphs import OpOverload, is_mutable, returns_alias
 from gralora_fx.base.sources.lazy_tensors import raw_entries, raw_values_of
 from gralora_fx.base.sources.rewriting import as_tensor
+from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.artifact.program_files import write_program_files
@@ -55,7 +57,8 @@ def differences(
 
 def _weights(models: Models, manifest: Manifest, traced: TracedModel) -> Iterator[str]:
     # those of the graph, which initializers are called after: a tied or untied layer's may have another's name there
-    parameters = dict(traced.graph_module.named_parameters(remove_duplicate=False))
+    named, written = traced.graph_module.named_parameters(remove_duplicate=False), _written(traced.graph_module)
+    parameters = {name: parameter for name, parameter in named if id(parameter) not in written}
     roundings = 1 + sum(entry.rounded_again for entry in manifest.adapters.values())
     kinds = (manifest.quantization, *(companion.quantization for companion in manifest.companions.values()))
     digests = {name: digest for kind in kinds if kind is not None for name, digest in kind.digests.items()}
@@ -85,6 +88,18 @@ def _weights(models: Models, manifest: Manifest, traced: TracedModel) -> Iterato
                 is_same = is_rounded_from(weight, rounded, digest, is_fresh=roundings == 1)
             if not is_same:
                 yield f"{value.name} of {file}.onnx is not the model's weight as the export's format rounds it"
+
+
+def _written(graph_module: fx.GraphModule) -> set[int]:
+    """Return the ids of parameters that calls change, as those of `nn.Embedding(max_norm=1)`; files may be older."""
+    found = set()
+    for node in graph_module.graph.nodes:
+        source = node.args[0] if is_mutable(node.target) and node.args else None
+        while isinstance(source, fx.Node) and isinstance(source.target, OpOverload) and returns_alias(source.target):
+            source = source.args[0]
+        if isinstance(source, fx.Node) and source.op == "get_attr":
+            found.add(id(tensor_at(graph_module, str(source.target))))
+    return found
 
 
 def _readings(parameters: Sequence[Tensor], names: Sequence[str]) -> Iterator[Tensor]:

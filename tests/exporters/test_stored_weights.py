@@ -22,7 +22,7 @@ from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor, nn
 from traces import fresh_trace
 
-from gralora_fx import GraloraConfig, TracedModel, rewrite, trace
+from gralora_fx import GraloraConfig, LoraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.rules.products.initializers import ProductWeight, product_weights
@@ -266,3 +266,52 @@ def test_a_session_that_folds_no_constants_is_right(kind: Any, how: str, tmp_pat
     assert quantization is not None
     assert quantization.needs_folding == (kind == "int4")
     assert ("sessions that fold constants" in str(quantization)) == (kind == "int4")
+
+
+class _ReadOutside(nn.Module):
+    """A layer whose weight is also read outside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(32, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = nn.functional.one_hot(ids, 32).float()
+        return self.l(x) + x @ self.l.weight
+
+
+class _Embedding(nn.Module):
+    """An embedding beside or tied with a head."""
+
+    def __init__(self, *, tied: bool, **options: Any) -> None:
+        super().__init__()
+        self.e, self.l, self.h = nn.Embedding(32, 32, **options), nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
+        if tied:
+            self.h.weight = self.e.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.h(self.l(self.e(ids)))
+
+
+SHARED: dict[str, Callable[[], nn.Module]] = {
+    "read outside its layer": _ReadOutside,
+    "tied with an embedding": lambda: _Embedding(tied=True),
+    "changed by calls": lambda: _Embedding(tied=False, max_norm=1.0),
+}
+OF_ALL: tuple[dict[str, str], ...] = ({}, {"quantize": "int8"})
+OF_TIED = ("tied with an embedding", {"adapters": "data", "quantize": "int4"})
+
+
+@pytest.mark.parametrize(("kind", "options"), [*itertools.product(SHARED, OF_ALL), OF_TIED], ids=str)
+def test_a_weight_with_several_readers_is_the_models(kind: str, options: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gralora = rewrite(
+        trace(SHARED[kind]().eval(), (torch.randint(0, 32, (2, 5)),)), LoraConfig(r=4, target_modules="all-linear")
+    )
+    for parameter in gralora.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.2)
+    merged = gralora if options.get("adapters") == "data" else merge(gralora, untie=True)
+    report = export_onnx(merged, tmp_path / "export", **options)
+    assert report.verification is not None
+    assert report.verification.passed

@@ -263,6 +263,20 @@ def test_a_model_without_linear_layers() -> None:
         plan(result, GraloraConfig(target_modules="fc.*"))
 
 
+def test_all_linear_of_a_model_with_functional_calls_alone_names_them() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.w)
+
+    result = trace(Functional(), (torch.ones(2, 4),))
+    with pytest.raises(TargetError, match="no linear layer to adapt; name its functional calls to adapt them: w"):
+        plan(result, GraloraConfig(target_modules="all-linear"))
+
+
 def test_a_plain_module_has_no_default_targets() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

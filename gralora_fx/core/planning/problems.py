@@ -9,7 +9,7 @@ import torch
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import pattern_key
 from gralora_fx.core.graph.module_tree import is_within
-from gralora_fx.core.graph.sites import LinearSite, names_of_site
+from gralora_fx.core.graph.sites import LinearSite, is_layer, names_of_site
 from gralora_fx.core.methods import method_of
 from gralora_fx.core.planning.rewrite_plan import PlannedSite
 from gralora_fx.core.planning.targets import (
@@ -73,7 +73,7 @@ def _missing(
     """Describe why a rule selects no module at all."""
     paths = _paths(traced)
     named = [path for path in paths if rule.is_named(path)]
-    if not named or (rule.all_linear and not sites):
+    if not named or (rule.all_linear and not any(is_layer(site, traced.tree) for site in sites.values())):
         if rule.pattern is not None:
             names = dict.fromkeys(path.rpartition(".")[2] for path in sites)
             return [
@@ -82,7 +82,9 @@ def _missing(
             ]
         if not rule.all_linear and not rule.names:
             return ["target_modules is empty; name modules, or take 'all-linear'"]
-        return [_no_match(name, paths) for name in sorted(rule.names)] or ["the model has no linear layer to adapt"]
+        found = listed([path for path, site in sites.items() if site.kind == "functional"])
+        more = f"; name its functional calls to adapt them: {found}" if found else ""
+        return [_no_match(n, paths) for n in sorted(rule.names)] or [f"the model has no linear layer to adapt{more}"]
     reasons = {
         rule.rejection(path)
         or trains_whole(path, saved)
