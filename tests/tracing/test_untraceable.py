@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import warnings
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gralora_fx import trace
+from gralora_fx import LoraConfig, merge, rewrite, trace
 from gralora_fx.base.compat.torch_graphs import tree_leaves
 from gralora_fx.errors import TraceError
 
@@ -177,3 +178,36 @@ def test_random_numbers_in_evaluation_are_drawn_and_said(kind: type[nn.Module]) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trace(Dataclass(), (X,))
+
+
+class Named(nn.Module):
+    """A layer and a parameter of any name."""
+
+    def __init__(self, layer: str, parameter: str) -> None:
+        super().__init__()
+        self.names = layer, parameter
+        setattr(self, layer, nn.Linear(8, 8))
+        self.register_parameter(parameter, nn.Parameter(torch.randn(8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, parameter = (getattr(self, name) for name in self.names)
+        return layer(x) + parameter
+
+
+@pytest.mark.parametrize(
+    ("layer", "parameter", "taken"),
+    [("graph", "b", "graph"), ("l", "code", "code"), ("recompile", "b", "recompile"), ("l", "_in_spec", "_in_spec")]
+    + [("l", "self", "self"), ("l", "gralora", "gralora"), ("self", "b", None), ("gralora", "additions", None)],
+)
+def test_a_name_that_a_graph_module_has_is_refused_and_right_within_another_module(
+    layer: str, parameter: str, taken: str | None
+) -> None:
+    model = Named(layer, parameter)
+    if taken is not None:
+        with pytest.raises(TraceError, match=f"'{taken}' of the Named has a name .*in which it is '0.{taken}'"):
+            trace(model, (X,))
+        model = nn.Sequential(model)
+    gralora = rewrite(trace(model, (X,)), LoraConfig(r=2, target_modules=[layer], init_lora_weights=False)).train()
+    gralora(X).sum().backward()
+    assert torch.equal(copy.deepcopy(gralora)(X), gralora(X))
+    assert (merge(gralora)(X) - gralora(X)).abs().max() < 1e-5

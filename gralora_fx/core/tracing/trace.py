@@ -18,7 +18,7 @@ from gralora_fx.base.progress.stages import gc_pause, quiet
 from gralora_fx.base.sources.lazy_tensors import is_lazy
 from gralora_fx.core.graph.module_tree import ModuleTree, is_within
 from gralora_fx.core.graph.out_of_reach import layers_of
-from gralora_fx.core.graph.surgery import placeholder_parameters, restore_parameters
+from gralora_fx.core.graph.surgery import ROOT, placeholder_parameters, restore_parameters
 from gralora_fx.core.tracing.capture import features_as_nodes, has_own_code, trace_both_modes
 from gralora_fx.core.tracing.check import with_call_signature
 from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, AppendedModules, Captured, Draft, called_as, first_draft
@@ -164,6 +164,7 @@ def trace(
             f"{inferred[0]} of the {type(model).__name__} was made under torch.inference_mode, so it can never train; "
             "make the model outside of it, or trace copy.deepcopy(model)"
         )
+    _check_names(model)
     model = _form_of(model, task)
     with ExitStack() as changed:
         if appended is not None:
@@ -188,6 +189,18 @@ def trace(
     return dataclasses.replace(
         traced, source=Draft(**{f.name: getattr(draft, f.name) for f in dataclasses.fields(Draft)})
     )
+
+
+def _check_names(model: nn.Module) -> None:
+    """Refuse names in the model itself that its graph module has for other things."""
+    of_graphs = {*dir(fx.GraphModule({}, fx.Graph())), "_in_spec", "_out_spec"}.difference(dir(nn.Module()))
+    tensors = {*model._parameters, *model._buffers}
+    if taken := (of_graphs & {*model._modules, *tensors}) | ({"self", ROOT} & tensors):
+        name = min(taken)
+        raise TraceError(
+            f"{name!r} of the {type(model).__name__} has a name that graphs have for something of their own; rename it, "
+            f"or trace nn.Sequential(model), in which it is '0.{name}'"
+        )
 
 
 def _form_of(model: nn.Module, task: str | None) -> nn.Module:
