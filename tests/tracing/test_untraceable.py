@@ -196,8 +196,16 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize(
     ("layer", "parameter", "taken"),
-    [("graph", "b", "graph"), ("l", "code", "code"), ("recompile", "b", "recompile"), ("l", "_in_spec", "_in_spec")]
-    + [("l", "self", "self"), ("l", "gralora", "gralora"), ("self", "b", None), ("gralora", "additions", None)],
+    [
+        ("graph", "b", "graph"),
+        ("l", "code", "code"),
+        ("recompile", "b", "recompile"),
+        ("l", "_in_spec", "_in_spec"),
+        ("l", "self", "self"),
+        ("l", "gralora", "gralora"),
+        ("self", "b", None),
+        ("gralora", "additions", None),
+    ],
 )
 def test_a_name_that_a_graph_module_has_is_refused_and_right_within_another_module(
     layer: str, parameter: str, taken: str | None

@@ -198,8 +198,8 @@ def _check_names(model: nn.Module) -> None:
     if taken := (of_graphs & {*model._modules, *tensors}) | ({"self", ROOT} & tensors):
         name = min(taken)
         raise TraceError(
-            f"{name!r} of the {type(model).__name__} has a name that graphs have for something of their own; rename it, "
-            f"or trace nn.Sequential(model), in which it is '0.{name}'"
+            f"{name!r} of the {type(model).__name__} has a name that graphs have for something of their own; rename "
+            f"it, or trace nn.Sequential(model), in which it is '0.{name}'"
         )
 
 
