@@ -6,13 +6,14 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from gralora_fx.base.compat.torch_graphs import tree_leaves, tree_map
@@ -22,12 +23,12 @@ from gralora_fx.core.tracing.draft import Captured, Draft
 from gralora_fx.core.tracing.inputs.input_trees import by_own_names, placeholder_values, same_value, shown
 from gralora_fx.core.tracing.inputs.signature import default_input, own_inputs
 from gralora_fx.core.tracing.normalize.modes import set_mode
-from gralora_fx.core.tracing.recurrent_shapes import checked_states
 from gralora_fx.errors import TraceError, first_line, remedy
 from gralora_fx.format.input_names import PAST, TEXT_INPUTS
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+RECURRENT = {name: getattr(torch.ops.aten, name).input for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
 
 
 def check(draft: Captured) -> Captured:
@@ -287,3 +288,17 @@ def _by_token(model: nn.Module, inputs: dict[str, Any]) -> Any:
         logits.append(outputs["logits"])
     outputs["logits"] = torch.cat(logits, dim=1)
     return outputs
+
+
+class _CheckedStates(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in RECURRENT.values():
+            states, rows = [args[1]] if isinstance(args[1], Tensor) else args[1], args[0].shape[0 if args[8] else 1]
+            if any(state.shape[1] != rows for state in states):
+                raise ValueError(f"a recurrent layer's states are not of {rows} rows, as its input is")
+        return func(*args, **(kwargs or {}))
+
+
+def checked_states(graph: fx.Graph) -> AbstractContextManager[Any]:
+    """Let a graph's recurrent operators raise for states of another batch than the input, which they read beyond."""
+    return _CheckedStates() if any(node.target in RECURRENT.values() for node in graph.nodes) else nullcontext()

@@ -5,15 +5,15 @@ On tensors without values PyTorch runs them step by step, which fixes the length
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gralora_fx.base.compat.torch_graphs import schema_of
 from gralora_fx.core.operators.call import define_shape_only, operator_for
+from gralora_fx.core.tracing.check import RECURRENT
 from gralora_fx.errors import TraceError
 
 
@@ -24,8 +24,7 @@ def _shapes(x: Tensor, hx: Any, *rest: Any) -> tuple[Tensor, ...]:
     return output, *(torch.empty_like(state) for state in states)
 
 
-_OPERATORS = {name: getattr(torch.ops.aten, name).input for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
-for _operator in _OPERATORS.values():
+for _operator in RECURRENT.values():
     define_shape_only(str(schema_of(_operator)).removeprefix("aten::").replace(".input", "", 1), _shapes, _operator)
 
 
@@ -34,24 +33,10 @@ class RecurrentShapes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of PyTorch; recurrent layers without values return the shapes."""
-        operator = _OPERATORS.get(name := getattr(func, "__name__", ""))
+        operator = RECURRENT.get(name := getattr(func, "__name__", ""))
         if name == "_pack_padded_sequence" or (operator is not None and not isinstance(args[3], bool)):
             raise TraceError(
                 "packed sequences depend on the values of the lengths, which a graph does not have; give the layer "
                 "padded sequences, and choose each row's last state with gather"
             )
         return (func if operator is None else operator_for(operator, args[0]))(*args, **(kwargs or {}))
-
-
-class _CheckedStates(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _OPERATORS.values():
-            states, rows = [args[1]] if isinstance(args[1], Tensor) else args[1], args[0].shape[0 if args[8] else 1]
-            if any(state.shape[1] != rows for state in states):
-                raise ValueError(f"a recurrent layer's states are not of {rows} rows, as its input is")
-        return func(*args, **(kwargs or {}))
-
-
-def checked_states(graph: fx.Graph) -> AbstractContextManager[Any]:
-    """Let a graph's recurrent operators raise for states of another batch than the input, which they read beyond."""
-    return _CheckedStates() if any(node.target in _OPERATORS.values() for node in graph.nodes) else nullcontext()
