@@ -50,10 +50,10 @@ from gralora_fx.exporters.rules.rows.flatten_tokens import FlattenTokens, copied
 from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.exporters.translation.export_graphs import CastGraph, graph_to_translate
-from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
+from gralora_fx.exporters.translation.names import axes_of_rows, input_names, name_axes, name_outputs
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.exporters.verify.cases import Verification, axes_of_rows, plain_inputs
+from gralora_fx.exporters.verify.cases import Verification, plain_inputs
 from gralora_fx.exporters.verify.outputs import compare_rows, flat, named_outputs, run_model
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, DATA
 from gralora_fx.format.export_directory import MODEL, PLAIN_KIND

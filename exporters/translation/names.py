@@ -11,6 +11,7 @@ from torch import Tensor
 from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.tracing.inputs.input_trees import leaf_paths
+from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError
 from gralora_fx.format.cache_slots import slot_of
 from gralora_fx.format.export_directory import LOGITS_INDICES, PAST_SEQLENS
@@ -125,3 +126,19 @@ def layer_of(node: ir.Node) -> str:
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     names = [name.strip(" '\"[]") for name in scopes.split(",")]
     return next((name for name in reversed(names[:-1]) if name and not name.startswith(_NOWHERE)), str(node.name))
+
+
+def traced_sizes(model: TracedModel) -> dict[str, list[str]]:
+    """Return each input's sizes as the trace's numbers and expressions, by path."""
+    placeholders = model.graph_module.graph.find_nodes(op="placeholder")
+    return {
+        path: [str(size) for size in getattr(node.meta.get("val"), "shape", ())]
+        for (path, _), node in zip(leaf_paths(model.graph_inputs), placeholders, strict=False)
+    }
+
+
+def axes_of_rows(model: TracedModel) -> dict[str, tuple[int, ...]]:
+    """Return which axes of each input have the size of some input's first axis, which may vary, by path."""
+    shapes = traced_sizes(model)
+    rows = {sizes[0] for sizes in shapes.values() if sizes and not sizes[0].isdigit()}
+    return {path: tuple(axis for axis, size in enumerate(s) if size in rows) for path, s in shapes.items()}

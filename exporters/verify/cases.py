@@ -14,10 +14,10 @@ from gralora_fx.base.compat.torch_graphs import KeyPath, tree_map_with_path
 from gralora_fx.base.features import parts
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import empty_cache, positions, returned_cache
-from gralora_fx.core.tracing.inputs.input_trees import key_text, leaf_paths, path_of, tensor_paths
+from gralora_fx.core.tracing.inputs.input_trees import key_text, path_of, tensor_paths
 from gralora_fx.core.tracing.inputs.signature import own_inputs
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.translation.names import AXES
+from gralora_fx.exporters.translation.names import AXES, axes_of_rows, traced_sizes
 from gralora_fx.exporters.verify.tolerances import ToleranceCheck
 from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck
 from gralora_fx.format.input_names import PAST, beside_ids
@@ -265,10 +265,8 @@ def _plain_inputs(model: TracedModel, generator: torch.Generator) -> Iterator[tu
     sample = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     if len(sample) < len(inputs) or not any(map(is_text, sample)):
         for batch in (1, 3):
-            yield (
-                f"batch {batch}",
-                {name: _nested(model, name, value, batch, generator) for name, value in inputs.items()},
-            )
+            case = {name: _nested(model, name, value, batch, generator) for name, value in inputs.items()}
+            yield f"batch {batch}", case
         yield from _longer(model)
         for changed, words, other in _others(model):
             case = {name: _nested(model, name, value, 2, generator) for name, value in inputs.items()}
@@ -292,19 +290,17 @@ def _plain_inputs(model: TracedModel, generator: torch.Generator) -> Iterator[tu
 
 def _longer(model: TracedModel) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the example inputs where every size that varies, beside the batch, is larger by one, if it may be."""
-    by_row, sizes = axes_of_rows(model), _symbols(model)
+    by_row, sizes = axes_of_rows(model), traced_sizes(model)
 
     def longer(keys: KeyPath, value: Any) -> Any:
-        path = ".".join(map(key_text, keys))
-        for axis, size in enumerate(sizes.get(path, ()) if isinstance(value, Tensor) else ()):
-            if axis not in by_row[path] and not size.isdigit():
+        for axis, size in enumerate(sizes.get(path := ".".join(map(key_text, keys)), ())):
+            if isinstance(value, Tensor) and axis not in by_row[path] and not size.isdigit():
                 value = torch.cat([value, value.narrow(axis, 0, 1)], axis)
         return value
 
     case = tree_map_with_path(longer, dict(model.graph_inputs))
     try:
-        with torch.no_grad():
-            model(**own_inputs(case))
+        torch.no_grad()(model)(**own_inputs(case))
     except Exception:  # noqa: BLE001  # a model may raise anything at sizes that are not its own
         return
     yield "longer inputs", case
@@ -331,29 +327,12 @@ def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: 
     def fresh(keys: KeyPath, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        path = path_of(name, keys)
-        rows, *_ = (*model.signature.fixed.get(path, ()), None)
+        rows, *_ = (*model.signature.fixed.get(path := path_of(name, keys), ()), None)
         for axis in filter(None, by_row.get(path, ())):  # such as axis 1 of a recurrent layer's state
             value = value.narrow(axis, 0, 1).expand([batch if at == axis else -1 for at in range(value.ndim)])
         return like(value, rows or batch, None, generator)
 
     return tree_map_with_path(fresh, example)
-
-
-def _symbols(model: TracedModel) -> dict[str, list[str]]:
-    """Return each input's sizes as the trace's numbers and expressions, by path."""
-    placeholders = model.graph_module.graph.find_nodes(op="placeholder")
-    return {
-        path: [str(size) for size in getattr(node.meta.get("val"), "shape", ())]
-        for (path, _), node in zip(leaf_paths(model.graph_inputs), placeholders, strict=False)
-    }
-
-
-def axes_of_rows(model: TracedModel) -> dict[str, tuple[int, ...]]:
-    """Return which axes of each input have the size of some input's first axis, which may vary, by path."""
-    shapes = _symbols(model)
-    rows = {sizes[0] for sizes in shapes.values() if sizes and not sizes[0].isdigit()}
-    return {path: tuple(axis for axis, size in enumerate(s) if size in rows) for path, s in shapes.items()}
 
 
 def random_answers(model: TracedModel, seed: int) -> list[Case]:

@@ -236,7 +236,7 @@ SLICES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("length", [3, 9])
 @pytest.mark.parametrize("name", SLICES)
 def test_slices_are_right_in_every_session_at_every_length(name: str, length: int, tmp_path: Path) -> None:
-    """Whether the example is shorter than the slice, or longer."""
+    """The example is shorter than the slice, or longer."""
     source = Between(lambda h, _: SLICES[name](h)).eval()
     traced = trace(source, (example(2, length),))
     assert traced.signature.limits == ()
