@@ -234,6 +234,13 @@ def test_a_second_input_stays_an_input() -> None:
     assert torch.allclose(result(scale=scale, x=x), model(x, scale), atol=1e-6)
 
 
+def test_an_input_without_axes_stays_an_input_too() -> None:
+    model, x = Mlp().eval(), torch.randn(2, 5, 8)
+    result = trace(model, (x, torch.tensor(1.5)))
+    for sample in (x, torch.randn(3, 7, 8)):
+        assert (result(sample, torch.tensor(-2.0)) - model(sample, torch.tensor(-2.0))).abs().max() < 1e-6
+
+
 def test_a_sequence_axis_of_a_plain_module_varies() -> None:
     model = Mlp().eval()
     result = trace(model, (torch.ones(2, 5, 8),))

@@ -255,7 +255,7 @@ def _with_another_row(value: Any) -> Any:
 
 
 def _with_another_position(value: Any) -> Any:
-    return torch.cat([value, value[:, :1]], dim=1) if isinstance(value, torch.Tensor) else value
+    return torch.cat([value, value[:, :1]], dim=1) if isinstance(value, torch.Tensor) and value.ndim > 1 else value
 
 
 def call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:

@@ -114,8 +114,9 @@ def trace(
         model: A transformers model, any module, a `GraphModule` (symbolic or exported), or an `ExportedProgram`.
         example_inputs: Keyword arguments as a dict, or positional ones as a tuple. Tensors, and lists, tuples, dicts
             and dataclasses of them, become inputs; every other argument, given or not, becomes part of the graph with
-            its value, and a call with another value is refused. One row and one position are enough: batch and sequence
-            stay dynamic nevertheless, and a padding mask stays an input.
+            its value, and a call with another value is refused. One row is enough, and for a transformers model one
+            token: batch and sequence stay dynamic nevertheless, and a padding mask stays an input. A further axis of
+            size 1 of another model's input is fixed, with a warning.
         kwargs: Keyword arguments beside a tuple, as in `torch.export.export(model, args, kwargs)`.
         task: One of optimum's task names; example inputs are generated from the model's configuration if none are
             given.
