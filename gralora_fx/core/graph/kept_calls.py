@@ -7,6 +7,7 @@ trace each calls one operator with a key; `Recording.write` puts the function in
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import types
 from collections import OrderedDict
@@ -191,6 +192,31 @@ def keeping_calls(model: nn.Module, *, everything: bool) -> Iterator[Recording]:
             yield recording
     finally:
         _recording.reset(token)
+
+
+@contextmanager
+def with_own_hooks(model: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Within the block, let a forward with keywords do what a model's own backward hooks do for positional arguments.
+
+    Yields:
+        The forward, with the hooks that the model has not within the block.
+    """
+    if not model._backward_hooks and not model._backward_pre_hooks:
+        yield forward
+        return
+    full, _ = model._get_backward_hooks()  # type: ignore[no-untyped-call]
+    before = model._get_backward_pre_hooks()  # type: ignore[no-untyped-call]
+    others = {p.name for p in inspect.signature(model.forward).parameters.values() if p.kind == p.KEYWORD_ONLY}
+    hook_of: Any = calls_of_modules.__dict__
+
+    def hooked_forward(**kwargs: Any) -> Any:
+        seen = [name for name in kwargs if name not in others]
+        hook = hook_of["BackwardHook"](model, full, before)
+        given = hook.setup_input_hook(tuple(kwargs[name] for name in seen))
+        return hook.setup_output_hook(forward(**kwargs | dict(zip(seen, given, strict=True))))
+
+    with patch.multiple(model, _backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict()):
+        yield functools.wraps(forward)(hooked_forward)
 
 
 _function: Any = torch.autograd.Function.__dict__["apply"].__func__

@@ -1,4 +1,4 @@
-"""Modules that a model registers under several names, as modules of their own while it is traced.
+"""A model's modules as a trace needs them: each under one name, and afterwards without what the trace left on them.
 
 torch.export records by which name a module is called, but loses parts of the names of modules registered twice.
 """
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+
+from gralora_fx.base.compat.torch_graphs import FakeTensor, tree_leaves
 
 
 @contextmanager
@@ -29,6 +31,20 @@ def own_modules(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, module in changed:
             parent._modules[name] = module
+
+
+@contextmanager
+def without_traces(model: nn.Module) -> Iterator[None]:
+    """After the block, let attributes that its trace has set, such as a mask that the forward keeps, be as before."""
+    before = [(part, dict(vars(part))) for part in model.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            for name, value in list(vars(part).items()):
+                if value is not attributes.get(name) and any(isinstance(v, FakeTensor) for v in tree_leaves(value)):
+                    del vars(part)[name]
+                    vars(part).update({name: attributes[name]} if name in attributes else {})
 
 
 def _copy(module: nn.Module) -> nn.Module:

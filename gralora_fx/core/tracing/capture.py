@@ -25,7 +25,7 @@ from gralora_fx.base.patches import patched_here
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.kept_calls import keeping_calls
 from gralora_fx.core.graph.module_tree import module_stack
-from gralora_fx.core.tracing.aliases import own_modules
+from gralora_fx.core.tracing.aliases import own_modules, without_traces
 from gralora_fx.core.tracing.check import check, difference
 from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, Captured, Draft
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, cache_layout
@@ -52,6 +52,7 @@ def capture(draft: Draft) -> Captured:
             keeping_calls(model, everything=draft.keeps_all) as kept,
             _as_traced(model),
             own_modules(model),
+            without_traces(model),
             traceable_modes() as checkpoints,
         ):
             shapes = dynamic_axes(sample, draft.held) if draft.dynamic else None

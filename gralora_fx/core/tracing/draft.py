@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
+from gralora_fx.core.graph.kept_calls import with_own_hooks
 from gralora_fx.core.graph.module_tree import kept_modes
 from gralora_fx.core.graph.pipeline import PassReport
 from gralora_fx.core.tracing.inputs.arguments import (
@@ -193,7 +194,8 @@ def called_as(draft: Draft) -> Iterator[None]:
     model = draft.model
     forward = forward_with(model, tuple(draft.sample), draft.constants)
     with (
-        patch.object(model, "forward", forward),
+        with_own_hooks(model, forward) as hooked,
+        patch.object(model, "forward", hooked),
         configured_cache(model, use_cache=PAST in draft.sample),
         _every_layer_runs_once(model),
         _of_transformers(model, draft.sample),
