@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from gralora_fx.demo.news_classifier import load_news, package_folder
-from gralora_fx.demo.writing import draw_losses
+from gralora_fx.demo.run import draw_losses
 
 LENGTH = 32  # tokens of a text that are read
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.demo.news_classifier import load_news
-from gralora_fx.demo.writing import draw_losses
+from gralora_fx.demo.run import draw_losses
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of every process, so that any number resumes
 

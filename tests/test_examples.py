@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -99,9 +98,9 @@ def test_read_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_hybrid_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     news = news_writer.load_news(0)
-    few = dataclasses.replace(news, train=news.train[:32], test=news.test[:16])
+    few = news._replace(train=news.train[:32], test=news.test[:16])
     monkeypatch.setattr(news_writer, "load_news", lambda _: few)
-    monkeypatch.setattr(news_writer, "_HELD_OUT", 8)
+    monkeypatch.setattr(news_writer, "HELD_OUT", 8)
     arguments = ["hybrid_decoder.py", "--output", str(tmp_path), "--steps", "4", "--adapter-steps", "2"]
     monkeypatch.setattr(sys, "argv", arguments)
     runpy.run_path(str(EXAMPLES / "hybrid_decoder.py"), run_name="__main__")

