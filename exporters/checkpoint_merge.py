@@ -85,7 +85,7 @@ class MergeReport(Report):
     @property
     def details(self) -> str:
         """Lines on the files, the changes in them, and the files left out."""
-        lines = written_lines(self.output_dir, self.files, (40, 16))
+        lines = written_lines(self.output_dir, self.files)
         lines.append(f"{len(self.merged)} weights merged, {len(self.replaced)} tensors replaced")
         lines += [f"added {key}" for key in self.added]
         lines += [f"{MODEL_FILE}: {change}" for change in self.config_changes]

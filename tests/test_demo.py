@@ -11,9 +11,12 @@ from pathlib import Path
 import peft
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 from running_service import post, running
 
-from gralora_fx.base.progress.console import SILENCED, Heartbeat
+from gralora_fx.base.progress.console import SILENCED
+from gralora_fx.base.progress.live_stages import print_news
+from gralora_fx.base.progress.stages import counting, displayed
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.demo import news_classifier, news_writer
 from gralora_fx.demo import run as run_module
@@ -95,18 +98,18 @@ def test_after_the_first_part_there_is_something_to_look_at(
 def test_steps_come_at_least_every_fifteen_seconds() -> None:
     """With five seconds for a step, which a slow machine takes."""
     sink, now = io.StringIO(), [0.0]
-    silence = run_module.SILENCE
-    beating = Heartbeat(Console(file=sink), first=silence, silence=silence, clock=lambda: now[0])
-    beating.begin("train")
-    beating.count("train", 0, 45)
-    times = [0.0]
-    for tenth in range(1, 2250):
-        now[0] = tenth / 10
-        if tenth % 50 == 0:
-            beating.count("train", tenth // 50, 45, detail="loss 0.41")
-        before = sink.tell()
-        beating.beat()
-        times += [now[0]] if sink.tell() > before else []
+    progress = Progress(console=Console(file=sink, get_time=lambda: now[0]))
+    token, due, times = displayed.set(progress), run_module.SILENCE, [0.0]
+    with counting("train", 45, "") as count:
+        for tenth in range(1, 2250):
+            now[0] = tenth / 10
+            if tenth % 50 == 0:
+                count(tenth // 50, detail="loss 0.41")
+            if now[0] >= due:
+                before = sink.tell()
+                due = now[0] + print_news(progress, run_module.SILENCE)
+                times += [now[0]] if sink.tell() > before else []
+    displayed.reset(token)
     assert max(after - before for before, after in itertools.pairwise(times)) <= 15
     assert sink.getvalue().splitlines()[-3] == "train: 40/45, loss 0.41, about 25 s left"
 

@@ -5,129 +5,134 @@ from __future__ import annotations
 import gc
 import io
 import logging
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 from terminals import in_terminal, plain_lines
 from tqdm import tqdm
 
-from gralora_fx.base.progress import console as module
-from gralora_fx.base.progress.console import (
-    FIRST,
-    SILENCE,
-    SILENCED,
-    CommandProgress,
-    Heartbeat,
-    StageProgress,
-    with_progress,
-)
-from gralora_fx.base.progress.stages import counted, gc_pause, is_displayed, quiet, time_left, timed
+from gralora_fx.base.progress import live_stages as module
+from gralora_fx.base.progress.console import SILENCED, CommandProgress, StageProgress, with_progress
+from gralora_fx.base.progress.live_stages import FIRST, SILENCE, print_news
+from gralora_fx.base.progress.stages import counted, counting, displayed, gc_pause, quiet, timed
 
 ROOT = Path(__file__).parents[2]
 
 
-class Clock:
+class Log:
+    """A log by a clock that the test sets, of the stages of the test's own thread."""
+
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now, self.sink = 0.0, io.StringIO()
+        self.progress = Progress(console=Console(file=self.sink, width=200, get_time=lambda: self.now))
 
-    def __call__(self) -> float:
-        return self.now
+    def news(self) -> float:
+        return print_news(self.progress, SILENCE)
+
+    @property
+    def lines(self) -> list[str]:
+        return self.sink.getvalue().splitlines()
 
 
-def heartbeat(clock: Clock, **options: float) -> tuple[Heartbeat, io.StringIO]:
-    sink = io.StringIO()
-    return Heartbeat(Console(file=sink, width=200), clock=clock, **options), sink
+@pytest.fixture
+def log() -> Iterator[Log]:
+    log = Log()
+    token = displayed.set(log.progress)
+    yield log
+    displayed.reset(token)
 
 
 @pytest.mark.quick
-def test_a_log_has_a_line_every_fifteen_seconds_as_long_as_there_is_news() -> None:
-    clock = Clock()
-    beating, sink = heartbeat(clock)
-    beating.begin("trace")
-    times = []
-    for step in range(1, 1201):  # two minutes, in tenths of a second
-        clock.now = step / 10
-        if step == 222:
-            beating.end("trace")
-            beating.begin("choosing bits")
-        if step >= 222:
-            beating.count("choosing bits", (step - 222) // 4, 240, "matrices")
-        before = sink.tell()
-        beating.beat()
-        times += [clock.now] if sink.tell() > before else []
-    assert times == [FIRST, 22.2, *(22.2 + SILENCE * index for index in range(1, 7))]
-    lines = sink.getvalue().splitlines()
-    assert lines[:2] == ["trace ...", "choosing bits: 0/240 matrices"]
-    assert lines[3] == "choosing bits: 75/240 matrices, about 65 s left"
+def test_a_log_has_a_line_every_fifteen_seconds_as_long_as_there_is_news(log: Log) -> None:
+    times, due = [], FIRST
+    with ExitStack() as stages:
+        stages.enter_context(timed("trace"))
+        for step in range(1, 1201):  # two minutes, in tenths of a second
+            log.now = step / 10
+            if step == 222:
+                stages.close()
+                count = stages.enter_context(counting("choosing bits", 240, "matrices"))
+            if step >= 222:
+                count((step - 222) // 4)
+            if log.now >= due:
+                before = len(log.lines)
+                due = log.now + log.news()
+                times += [log.now] if len(log.lines) > before else []
+    assert times == [FIRST, 22.5, *(22.5 + SILENCE * index for index in range(1, 7))]
+    assert log.lines[:2] == ["trace ...", "choosing bits: 0/240 matrices"]
+    assert log.lines[3] == "choosing bits: 75/240 matrices, about 65 s left"
 
 
-def test_nothing_is_printed_without_news() -> None:
-    clock = Clock()
-    beating, sink = heartbeat(clock)
-    beating.begin("trace")
-    for clock.now in range(300):
-        beating.beat()
-    assert sink.getvalue() == "trace ...\n"
-    beating.count("trace", 1, 3, detail="loss 0.41")
-    beating.beat()
-    beating.count("trace", 1, 3, detail="loss 0.41")
-    clock.now = 400
-    beating.beat()
-    assert sink.getvalue().splitlines()[1:] == ["trace: 1/3, loss 0.41, about 10 min left"]
+def test_nothing_is_printed_without_news(log: Log) -> None:
+    with timed("trace"):
+        for log.now in range(300):
+            log.news()
+        assert log.lines == ["trace ..."]
+    log.now = 0
+    with counting("train", 3, "") as count:
+        log.now = 299
+        count(1, "loss 0.41")
+        log.news()
+        count(1, "loss 0.41")
+        log.now = 400
+        log.news()
+    assert log.lines[1:] == ["train: 1/3, loss 0.41, about 10 min left"]
+    log.news()  # of no stage
+    assert len(log.lines) == 2
 
 
-def test_other_lines_put_it_off() -> None:
-    clock = Clock()
-    beating, sink = heartbeat(clock, first=5, silence=5)
-    beating.begin("trace")
-    clock.now = 4.0
-    beating.shown()
-    clock.now = 8.0
-    assert beating.beat() == 1.0
-    assert not sink.getvalue()
-    clock.now = 9.0
-    assert beating.beat() == 5.0
-    assert sink.getvalue() == "trace ...\n"
+def test_a_stage_that_an_error_ended_is_left_with_the_one_around_it(log: Log) -> None:
+    left = counted(range(3), "write", "files")
 
+    def fail() -> None:
+        with timed("export"):
+            next(left)
+            raise ValueError("unknown")
 
-def test_a_stage_that_an_error_ended_is_left_with_the_one_around_it() -> None:
-    clock = Clock()
-    beating, sink = heartbeat(clock)
-    for stage in ("working", "export", "write"):
-        beating.begin(stage)
-    beating.end("export")
-    beating.end("never begun")
-    clock.now = 6.0
-    beating.beat()
-    assert sink.getvalue() == "working ...\n"
+    with timed("working"):
+        with pytest.raises(ValueError, match="unknown"):
+            fail()
+        log.news()
+        next(left)  # of the stage that was left
+        log.news()
+        assert log.lines == ["working ..."]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.2, "about 1 s left"), (8.4, "about 8 s left"), (23, "about 25 s left"), (200, "about 3 min left")],
+    ("elapsed", "done", "words"),
+    [(1, 5, "about 1 s left"), (42, 5, "about 8 s left"), (23, 3, "about 25 s left"), (200, 3, "about 3 min left")],
 )
-def test_the_time_that_is_left_is_rounded(seconds: float, words: str) -> None:
-    assert time_left(seconds) == words
+def test_the_time_that_is_left_is_rounded(log: Log, elapsed: float, done: int, words: str) -> None:
+    with counting("reading", 6, "files") as count:
+        log.now = elapsed
+        count(done)
+        log.news()
+    assert log.lines == [f"reading: {done}/6 files, {words}"]
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_it_beats_in_a_log_alone(is_terminal: bool) -> None:
+def test_lines_come_in_a_log_alone(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SILENCED)
     sink = io.StringIO()
-    with Heartbeat(Console(file=sink, force_terminal=is_terminal), first=0, silence=0.01):
+    with StageProgress(Console(file=sink, force_terminal=is_terminal), silence=0.01):
         deadline = time.monotonic() + (0.1 if is_terminal else 10)
         while time.monotonic() < deadline and sink.getvalue().count("reading") < 2:
             for _ in counted(range(3), "reading", "files"):
                 time.sleep(0.01)
-    lines = sink.getvalue().count("reading")
-    assert lines == 0 if is_terminal else lines >= 2
+    lines = re.findall(r"^reading: \d/3 files$", sink.getvalue(), re.MULTILINE)
+    assert not lines if is_terminal else len(lines) >= 2
     ended = sink.getvalue()
     time.sleep(0.05)
     assert sink.getvalue() == ended
@@ -153,7 +158,7 @@ def test_a_function_shows_its_stages_while_the_libraries_are_silenced(capsys: py
     shown = capsys.readouterr()
     assert re.search(r"^choosing bits: \d/10 matrices\n", shown.err, re.MULTILINE)
     assert shown.out == ""
-    assert not is_displayed()
+    assert displayed.get() is None
     with StageProgress():
         work()  # which its caller shows already
     lines = capsys.readouterr().err.splitlines()
@@ -168,6 +173,16 @@ def test_the_environment_silences_it(
     monkeypatch.setenv(SILENCED, value)
     work()
     assert capsys.readouterr().err == ""
+
+
+def test_what_shows_nothing_loads_no_rich() -> None:
+    code = (
+        "import sys\nfrom gralora_fx.base.progress.console import CommandProgress\n"
+        "from gralora_fx.base.progress.stages import timed\n"
+        "with CommandProgress(), timed('opening'): pass\n"
+        "assert not {'rich.console', 'rich.progress'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, SILENCED: "0"})
 
 
 def test_a_terminal_may_have_counts_alone() -> None:

@@ -173,7 +173,7 @@ def name_keywords(paths: Iterable[str]) -> None:
 
     def with_keywords(base: str, target: str) -> str:
         for part in target.split("."):
-            base = f'getattr({base}, "{part}")' if keyword.iskeyword(part) else written(base, part)
+            base = f'getattr({base},"{part}")' if keyword.iskeyword(part) else written(base, part)
         return base
 
     torch.fx.graph._format_target = with_keywords

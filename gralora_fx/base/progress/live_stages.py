@@ -1,86 +1,80 @@
-"""Live stages on a terminal."""
+"""Stages on a terminal, live; as occasional lines elsewhere."""
 
 from __future__ import annotations
 
-import time
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
-from rich.progress_bar import ProgressBar
-from rich.text import Text
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task
 
-from gralora_fx.base.progress.stages import RunningStage, displayed_by
+from gralora_fx.base.progress.stages import displayed, running, timed
 
-
-class LiveStages:
-    """Stages on a terminal: each with its time, progress of the running one, and the total of several at the end."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._begin = time.perf_counter()
-        self._outermost = 0
-        self._tasks: list[tuple[RunningStage, TaskID]] = []
-        columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description:<10}"), _Seconds(), _Bar(), _Count())
-        self._live = Progress(*columns, console=console, redirect_stdout=False)
-        self._shown = displayed_by(self)
-
-    def __enter__(self) -> None:
-        self._shown.__enter__()
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Stop; show the total of several stages unless an error ended the work."""
-        self._shown.__exit__(None, None, None)
-        self._live.stop()
-        if self._outermost > 1 and kind is None:
-            width = max([10, *(len(task.description) for task in self._live.tasks)])
-            self._console.print(f"  {'total':<{width}} {time.perf_counter() - self._begin:>8.1f} s")
-
-    def begin(self, stage: str) -> None:
-        """Show the start of a stage."""
-        self._live.start()
-        self._outermost += not self._tasks
-        running = RunningStage(stage, time.monotonic())
-        self._tasks.append((running, self._live.add_task(stage, total=None, running=running)))
-
-    def end(self, stage: str) -> None:
-        """Show the end of a stage and those within it."""
-        names = [running.name for running, _ in self._tasks]
-        if stage not in names:
-            return
-        first = len(names) - 1 - names[::-1].index(stage)
-        for running, task in self._tasks[first:]:
-            if running.total:  # a counted stage's time is part of the enclosing stage's
-                self._live.remove_task(task)
-            else:
-                self._live.update(task, total=1, completed=1)
-        del self._tasks[first:]
-
-    def count(self, stage: str, done: int, total: int, unit: str = "", detail: str = "") -> None:
-        """Show a stage's progress."""
-        for running, _ in self._tasks:
-            if running.name == stage:
-                running.done, running.total, running.unit, running.detail = done, total, unit, detail
+FIRST, SILENCE = 5.0, 15.0  # seconds of work before the first line of a log, and between its lines
+_POLL = 0.5  # seconds between two checks for news
 
 
-class _Seconds(ProgressColumn):
-    """A stage's seconds, final or so far."""
+@contextmanager
+def live_stages(console: Console | None, silence: float | None) -> Iterator[None]:
+    """Show this thread's stages: each with its time and their total on a terminal, news now and then elsewhere."""
+    # the current stderr; in a notebook it is a stream like any other
+    console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True, force_jupyter=False)
+    texts = "{task.description:<10}", "{task.elapsed:>8.1f} s"
+    columns = SpinnerColumn(finished_text=" "), *texts, _Bar(bar_width=10), _Counts()
+    progress, ended = Progress(*columns, console=console, redirect_stdout=False), threading.Event()
+    began, token = progress.get_time(), displayed.set(progress)
 
-    def render(self, task: Task) -> Text:
-        seconds = task.finished_time if task.finished else task.elapsed
-        return Text(f"{seconds or 0.0:>8.1f} s")
+    def print_lines() -> None:
+        wait = FIRST if silence is None else silence
+        while not ended.wait(wait):
+            wait = print_news(progress, SILENCE if silence is None else silence)
+
+    printing = threading.Thread(target=print_lines, daemon=True)
+    if not console.is_terminal:
+        printing.start()
+    try:
+        yield
+        if console.is_terminal and sum(task.fields["is_outermost"] for task in progress.tasks) > 1:
+            with timed("total"):
+                progress.tasks[-1].start_time = began
+    finally:
+        displayed.reset(token)
+        ended.set()
+        if console.is_terminal:
+            progress.stop()
+        else:
+            printing.join()
 
 
-class _Bar(ProgressColumn):
-    """A counted stage's progress as a bar."""
+def print_news(progress: Progress, silence: float) -> float:
+    """Print a line if the innermost stage has news; return the seconds until the next may come."""
+    for task in running(progress)[-1:]:
+        if task.completed > task.fields["said"]:
+            progress.update(task.id, said=task.completed)
+            counts = f": {counts_of(task)}" if task.total else " ..."
+            progress.console.print(f"{task.description}{counts}", markup=False)
+            return silence
+    return min(_POLL, silence)
 
-    def render(self, task: Task) -> ProgressBar | Text:
-        stage: RunningStage = task.fields["running"]
-        return ProgressBar(stage.total, stage.done, width=10) if stage.total else Text("")
+
+def counts_of(task: Task) -> str:
+    """Return a counted stage's progress and remaining time, such as `120/210 matrices, about 20 s left`."""
+    parts = [f"{task.completed}/{task.total} {task.fields['unit']}".rstrip(), task.fields["detail"]]
+    if task.total and task.completed and task.elapsed and task.elapsed >= 1:
+        seconds = task.elapsed / task.completed * (task.total - task.completed)
+        step = 1 if seconds < 10 else 5
+        rounded = f"{max(step, round(seconds / step) * step)} s" if seconds < 90 else f"{round(seconds / 60)} min"
+        parts.append(f"about {rounded} left")
+    return ", ".join(filter(None, parts))
 
 
-class _Count(ProgressColumn):
-    """A counted stage's progress in words."""
+class _Counts(ProgressColumn):
+    def render(self, task: Task) -> RenderableType:
+        return counts_of(task) if task.total else ""
 
-    def render(self, task: Task) -> Text:
-        stage: RunningStage = task.fields["running"]
-        return Text(stage.counts(time.monotonic()) if stage.total else "")
+
+class _Bar(BarColumn):
+    def render(self, task: Task) -> RenderableType:  # type: ignore[override]
+        return super().render(task) if task.total else ""

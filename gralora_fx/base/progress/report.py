@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from gralora_fx.errors import Message, joined, marked, remedy
 
 DETAILS = remedy("print(report.details)", "-v")
 _LONG = 10.0  # minimum seconds of work for naming its longest part
+size_of = decimal  # a number of bytes in words, such as `86.2 MB`
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,7 @@ class Invocation:
 
     python: str  # a line of Python to paste
     command: str = ""  # the words of a shell command; empty if there is none
-    # the command's arguments, by the Python names of its options
-    arguments: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, str] = field(default_factory=dict)  # the command's, by the Python names of its options
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,18 @@ class Summary:
     usage: Invocation | None = None  # how to use it; None if unknown
     notes: Sequence[str] = ()  # important notes, a few words each
     slowest: str = ""  # the slowest stage, and how to skip it; empty for short work
-    # the call that compares it with the model; None if that was done, or is impossible
-    comparison: Invocation | None = None
+    comparison: Invocation | None = None  # compares it with the model; None if that was done, or is impossible
 
     def text(self, words: Callable[[Invocation], str] = attrgetter("python")) -> Message:
         """Return the lines of the short form; `words` renders an invocation."""
-        result = self.result
+        lines = [self.result, self.written, f"every figure: {DETAILS}"]
         if self.comparison is not None:
-            result += f"; not compared with PyTorch, to do so: {words(self.comparison)}"
-        if self.usage is None:
-            lines = [result, self.written, f"every figure: {DETAILS}"]
-        else:
-            lines = [result, f"{self.written} (every figure: {DETAILS})", f"use it: {words(self.usage)}"]
+            lines[0] += f"; not compared with PyTorch, to do so: {words(self.comparison)}"
+        if self.usage is not None:
+            lines[1:] = [f"{self.written} (every figure: {DETAILS})", f"use it: {words(self.usage)}"]
         if self.notes:
             lines.append(Message(f"note: {marked(joined(self.notes, '; '))}"))
-        return joined([*lines, self.slowest] if self.slowest else lines)
+        return joined(filter(None, [*lines, self.slowest]))
 
 
 class Report:
@@ -67,24 +66,15 @@ class Report:
         return self.summary.text()
 
 
-def size_of(count: int) -> str:
-    """Format a number of bytes, such as `86.2 MB`."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} bytes"
-
-
 def written(directory: Path, files: Mapping[str, int]) -> str:
     """Describe what was written on one line."""
     return f"wrote {directory}: {size_of(sum(files.values()))} in {len(files)} file{'s' * (len(files) > 1)}"
 
 
-def written_lines(directory: Path, files: Mapping[str, int], widths: tuple[int, int] = (28, 14)) -> list[str]:
+def written_lines(directory: Path, files: Mapping[str, int]) -> list[str]:
     """Return the written directory's path, and a line for each file."""
-    name_width, size_width = widths
-    lines = [f"  {name:<{name_width}}{size:>{size_width},} bytes" for name, size in files.items()]
-    return [f"wrote {directory}", *lines]
+    width = max(map(len, files), default=0)
+    return [f"wrote {directory}", *(f"  {name:<{width}}{size:>16,} bytes" for name, size in files.items())]
 
 
 def times(seconds: Mapping[str, float]) -> str:
@@ -92,13 +82,10 @@ def times(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items())
 
 
-def slowest(seconds: Mapping[str, float], stages: Mapping[str, str], *, least: float = _LONG) -> Message:
-    """Name the slowest stage and how to skip it; empty for short work, of less than `least` seconds.
-
-    `stages` holds descriptions of stages, optionally followed by a colon and a remedy.
-    """
+def slowest(seconds: Mapping[str, float], stages: Mapping[str, str]) -> Message:
+    """Name the slowest stage by its text in `stages`, with a remedy after its colon; empty for short work."""
     total = sum(seconds.values())
-    if not seconds or total < least:
+    if total < _LONG:
         return Message("")
     stage = max(seconds, key=seconds.__getitem__)
     name, colon, rest = stages.get(stage, stage).partition(": ")

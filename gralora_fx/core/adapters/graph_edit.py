@@ -73,7 +73,7 @@ class _Edited:
 
 @dataclass(frozen=True, eq=False)
 class GraphEdit:
-    """What an edit by hand added, changed and removed in a graph, as a pass."""
+    """A pass that does to a graph what an edit by hand did: nodes added, changed and removed."""
 
     edited: tuple[_Edited, ...]  # in the order of the edited graph
     removed: tuple[_Place, ...]  # from the last one

@@ -1,4 +1,4 @@
-"""Whether two constants of code or of a graph are the same, types included."""
+"""Comparison of constants of code and of graphs, types included."""
 
 from __future__ import annotations
 

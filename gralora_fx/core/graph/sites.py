@@ -87,9 +87,8 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
         plain += [call] if (call := match_linear_call(node)) is not None else []
         inner += subgraph_calls(node, graph_module)
     weights = {call: tensors.get(str(call.weight.target)) for call in plain}
-    weights |= {
-        call: weight for call in inner if _layer_of(weight := tensors.get(str(call.weight.target)), tree) is not None
-    }
+    within = {call: tensors.get(str(call.weight.target)) for call in inner}
+    weights |= {call: weight for call, weight in within.items() if _layer_of(weight, tree) is not None}
     calls = {call: w for call, w in weights.items() if isinstance(w, nn.Parameter) and w.ndim == 2}
     paths = {call: _called(call, tree) for call in calls}
     names = {id(weight): tree.names_of(weight) for weight in calls.values()}
@@ -102,13 +101,10 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
     shared_paths = [path for path, _, _ in groups]
     for (path, _, _), group in groups.items():
         weight = calls[group[0]]
-        own_bias = (
-            f"{path}.bias" if path in tree.linear else ""
-        )  # for a bias added after the product, as in Falcon's layers
+        own_bias = f"{path}.bias" if path in tree.linear else ""  # added after the product, as in Falcon's layers
         bias_name = group[0].bias.target if group[0].bias is not None else own_bias
-        name = path
-        if path not in tree.linear and (not path or shared_paths.count(path) > 1):
-            name = _weight_name(path, weight, tree)
+        is_shared = path not in tree.linear and (not path or shared_paths.count(path) > 1)
+        name = _weight_name(path, weight, tree) if is_shared else path
         if name in sites:  # one weight used both as it is and transposed
             name = f"{name}.T"
         sites[name] = _site(name, weight, tensors.get(str(bias_name)), group, tree)
@@ -116,8 +112,7 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
             if call.operand is not None:
                 note_weight(call.node, name, call.operand)
     for path, group in _computed_calls(graph_module, tree, sites).items():
-        original = _original(path, group[0], tree)
-        if original is not None:
+        if (original := _original(path, group[0], tree)) is not None:
             sites[path] = _site(path, original, tree.parameters.get(f"{path}.bias"), group, tree)
     for path in tree.linear - set(sites):
         parameter = tree.parameters.get(f"{path}.weight", _original(path, None, tree))
