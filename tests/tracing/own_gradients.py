@@ -124,3 +124,15 @@ class ModuleHooked(Three):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.inner(self.a(x)))
+
+
+class RootHooked(Three):
+    """With hooks of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_full_backward_hook(lambda _, inputs, outputs: tuple(2 * each for each in inputs))
+        self.register_full_backward_pre_hook(lambda _, outputs: tuple(5 * each for each in outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)).tanh())

@@ -29,6 +29,7 @@ KINDS = [
     own.Hooked,
     own.Masked,
     own.ModuleHooked,
+    own.RootHooked,
 ]
 CONFIGS: dict[str, tuple[Any, Any]] = {
     "lora": (LoraConfig(r=4, target_modules="all-linear"), peft.LoraConfig(r=4, target_modules="all-linear")),

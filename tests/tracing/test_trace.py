@@ -540,6 +540,29 @@ def test_tracing_leaves_buffers_as_they_are() -> None:
     assert model.calls.item() == 0
 
 
+class KeepsMask(nn.Module):
+    """Keeps what its last call computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.mask: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mask = torch.ones(x.shape[1], x.shape[1]).tril()
+        y: torch.Tensor = self.fc(self.mask @ x)
+        self.last = y.detach()
+        return y
+
+
+def test_a_model_that_keeps_what_it_computed_is_usable_after_a_trace() -> None:
+    model, x = KeepsMask(), torch.randn(2, 5, 8)
+    traced = trace(model, (x,))
+    copied = copy.deepcopy(model)  # which holds nothing of the trace
+    torch.testing.assert_close(traced(x), copied(x))
+    assert type(copied.mask) is type(copied.last) is torch.Tensor
+
+
 @pytest.mark.parametrize("inputs", [5, [1, 2], "text"])
 def test_example_inputs_of_another_kind_are_refused(inputs: object) -> None:
     with pytest.raises(TraceError, match="give a dict or a tuple of arguments"):
