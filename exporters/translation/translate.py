@@ -16,6 +16,7 @@ from onnx_ir.passes.common import InlinePass
 from onnxscript import opset18
 from torch import Tensor, fx, nn
 
+from gralora_fx.base.compat.torch_graphs import OpOverload
 from gralora_fx.base.compat.torch_onnx import (
     add_opset_imports,
     decomposition_table,
@@ -30,7 +31,8 @@ from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.operators import operators_called
-from gralora_fx.errors import ExportError, first_line
+from gralora_fx.core.tracing.failures import call_named
+from gralora_fx.errors import ExportError, first_line, listed
 from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES
 from gralora_fx.exporters.translation.operators import TRANSLATIONS, DomainNode, translation_of, update_forms
 from gralora_fx.exporters.translation.plain_forms import (
@@ -156,8 +158,12 @@ def _translate_into(
             cause = cause.__cause__
         if isinstance(cause, ExportError):
             raise cause from error
-        reason = f"{first_line(error)} ({first_line(cause)})"
-        raise ExportError(f"the graph cannot be converted to ONNX: {reason}") from error
+        reason = f"the graph cannot be converted to ONNX: {first_line(error)} ({first_line(cause)})"
+        missing = [n for n in graph.nodes if isinstance(n.target, OpOverload) and n.target not in known]
+        if missing:
+            calls = listed(dict.fromkeys(map(call_named, missing)), 4)
+            reason = f"there is no ONNX form of {calls}: compute it with other operators, or outside of the model"
+        raise ExportError(reason) from error
     return weights
 
 

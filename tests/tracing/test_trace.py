@@ -371,6 +371,28 @@ def test_an_untraceable_model_says_where() -> None:
         trace(Outer(), (torch.ones(2, 4),))
 
 
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (lambda h: h + h.data, r"a tensor that a graph does not see, such as `\.data`; use `\.detach\(\)`"),
+        (torch.vmap(lambda row: row.softmax(-1)), r"the forward calls `torch\.vmap`, .*compute with the whole batch"),
+    ],
+    ids=["data", "vmap"],
+)
+def test_what_a_graph_cannot_hold_is_named(function: Any, told: str) -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = function(self.fc(x))
+            return h
+
+    with pytest.raises(TraceError, match=told):
+        trace(Calls(), (torch.randn(2, 3, 4),))
+
+
 class Treacherous(nn.Module):
     """Computes something else while it is traced, as a fast path for compilers may."""
 

@@ -57,7 +57,9 @@ def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str 
             with checked_states(draft.graph_module.graph):
                 actual = draft.graph_module(**own_inputs(sample))
         except Exception as error:  # noqa: BLE001  # a graph of a fixed size raises its operators' errors
-            return f"it fails with {type(error).__name__}: {first_line(error)}"
+            from gralora_fx.core.tracing.failures import reason
+
+            return f"it fails with {type(error).__name__}: {reason(error)}"
     return gap(expected, actual)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from gralora_fx.errors import an, first_line
 
@@ -28,6 +28,11 @@ _REASONS = (
         r"two devices|same device|Device Propagation",
         "tensors of two devices meet; put the model and the example inputs on one",
     ),
+    (
+        r"fake tensor in the exported program",
+        "the forward computes with a tensor that a graph does not see, such as `.data`; use `.detach()`",
+    ),
+    (r"being vmapped", "the forward calls `torch.vmap`, which a graph cannot hold; compute with the whole batch"),
 )
 # torch 2.11's message for a set, the only type that gets this far
 _UNKNOWN_OUTPUT = re.compile(r"Found <class '(.+)'> in output, which is not a known type|unhashable type: '(set)'")
@@ -78,6 +83,12 @@ def line_of(stack_trace: str | None) -> str:
     frames = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
     lines = [f"{Path(file).name}:{line}" for file, line in frames if _is_code(Path(file))]
     return lines[-1] if lines else ""
+
+
+def call_named(node: fx.Node) -> str:
+    """Return the operator that a node calls, with the user's line if it is known."""
+    location = line_of(node.meta.get("stack_trace"))
+    return f"{node.target} at {location}" if location else str(node.target)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

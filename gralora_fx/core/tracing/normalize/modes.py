@@ -99,10 +99,9 @@ def find_rng_op(graph: fx.Graph) -> str | None:
     for node in graph.nodes:
         tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
         if torch.Tag.nondeterministic_seeded in tags and _KEY not in node.meta.get("custom", {}) and _is_on(node):
-            from gralora_fx.core.tracing.failures import line_of
+            from gralora_fx.core.tracing.failures import call_named
 
-            location = line_of(node.meta.get("stack_trace"))
-            return f"{node.target} at {location}" if location else str(node.target)
+            return call_named(node)
     return None
 
 
