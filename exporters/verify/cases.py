@@ -248,16 +248,10 @@ def pad_prompts(
 def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield texts of several lengths, padded on either side; other and nested inputs in several batch sizes.
 
-    They are within the limits of the trace's sizes; if none is, the example inputs are all.
+    They are such that the model takes them; if none is, the example inputs are all.
     """
-    limits, is_any = model.signature.limits, False
-    for case in _plain_inputs(model, generator):
-        shapes = {path: tensor.shape for path, tensor in tensor_paths(case[1]).items()} if limits else {}
-        if first_problem(limits, shapes) is None:
-            is_any = True
-            yield case
-    if not is_any:
-        yield "the example inputs", dict(model.graph_inputs)
+    cases = [case for case in _plain_inputs(model, generator) if _runs(model, case[1])]
+    yield from cases or [("the example inputs", dict(model.graph_inputs))]
 
 
 def _plain_inputs(model: TracedModel, generator: torch.Generator) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -267,7 +261,7 @@ def _plain_inputs(model: TracedModel, generator: torch.Generator) -> Iterator[tu
         for batch in (1, 3):
             case = {name: _nested(model, name, value, batch, generator) for name, value in inputs.items()}
             yield f"batch {batch}", case
-        yield from _longer(model)
+        yield "longer inputs", _longer(model)
         for changed, words, other in _others(model):
             case = {name: _nested(model, name, value, 2, generator) for name, value in inputs.items()}
             case[changed] = other(case[changed], generator)
@@ -288,8 +282,8 @@ def _plain_inputs(model: TracedModel, generator: torch.Generator) -> Iterator[tu
         yield description, case
 
 
-def _longer(model: TracedModel) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the example inputs where every size that varies, beside the batch, is larger by one, if it may be."""
+def _longer(model: TracedModel) -> dict[str, Any]:
+    """Return the example inputs where every size that varies, beside the batch, is larger by one."""
     by_row, sizes = axes_of_rows(model), traced_sizes(model)
 
     def longer(keys: KeyPath, value: Any) -> Any:
@@ -298,12 +292,18 @@ def _longer(model: TracedModel) -> Iterator[tuple[str, dict[str, Any]]]:
                 value = torch.cat([value, value.narrow(axis, 0, 1)], axis)
         return value
 
-    case = tree_map_with_path(longer, dict(model.graph_inputs))
+    return tree_map_with_path(longer, dict(model.graph_inputs))
+
+
+def _runs(model: TracedModel, case: Mapping[str, Any]) -> bool:
+    """Return whether a model takes a case's sizes and, if they are no texts, its values."""
+    shapes = {path: tensor.shape for path, tensor in tensor_paths(case).items()} if model.signature.limits else {}
+    if first_problem(model.signature.limits, shapes) is not None:
+        return False
     try:
-        torch.no_grad()(model)(**own_inputs(case))
-    except Exception:  # noqa: BLE001  # a model may raise anything at sizes that are not its own
-        return
-    yield "longer inputs", case
+        return any(map(is_text, case)) or torch.no_grad()(model)(**own_inputs(case)) is not None
+    except Exception:  # noqa: BLE001  # a model may raise anything for inputs that are not its own
+        return False
 
 
 def _others(model: TracedModel) -> Iterator[tuple[str, str, OtherValues]]:

@@ -216,4 +216,5 @@ def parameter_names(value: ir.Value) -> list[tuple[str, ...]]:
     if all(len(column) in (1, count) for column in columns):
         rows = zip(*(column * count if len(column) == 1 else column for column in columns), strict=True)
         readings.append(tuple(".".join(row) for row in rows))
-    return [*readings, tuple(name.split("+"))]  # the latter is of names with unequal numbers of parts
+    # the last two are of names with unequal numbers of parts, and of a module whose own name has the sign
+    return [*readings, tuple(name.split("+")), (name,)]
