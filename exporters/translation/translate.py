@@ -31,7 +31,6 @@ from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.operators import operators_called
-from gralora_fx.core.tracing.failures import call_named
 from gralora_fx.errors import ExportError, first_line, listed
 from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES
 from gralora_fx.exporters.translation.operators import TRANSLATIONS, DomainNode, translation_of, update_forms
@@ -161,6 +160,8 @@ def _translate_into(
         reason = f"the graph cannot be converted to ONNX: {first_line(error)} ({first_line(cause)})"
         missing = [n for n in graph.nodes if isinstance(n.target, OpOverload) and n.target not in known]
         if missing:
+            from gralora_fx.core.tracing.failures import call_named
+
             calls = listed(dict.fromkeys(map(call_named, missing)), 4)
             reason = f"there is no ONNX form of {calls}: compute it with other operators, or outside of the model"
         raise ExportError(reason) from error

@@ -56,9 +56,13 @@ def differences(
 
 
 def _weights(models: Models, manifest: Manifest, traced: TracedModel) -> Iterator[str]:
-    # those of the graph, which initializers are called after: a tied or untied layer's may have another's name there
-    named, written = traced.graph_module.named_parameters(remove_duplicate=False), _written(traced.graph_module)
-    parameters = {name: parameter for name, parameter in named if id(parameter) not in written}
+    # initializers are called after the graph's: a tied or untied layer's may have another's name there; a companion's
+    # are not read in it
+    graph_module, read = traced.graph_module, {node.target for node in traced.graph_module.graph.nodes if node.users}
+    named = dict(graph_module.named_parameters(remove_duplicate=False))
+    named |= {name: of_model for name, of_model in traced.tree.parameters.items() if name not in read}
+    written = _written(graph_module)
+    parameters = {name: parameter for name, parameter in named.items() if id(parameter) not in written}
     roundings = 1 + sum(entry.rounded_again for entry in manifest.adapters.values())
     kinds = (manifest.quantization, *(companion.quantization for companion in manifest.companions.values()))
     digests = {name: digest for kind in kinds if kind is not None for name, digest in kind.digests.items()}

@@ -102,7 +102,8 @@ def test_a_pass_and_an_adopted_edit_hold_in_every_form(
     before = model(X)
     expected = change(model)
     assert not torch.allclose(before, expected, atol=1e-2)
-    torch.testing.assert_close(FORMS[form](model)(X), expected)
+    largest = float(expected.detach().abs().max())
+    torch.testing.assert_close(FORMS[form](model)(X), expected, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("change", [turned, edited])
