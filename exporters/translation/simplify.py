@@ -73,7 +73,7 @@ def _unchanged(node: fx.Node) -> Any:
         before, after = shape(source), shape(node)
         given: list[Any] = [*node.args[2:]]
         start, stop, step = given + [0, END, 1][len(given) :]
-        is_open = start in (None, 0) and (not isinstance(stop, int) or stop == END)
+        is_open = (start == 0 or not isinstance(start, int)) and (stop == END or not isinstance(stop, int))
         is_whole = step == 1 and (is_open or all(isinstance(size, int) for size in before))
         whole = is_whole and all(same_size(a, b) for a, b in zip(before, after, strict=True))
     elif is_call(node, *MUL):

@@ -292,7 +292,7 @@ def _longer(model: TracedModel) -> dict[str, Any]:
                 value = torch.cat([value, value.narrow(axis, 0, 1)], axis)
         return value
 
-    return tree_map_with_path(longer, dict(model.graph_inputs))
+    return dict(tree_map_with_path(longer, dict(model.graph_inputs)))
 
 
 def _runs(model: TracedModel, case: Mapping[str, Any]) -> bool:
