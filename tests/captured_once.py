@@ -6,12 +6,13 @@ All that comes before and after is done: normalizing, and the comparison with th
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 
@@ -26,7 +27,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def once(capture: Callable[[Draft], Captured]) -> Callable[[Draft], Captured]:
     """Return a `capture` that is called once for all models of transformers that are alike."""
-    kept: dict[str, tuple[fx.GraphModule, dict[str, Tensor]]] = {}
+    kept: dict[str, tuple[Captured, dict[str, Tensor]]] = {}
 
     def captured(draft: Draft) -> Captured:
         key = key_of(draft)
@@ -35,11 +36,12 @@ def once(capture: Callable[[Draft], Captured]) -> Callable[[Draft], Captured]:
         own = dict(_tensors(draft.model))
         if key not in kept:
             result = capture(draft)
-            kept[key] = deep_copy(result.graph_module, {id(it): it for _, it in _tensors(result.graph_module)}), own
+            copy = deep_copy(result.graph_module, {id(it): it for _, it in _tensors(result.graph_module)})
+            kept[key] = dataclasses.replace(result, graph_module=copy), own
             return result
-        graph_module, tensors = kept[key]
+        first, tensors = kept[key]
         memo = {id(tensor): own[path] for path, tensor in tensors.items()}
-        return Captured(**vars(draft), graph_module=deep_copy(graph_module, memo))
+        return dataclasses.replace(first, **vars(draft), graph_module=deep_copy(first.graph_module, memo))
 
     return captured
 

@@ -41,6 +41,7 @@ def test_models_that_are_alike_share_a_capture_and_no_tensor(name: str, captures
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(1.5)
             torch.testing.assert_close(traced(**inputs).logits, model(**inputs).logits)
+    assert traces[0].signature == traces[1].signature
     assert [node.name for node in traces[0].graph_module.graph.nodes] == [
         node.name for node in traces[1].graph_module.graph.nodes
     ]

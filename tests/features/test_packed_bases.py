@@ -23,7 +23,7 @@ from gralora_fx.errors import CheckpointError, ConfigError, TraceError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.features.llm_int8.packed import UnpackEightBits
 from gralora_fx.features.nf4.four_bits import FourBits
-from gralora_fx.features.nf4.packed import UnpackFourBits, packed_weight
+from gralora_fx.features.nf4.packed import UnpackFourBits, _kernels, packed_weight
 from gralora_fx.loading import load_model, load_streamed
 
 pytest.importorskip("bitsandbytes")
@@ -298,7 +298,9 @@ def test_the_kernel_of_bitsandbytes_unpacks_to_the_same_bits(how: str, shape: tu
     assert torch.equal(found.view(torch.int32), expected.view(shape).view(torch.int32))
     is_whole = weight.size % quantization.block_size == 0
     used = any(event.key == "bitsandbytes::dequantize_4bit" for event in seen.key_averages())
-    assert used == (is_whole and quantization.block_size <= 1024)
+    # the kernel for fp4 has another table on processors without AVX-512
+    is_known = quantization.kind == "nf4" or packed.tensors["table"].numpy().tobytes() in _kernels()
+    assert used == (is_whole and is_known and quantization.block_size <= 1024)
 
 
 def test_other_values_than_those_of_the_kernel_are_unpacked_by_pytorch() -> None:
