@@ -1,4 +1,4 @@
-"""How alike results of one row and of several must be on this processor (docs/quantization.md, int4)."""
+"""Compare results of one row and of several as this processor allows (docs/quantization.md, int4)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from gralora_fx.core.tracing.check import gap
 from gralora_fx.core.tracing.inputs.input_trees import key_text
 from gralora_fx.core.tracing.inputs.signature import own_inputs
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import listed
+from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.kinds.flavour import (
     Flavour,
@@ -156,7 +156,10 @@ def check_each_row(traced: TracedModel) -> None:
         result: dict[str, Any] = tree_map_with_path(chosen, dict(traced.graph_inputs))
         return result
 
-    alone, both = (flat(named_outputs(run_model(traced, f"{n} rows", **own_inputs(rows(n))))) for n in (1, 2))
+    try:
+        alone, both = (flat(named_outputs(run_model(traced, f"{n} rows", **own_inputs(rows(n))))) for n in (1, 2))
+    except ExportError as error:
+        raise RowsError(str(error)) from error
     if differs := [name for name, value in alone.items() if gap(value, both[name][:1]) is not None]:
         raise RowsError(f"the output {listed(differs, 3)} of a row depends on the rows beside it")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import threading
@@ -23,9 +24,10 @@ def patched_here(owner: Any, name: str, replacement: Callable[..., Any]) -> Iter
     Other threads call the original, through a function that asks which thread calls.
     """
     with ONE_TRACE:
-        original = inspect.getattr_static(owner, name)
+        builtin = vars(builtins).get(name)  # as a module's own `print`
+        original = inspect.getattr_static(owner, name, builtin)
         of_class = isinstance(original, classmethod)
-        before: Any = original.__func__ if of_class else getattr(owner, name)
+        before: Any = original.__func__ if of_class else getattr(owner, name, builtin)
         is_here: ContextVar[bool] = ContextVar(name, default=False)
 
         def chosen(*args: Any, **kwargs: Any) -> Any:

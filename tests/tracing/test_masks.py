@@ -98,3 +98,26 @@ def test_the_mask_that_a_model_adds_to_is_the_eager_one() -> None:
 
 def test_nothing_is_registered_with_transformers_before_a_decoder_is_traced() -> None:
     assert fresh_process().registered == []
+
+
+@pytest.mark.parametrize("kind", ["encoder", "both"])
+def test_a_causal_mask_of_torchs_transformer_holds_at_every_length(kind: str) -> None:
+    """PyTorch looks into the mask for whether it is causal."""
+
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1)
+            self.both = nn.Transformer(16, 2, 1, 1, 32, dropout=0, batch_first=True)
+
+        def forward(self, x: Tensor) -> Any:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+            return self.encoder(x, mask=mask) if kind == "encoder" else self.both(x, x, tgt_mask=mask)
+
+    source = Causal()
+    traced = trace(source, (torch.randn(2, 5, 16),))
+    assert traced.signature.limits == ()
+    for length in (1, 8):
+        x = torch.randn(3, length, 16)
+        assert torch.allclose(traced(x), source(x), atol=1e-5)

@@ -204,6 +204,16 @@ def test_a_program_that_was_exported_keeps_its_guards_and_ranges(form: str) -> N
             traced(*[example(3, sizes[2])] * inputs)
 
 
+def test_of_many_limits_on_a_size_the_tightest_is_kept() -> None:
+    def counted(h: Tensor, _: nn.Module) -> Tensor:
+        for step in range(1, 9):
+            h = h + step if step < h.shape[1] else h
+        return h
+
+    traced = trace(Between(counted), (example(2, 12),))
+    assert [limit.condition for limit in traced.signature.limits] == ["length > 8"]
+
+
 def test_a_table_of_positions_limits_the_length() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=50, max_position_embeddings=24))

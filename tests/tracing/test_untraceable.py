@@ -219,3 +219,9 @@ def test_a_name_that_a_graph_module_has_is_refused_and_right_within_another_modu
     gralora(X).sum().backward()
     assert torch.equal(copy.deepcopy(gralora)(X), gralora(X))
     assert (merge(gralora)(X) - gralora(X)).abs().max() < 1e-5
+
+
+def test_a_graph_that_fails_is_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TraceError):
+        trace(If(), (X,))
+    assert capfd.readouterr().err == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,14 +95,13 @@ class _Sizes:
         return [[*map(tuple, alike.values())], [*map(tuple, tied.values())], [(axis,) for axis in self.axes]]
 
     def limits(self, tests: Iterable[Term]) -> tuple[SizeLimit, ...]:
-        """Return conditions as limits, the plainest first, without those of one size that others imply."""
+        """Return conditions as limits, the plainest and tightest first, without those of one size that others imply."""
         ranks = {path: len(shape) for path, shape in self.shapes.items()}
         kept: dict[str, Term] = {}
-        for test in sorted(tests, key=lambda test: len(str(test))):
+        for test in sorted(tests, key=lambda test: (len(re.sub(r"\d", "", str(test))), -len(_broken(test)))):
             (path, axis), *others = {*sizes_in(test)}
             alone = [other for other in kept.values() if {*sizes_in(other)} == {(path, axis)}]
-            broken = (size for size in _sizes_for(test, 1) if not holds(test, {path: (size,) * (axis + 1)}))
-            if others or any(all(holds(other, {path: (size,) * (axis + 1)}) for other in alone) for size in broken):
+            if others or any(all(holds(other, _all_sizes(other, size)) for other in alone) for size in _broken(test)):
                 kept[SizeLimit.of(test, ranks).condition] = test
         return tuple(SizeLimit.of(test, ranks) for test in kept.values())
 
@@ -238,6 +238,15 @@ def _sizes_for(test: Term, now: int) -> set[int]:
     near = {number + step for number in _numbers(test) for step in range(-2, 3)}
     sizes = {*range(1, _NEAR), *(2**power for power in range(7, 17)), *near, now - 1, now + 1, 2 * now, 4 * now}
     return {size for size in sizes if 0 < size <= 2**16}
+
+
+def _broken(test: Term) -> list[int]:
+    """Return sizes that break a condition, if all its axes have them."""
+    return [size for size in _sizes_for(test, 1) if not holds(test, _all_sizes(test, size))]
+
+
+def _all_sizes(test: Term, size: int) -> Shapes:
+    return {path: (size,) * (axis + 1) for path, axis in sorted(sizes_in(test))}
 
 
 def _numbers(term: Term) -> Iterator[int]:
