@@ -260,8 +260,11 @@ def test_an_export_computes_what_the_onnx_standard_says(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(3, 7, 24)).astype(np.float32)
     (ours,) = load(tmp_path / "onnx")(x=x).to_tuple()
     (standard,) = ReferenceEvaluator(str(tmp_path / "onnx" / "model.onnx")).run(None, {"x": x})
-    # a 16-bit activation may round the other way where a processor adds floats in another order
-    assert np.abs(ours - standard).max() <= (1e-5 if adds_exactly() else 1e-4)
+    # floats are added in an order of the processor's own, so that in a few of the 21 rows an integer of 16 bits
+    # rounds the other way: one step of an activation, 2e-4 at most, times a weight
+    of_row = np.abs(ours - standard).max(axis=-1)
+    assert of_row.max() <= 1e-4
+    assert np.sum(of_row > 1e-6) <= 5
     if adds_exactly():
         session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
         assert np.array_equal(session.run(None, {"x": x})[0], ours)
