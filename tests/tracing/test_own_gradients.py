@@ -89,7 +89,7 @@ def test_a_gradient_that_is_clipped_only_where_it_is_large_is_clipped_there() ->
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize("kind", [own.Straight, own.Several, own.ModuleHooked])
+@pytest.mark.parametrize("kind", [own.Straight, own.Adversarial, own.Several, own.Unlearned, own.ModuleHooked])
 def test_adapters_train_as_those_of_peft(kind: Any, method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = kind(), torch.randn(2, 5, 16)
@@ -159,6 +159,7 @@ class OldHook(own.Three):
         return self.c(self.b(self.a(x)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
@@ -166,9 +167,9 @@ class OldHook(own.Three):
         (OldHook, r"the trace has not the hook of b by register_backward_hook"),
     ],
 )
-def test_a_gradient_that_is_lost_is_named(kind: Any, told: str) -> None:
+def test_a_gradient_that_is_lost_is_named(kind: Any, told: str, dtype: torch.dtype) -> None:
     with pytest.warns(UserWarning, match=told):
-        trace(kind(), (torch.randn(2, 5, 16),))
+        trace(kind().to(dtype), (torch.randn(2, 5, 16, dtype=dtype),))
 
 
 class Noisy(own.Three):

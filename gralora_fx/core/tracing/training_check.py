@@ -23,6 +23,8 @@ from gralora_fx.format.input_names import PAST
 _LIBRARIES = ("torch", "transformers")
 # values of parameters up to which gradients are compared, of a model of these libraries' classes alone and of others
 _LARGEST, _LARGEST_OWN = 10_000_000, 100_000_000
+# what rounding changes at most: shares of a tensor's own norm and of the largest gradient's, in float32 and in half
+_ROUNDED, _ROUNDED_HALF = (1e-3, 1e-5), (0.1, 1e-2)
 _Step = dict[str, tuple[float, float]]  # of each gradient and changed buffer: a product with it, and its norm
 _GRADIENT = "the gradient of "
 
@@ -58,7 +60,7 @@ def training_gaps(draft: Captured) -> list[str]:
     """
     model, graph_module, found = draft.model, draft.graph_module, dict[str, None]()
     is_half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
-    of_largest = 1e-2 if is_half else 1e-5
+    bounds = _ROUNDED_HALF if is_half else _ROUNDED
 
     def eager() -> _Step:
         return _step(draft, model, lambda sample: call_eager(model, sample))
@@ -77,8 +79,8 @@ def training_gaps(draft: Captured) -> list[str]:
         except Exception as error:  # noqa: BLE001  # a graph raises its operators' errors
             found[f"it fails with {first_line(error)}"] = None
             continue
-        gaps = _gaps(expected, actual, of_largest)
-        if gaps and not _gaps(expected, eager(), of_largest):
+        gaps = _gaps(expected, actual, *bounds)
+        if gaps and not _gaps(expected, eager(), *bounds):
             found |= dict.fromkeys(gaps)
     if set_mode(graph_module.graph, False):
         graph_module.recompile()
@@ -126,14 +128,14 @@ def _probe(tensor: Tensor) -> Tensor:
     return left @ (rows @ right)
 
 
-def _gaps(expected: _Step, actual: _Step, of_largest: float) -> list[str]:
-    """Return the names of what differs by more than rounding does, which is up to a share of the largest gradient."""
+def _gaps(expected: _Step, actual: _Step, of_own: float, of_largest: float) -> list[str]:
+    """Return the names of what differs by more than these shares of its own norm and of the largest gradient's."""
     floor = of_largest * max((norm for name, (_, norm) in expected.items() if name.startswith(_GRADIENT)), default=0.0)
     found = []
     for name in expected | actual:
         pairs = zip(expected.get(name, (0.0, 0.0)), actual.get(name, (0.0, 0.0)), strict=True)
         largest = max(expected.get(name, (0.0, 0.0))[1], actual.get(name, (0.0, 0.0))[1])
-        bound = 100 * of_largest * largest + (floor if name.startswith(_GRADIENT) else 0.0)
+        bound = of_own * largest + (floor if name.startswith(_GRADIENT) else 0.0)
         if any(abs(one - other) > bound for one, other in pairs):
             found.append(name)
     return found
