@@ -15,10 +15,12 @@ from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.normalize.modes import find_rng_op, set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError, first_line, option, warn_caller
+from gralora_fx.errors import ExportError, first_line, listed, option, warn_caller
 from gralora_fx.exporters.translation.retrace import spell_out
 from gralora_fx.format.cache_slots import StateKind
 from gralora_fx.format.input_names import PAST
+from gralora_fx.format.size_limits import SizeLimit, holds, sizes_in
+from gralora_fx.run.engine.limits import context_length
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,6 +35,13 @@ def check_exportable(traced: TracedModel, *, verify: bool) -> None:
     numbers = [str(node) for node in output.all_input_nodes if not _is_tensor(node)]
     if numbers:
         warn_caller(f"the model returns numbers beside tensors ({', '.join(numbers)}), which the export leaves out")
+    ends = [*traced.graph_module.graph.find_nodes(op="placeholder"), *output.all_input_nodes]
+    values = [(node, node.meta["val"]) for node in ends if isinstance(node.meta.get("val"), torch.Tensor)]
+    if found := [str(node) for node, value in values if value.is_complex()]:
+        raise ExportError(
+            f"the model takes or returns complex numbers ({listed(found)}), which ONNX Runtime does not; take and "
+            "return their parts instead (torch.view_as_real)"
+        )
     graph = copy_graph(traced.graph_module)
     set_mode(graph, False)
     if verify and (drawn := find_rng_op(graph)) is not None:
@@ -40,12 +49,22 @@ def check_exportable(traced: TracedModel, *, verify: bool) -> None:
             f"the model draws random numbers in evaluation ({drawn}), so no two runs agree and none can be verified; "
             f"make the noise an input of its forward, or export with {option(verify=False)}"
         )
-    if PAST in traced.example_inputs and traced.signature.limits:  # steps are as long as their rows' prompts need
+    beyond = [limit for limit in traced.signature.limits if not _holds_in_context(limit, traced)]
+    if PAST in traced.example_inputs and beyond:  # steps are as long as their rows' prompts need
         raise ExportError(
-            f"the model takes {traced.signature.limits[0]}, which the steps of a decoder do not keep to; trace it "
-            "for a task without a cache"
+            f"the model takes {beyond[0]}, which the steps of a decoder do not keep to; trace it for a task without a "
+            "cache"
         )
     precision_of(traced.graph_module)
+
+
+def _holds_in_context(limit: SizeLimit, traced: TracedModel) -> bool:
+    """Return whether a limit is a greatest length, beyond the longest that the model has positions for."""
+    config = {} if traced.config is None else traced.config.get_text_config().to_dict()
+    longest = {path: context_length(config, path) for path, _ in sizes_in(limit.test)}
+    if limit.test[0] != "<=" or not isinstance(limit.test[2], int) or None in longest.values():
+        return False
+    return holds(limit.test, {path: (1, size or 0) for path, size in longest.items()})
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -125,8 +125,13 @@ def plain_sizes(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _as_float(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    size = node.args[1]
+    size, result_value = node.args[1], node.meta["val"]
     assert isinstance(size, fx.Node)
+    if result_value.dtype is not torch.float32:
+        with graph.inserting_before(node):
+            result = graph.call_function(aten.scalar_tensor.default, (size,), {"dtype": result_value.dtype})
+        result.meta = {**size.meta, "val": result_value.new_empty(())}
+        return result
     with graph.inserting_before(node):
         result = graph.call_function(torch.sym_float, (size,))
     result.meta = {**size.meta, "val": torch.sym_float(size.meta["val"])}  # type: ignore[no-untyped-call]

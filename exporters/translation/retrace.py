@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -14,16 +14,21 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gralora_fx.base.compat.torch_graphs import (
     FakeTensor,
+    FixedSize,
     OpOverload,
     detect_fake_mode,
     is_mutable,
     schema_of,
     sizes_of_slices,
+    without_fixed_sizes,
     without_new_symbols,
 )
+from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.kept_calls import KeptCall, averaging_norm
 from gralora_fx.core.graph.pipeline import PassResult, contract
+from gralora_fx.errors import ExportError, first_line, listed
 from gralora_fx.exporters.rules.onnx_pipeline import FUNCTIONAL, NOTED_VALUES, UNSHARED_WRITES
+from gralora_fx.exporters.translation.decompositions import DECOMPOSITIONS, is_decomposed
 from gralora_fx.exporters.translation.matching import expression
 
 Function = Callable[..., Any]
@@ -39,15 +44,6 @@ def _broadcast(x: Tensor, shape: Sequence[Any], axes: Sequence[int]) -> Tensor:
 # used by PyTorch's own decompositions, but not supported by functionalization
 _BASIC: dict[Any, Function] = {torch.ops.prims.broadcast_in_dim.default: _broadcast}
 
-
-def _tensor_split(x: Tensor, sections: int, dim: int = 0) -> list[Tensor]:
-    """Split an axis of any size, where PyTorch's own decomposition is for sizes of one remainder."""
-    size = x.shape[dim]
-    ends = [size // sections * part + torch.sym_min(part, size % sections) for part in range(sections + 1)]  # type: ignore[no-untyped-call]
-    return [torch.ops.aten.slice(x, dim, start, end) for start, end in pairwise(ends)]
-
-
-_SPELLED: Table = {torch.ops.aten.tensor_split.sections: _tensor_split}
 
 # in-place operators whose rule fails while writes are functionalized with dynamic sizes, by the argument written
 _UNTRACEABLE: dict[Any, Function] = {torch.ops.aten.clamp_.default: torch.ops.aten.clamp.default}
@@ -71,10 +67,19 @@ def retrace(nodes: Sequence[fx.Node], table: Table | None = None, written: Seque
     assert mode is not None
     values = [node.meta["val"] for node in inputs]
     noted = [_as_fake(value, mode) for value in values]
-    with mode, torch.no_grad(), without_new_symbols(mode), sizes_of_slices():
-        noted = [v.contiguous() if isinstance(v, Tensor) else v for v in noted]  # ONNX has no other layout
-        parts = make_fx(compute, decomposition_table={**_BASIC, **(table or {})})(*noted)
-        parts = make_fx(func.functionalize(parts))(*noted)
+    try:
+        with quiet(), without_fixed_sizes(mode), mode, torch.no_grad(), without_new_symbols(mode), sizes_of_slices():
+            noted = [v.contiguous() if isinstance(v, Tensor) else v for v in noted]  # ONNX has no other layout
+            parts = make_fx(compute, decomposition_table={**_BASIC, **(table or {})})(*noted)
+            parts = make_fx(func.functionalize(parts))(*noted)
+    except Exception as error:
+        from gralora_fx.core.tracing.failures import call_named
+
+        calls = listed(dict.fromkeys(call_named(node) for node in nodes if isinstance(node.target, OpOverload)), 4)
+        cause, remedy = f": {first_line(error)}", "compute it with other operators, or outside of the model"
+        if isinstance(error, FixedSize):
+            cause, remedy = " for other sizes than the example's", "compute it otherwise, or trace with dynamic=False"
+        raise ExportError(f"there is no ONNX form of {calls}{cause}; {remedy}") from error
     graph, end = nodes[-1].graph, nodes[-1].next
     copies: dict[fx.Node, fx.Node] = dict(zip(parts.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(end):
@@ -96,7 +101,7 @@ def spell_out(graph: fx.Graph) -> None:
     """Replace calls that a trace has kept as one node by the operators of their forward, in place, without hooks."""
     for node in [node for node in reversed(graph.nodes) if isinstance(node.target, KeptCall)]:
         node.target, node.args = node.target.alone(), node.args[: node.target.count]
-        for part in [part for part in node.users if not part.users]:  # the record of hooks
+        for part in [part for part in node.users if not part.users and part.op != "output"]:  # the record of hooks
             graph.erase_node(part)
     for node in list(graph.nodes):
         if isinstance(node.target, KeptCall) or node.target is averaging_norm:
@@ -105,7 +110,7 @@ def spell_out(graph: fx.Graph) -> None:
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:
     """Return an operator's result; it may write into its first argument."""
-    functional, target = _UNTRACEABLE.get(target), _SPELLED.get(target, target)
+    functional, target = _UNTRACEABLE.get(target), DECOMPOSITIONS.get(target, target)
     return target(*args, **kwargs) if functional is None else args[0].copy_(functional(*args, **kwargs))
 
 
@@ -132,8 +137,7 @@ def _as_fake(value: Any, mode: Any) -> Any:
 
 
 def _from(first: fx.Node) -> set[fx.Node]:
-    nodes = list(first.graph.nodes)
-    return set(nodes[nodes.index(first) :])
+    return set(dropwhile(lambda node: node is not first, first.graph.nodes))
 
 
 @contract(needs={NOTED_VALUES}, leaves={UNSHARED_WRITES})
@@ -218,11 +222,12 @@ class Decompose:
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Replace them in place, in a graph whose nodes all have their traced values."""
-        unknown = [n for n in graph.nodes if isinstance(n.target, OpOverload) and n.target not in self.known]
+        calls = [node for node in graph.nodes if isinstance(node.target, OpOverload)]
+        unknown = [n for n in calls if n.target not in self.known or is_decomposed(n.target, n.args)]
         table = self.decompositions() if unknown else {}
         count = 0
         for node in unknown:
-            if node.target in table or node.target._can_decompose():
+            if node.target in table or is_decomposed(node.target, node.args) or node.target._can_decompose():
                 parts = [user for user in node.users if user.target is operator.getitem]
                 retrace([node, *sorted(parts)], table=table)
                 count += 1

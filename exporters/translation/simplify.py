@@ -10,6 +10,8 @@ from torch import Tensor, fx
 from gralora_fx.base.compat.torch_graphs import base_name, is_mutable
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.operators.layers import DropPath, Reshape
+from gralora_fx.core.tracing.failures import call_named
+from gralora_fx.errors import ExportError
 from gralora_fx.exporters.rules.onnx_pipeline import FUNCTIONAL, SIMPLIFIED, UNSHARED_WRITES
 from gralora_fx.exporters.translation.matching import (
     END,
@@ -79,7 +81,12 @@ def _unchanged(node: fx.Node) -> Any:
     elif is_call(node, *MUL):
         whole = number(node.args[1]) == 1.0 and _alike(node, source)
     elif is_call(node, aten.squeeze.dim):  # of an axis that is larger, which ONNX does not allow
-        whole = _alike(node, source)
+        whole, axis = _alike(node, source), number(node.args[1])
+        if whole and axis is not None and not isinstance(expression(shape(source)[int(axis)]), int):
+            raise ExportError(
+                f"{call_named(node)} removes an axis at size 1 and keeps it at others, which no ONNX graph does: "
+                "select from the axis (x[:, 0]), or reshape"
+            )
     else:
         whole = node.target in _COPIES or (is_call(node, aten.dropout.default) and not node.args[2])
     return source if whole else None
@@ -251,4 +258,6 @@ def _functional(target: Any) -> Any:
     name = base_name(target)
     if not name.endswith("_"):
         return None
+    if target is aten.pow_.Scalar:
+        return aten.pow.Tensor_Scalar  # `pow.Scalar` is a power of a number
     return getattr(getattr(aten, name.removesuffix("_"), None), target._overloadname, None)

@@ -81,7 +81,11 @@ def translate(
     log = PassLog() if log is None else log
     if first:
         copied = fx.GraphModule(graph_module, copy_graph(graph_module))
-        graph = Pipeline(f"{name}-fx", tuple(first), error=ExportError).run(copied.graph, log)
+        for node in copied.graph.find_nodes(op="get_attr"):
+            node.meta.setdefault("val", tensor_at(graph_module, str(node.target)))
+        passes_first = (functionalize, out_of_place, *first)  # a cast of what is written into would not be written
+        given = frozenset({NOTED_VALUES})
+        graph = Pipeline(f"{name}-fx", passes_first, given=given, error=ExportError).run(copied.graph, log)
         assert graph.owning_module is not None
         graph_module = graph.owning_module
     weights = _translate_into(model.graph, graph_module, model, log, f"{name}-fx", passes)

@@ -148,7 +148,7 @@ def test_report_and_manifest_of_a_decoder_say_what_every_pass_did(tmp_path: Path
     assert manifest["passes"] == [entry.to_dict() for entry in report.passes]
     dumped = sorted(path.name for path in (tmp_path / "dump").iterdir())
     assert len(dumped) == len(report.passes)
-    assert dumped[0] == "01-graph-fx-cast_graph.txt"
+    assert dumped[0] == "01-graph-fx-functionalize.txt"
     assert "GroupQueryAttention" in next((tmp_path / "dump").glob("*-decoder-fuse_attention.txt")).read_text()
 
 

@@ -67,6 +67,11 @@ class Straight(Three):
         return self.b(Rounded.apply(self.a(x), x.shape[1]))
 
 
+class Final(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return Rounded.apply(self.b(self.a(x)), 4)
+
+
 class Adversarial(Three):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         body = self.a(x)

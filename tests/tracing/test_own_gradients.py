@@ -26,6 +26,7 @@ KINDS = [
     own.Several,
     own.Clipped,
     own.Unlearned,
+    own.Final,
     own.Hooked,
     own.Masked,
     own.ModuleHooked,
@@ -227,3 +228,12 @@ def test_parameters_and_their_gradients_are_as_before_a_trace() -> None:
     trace(model, (x,))
     assert called == []
     assert_equal({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, before)
+
+
+def test_an_adapter_made_in_inference_mode_trains() -> None:
+    x = torch.randn(2, 5, 16)
+    traced = trace(own.Straight(), (x,))
+    with torch.inference_mode():
+        model = rewrite(traced, LoraConfig(r=4, target_modules="all-linear", modules_to_save=["c"]))
+    model.train()(x).sum().backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())

@@ -72,6 +72,33 @@ def _join(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     graph.remove(nodes, safe=True)
 
 
+def part_transposes(model: ir.Model) -> PassResult[ir.Model]:
+    """Part products of half precision from transposes of rows, with which ONNX Runtime 1.27 crashes as it fuses them.
+
+    Before: `y = MatMul(Transpose(x, perm=[1, 0, 2]), w)`
+    After:  `y = MatMul(Reshape(Transpose(x, perm=[1, 0, 2]), [0, 0, 0]), w)`
+    """
+    count = 0
+    for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
+        order = node.attributes["perm"].as_ints() if node.op_type == "Transpose" and "perm" in node.attributes else []
+        ends = [value for value in (*node.outputs, *node.inputs) if value is not None and value.dtype is not None]
+        if len(order) < 3 or [*order] != [*range(1, len(order) - 1), 0, len(order) - 1]:
+            continue
+        if not ends or ends[0].dtype != ir.DataType.FLOAT16:
+            continue
+        graph, rows = node.graph, node.outputs[0]
+        assert isinstance(graph, ir.Graph)
+        build = Builder(graph)
+        parted = build("Reshape", rows, [0] * len(order))
+        parted.shape, parted.dtype = rows.shape, ends[0].dtype
+        (reshape,) = [made for made in build.nodes if made.op_type == "Reshape"]
+        ir.convenience.replace_all_uses_with(rows, parted)
+        reshape.replace_input_with(0, rows)
+        build.insert_after(rows)
+        count += 1
+    return PassResult(count)
+
+
 VECTOR = 4  # values: the width of Eigen's vectors in the builds of ONNX Runtime
 OPERATORS = {"Cos", "Sin", "Log", "Softplus", "Mish"}  # last digits depend on whether a value lies in a whole vector
 SUMS = {"ReduceSum", "ReduceMean"}  # last digits depend on the alignment of a row

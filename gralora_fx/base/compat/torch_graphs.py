@@ -40,6 +40,7 @@ with fenced("torch"):
 __all__ = [
     "SUPPORTED_NODES",
     "FakeTensor",
+    "FixedSize",
     "GetAttrKey",
     "HigherOrderOperator",
     "KeyPath",
@@ -82,6 +83,7 @@ __all__ = [
     "tree_unflatten",
     "treespec_leaf",
     "will_run",
+    "without_fixed_sizes",
     "without_new_symbols",
 ]
 
@@ -208,6 +210,35 @@ def without_new_symbols(mode: Any) -> Iterator[None]:
     mode.shape_env.pending_fresh_unbacked_symbols.clear()
     with mode.shape_env.ignore_fresh_unbacked_symbols():
         yield
+
+
+class FixedSize(Exception):
+    """A computation of shapes read a size that varies as a number."""
+
+
+@contextmanager
+def without_fixed_sizes(mode: Any) -> Iterator[None]:
+    """Raise `FixedSize` where the block reads a size that varies as a number; the symbols are as before it."""
+    environment = mode.shape_env
+    if environment is None:
+        yield
+        return
+    set_replacement, ranges = environment._set_replacement, dict(environment.var_to_range)
+
+    def replaced(symbol: Any, size: Any, reason: str) -> None:
+        if size.is_number:
+            raise FixedSize(str(symbol))
+        set_replacement(symbol, size, reason)
+
+    environment._set_replacement = replaced
+    try:
+        yield
+    except BaseException:
+        environment.var_to_range.clear()
+        environment.var_to_range.update(ranges)
+        raise
+    finally:
+        del environment._set_replacement
 
 
 @contextmanager

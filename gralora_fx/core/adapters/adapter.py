@@ -70,15 +70,17 @@ class ModelAdapter:
         for bias in plan.trained_biases:
             owned = copies.setdefault(bias.rpartition(".")[0], [])
             owned += [bias] if bias not in owned else []
-        for owned in copies.values():
-            copied: dict[int, nn.Parameter] = {}  # one copy of a parameter with two names in a module, as in PEFT
-            for base in owned:
-                original = tree.parameters[base]
-                if id(original) not in copied:
-                    copied[id(original)] = nn.Parameter(values_of(original, base).clone())
-                tensors[copy_path(name, base)] = copied[id(original)]
-        for path, tensor in tensors.items():
-            put(root, path, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
+        with torch.inference_mode(False):  # a parameter made in inference mode never trains
+            for owned in copies.values():
+                copied: dict[int, nn.Parameter] = {}  # one copy of a parameter with two names in a module, as in PEFT
+                for base in owned:
+                    original = tree.parameters[base]
+                    if id(original) not in copied:
+                        copied[id(original)] = nn.Parameter(values_of(original, base).clone())
+                    tensors[copy_path(name, base)] = copied[id(original)]
+            for path, tensor in tensors.items():
+                own = tensor.clone() if tensor.is_inference() else tensor
+                put(root, path, own if isinstance(own, nn.Parameter) else nn.Parameter(own))
         tables = {module: CopyTable(root, {b: copy_path(name, b) for b in owned}) for module, owned in copies.items()}
         return cls(name, plan, FactorTable(root, method, paths), tables)
 

@@ -99,10 +99,10 @@ def _as_traced(model: nn.Module) -> Iterator[None]:
 
             for table in (IN_EVERY_MODEL, *parts("known code")):
                 changed.enter_context(replaced(model, table))
-        if any(isinstance(part, nn.RNNBase) for part in model.modules()):
-            from gralora_fx.core.tracing.recurrent_shapes import RecurrentShapes
+        if any(isinstance(part, (nn.RNNBase, nn.MaxPool1d)) for part in model.modules()):
+            from gralora_fx.core.tracing.any_length import AnyLength
 
-            changed.enter_context(RecurrentShapes())
+            changed.enter_context(AnyLength())
         changed.enter_context(features_as_nodes(model))
         yield
 

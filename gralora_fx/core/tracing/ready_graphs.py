@@ -11,12 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gralora_fx.base.compat.torch_graphs import HigherOrderOperator, OpOverload, saved_guards, tree_info
+from gralora_fx.base.compat.torch_graphs import (
+    HigherOrderOperator,
+    OpOverload,
+    saved_guards,
+    sizes_of_slices,
+    tree_info,
+)
 from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.pipeline import Pass, PassLog
 from gralora_fx.core.graph.surgery import placeholder_parameters, restore_parameters
+from gralora_fx.core.tracing.any_length import AnyLength
 from gralora_fx.core.tracing.capture import dynamic_axes
 from gralora_fx.core.tracing.check import fixed_axes
 from gralora_fx.core.tracing.draft import Captured
@@ -158,9 +165,10 @@ def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynami
     with placeholder_parameters(graph_module) as originals, quiet(), torch.no_grad():
         wrapper, held = _Named(graph_module, inputs), [name for known in parts("input axes", inputs) for name in known]
         shapes = dynamic_axes(inputs, held) if dynamic else None
-        program = torch.export.export(wrapper, (), dict(inputs), dynamic_shapes=shapes, strict=False)
-        fresh = program.run_decompositions({}).module(check_guards=False)
-        captured = normalized(fresh, cleaning_passes(fresh), PassLog())
+        with AnyLength(), sizes_of_slices():
+            program = torch.export.export(wrapper, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+        fresh = program.module(check_guards=False)
+        captured = normalized(fresh, (*cleaning_passes(fresh), restore_aten), PassLog())
     restore_parameters(captured, originals)
     for node in captured.graph.nodes:
         if node.op in ("get_attr", "call_module") and str(node.target).startswith(_PREFIX):
