@@ -318,7 +318,7 @@ def test_a_named_task_is_taken_as_it_is(decoder: Path, tmp_path: Path) -> None:
     arguments = ["export", "--model", decoder / "base", "--task", "text-generation", "--output", tmp_path / "onnx"]
     result = CliRunner().invoke(app, [*map(str, arguments), "--no-verify", "--dump", str(tmp_path / "dump")])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "dump" / "01-graph-fx-cast_graph.txt").is_file()
+    assert (tmp_path / "dump" / "01-graph-fx-functionalize.txt").is_file()
     assert json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["task"] == "text-generation"
     assert not (tmp_path / "onnx" / "genai_config.json").exists()
 

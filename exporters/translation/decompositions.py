@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.functional import linear
 
 _aten = torch.ops.aten
@@ -59,6 +59,11 @@ def _adaptive_maximum(x: Tensor, output_size: Sequence[Any]) -> tuple[Tensor, Te
         largest, indices = torch.where(seen, x.transpose(axis, -1).unsqueeze(-2), hidden).max(-1)
         x = largest.transpose(axis, -1)
     return x, indices if len(output_size) == 1 else None
+
+
+def _masked_put(x: Tensor, masks: Sequence[Tensor], value: Tensor, accumulate: bool = False) -> Tensor:
+    (mask,) = masks
+    return torch.where(mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)), value.to(x.dtype), x)
 
 
 def _linear_1d(x: Tensor, output_size: Any, align_corners: bool, scale_factors: Any) -> Tensor:
@@ -110,6 +115,7 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     _aten.adaptive_avg_pool3d.default: _adaptive_average,
     _aten.adaptive_max_pool1d.default: _adaptive_maximum,
     _aten.adaptive_max_pool2d.default: _adaptive_maximum,
+    _aten.index_put.default: _masked_put,
     _aten.upsample_linear1d.vec: _linear_1d,
     _aten.lstm_cell.default: _lstm_cell,
     _aten.gru_cell.default: _gru_cell,
@@ -126,4 +132,8 @@ def is_decomposed(target: Any, args: Sequence[Any]) -> bool:
         return len(args) < 2 or not args[1]
     if target is _aten.roll.default:
         return any(not isinstance(shift, int) for shift in args[1])
+    if target is _aten.index_put.default:  # of one number where a mask is true
+        mask, number = args[1][0], args[2].meta["val"]
+        is_mask = len(args[1]) == 1 and isinstance(mask, fx.Node) and mask.meta["val"].dtype is torch.bool
+        return is_mask and number.ndim == 0 and args[3:] in ((), (False,))
     return target in DECOMPOSITIONS

@@ -118,16 +118,24 @@ def plain_sizes(graph: fx.Graph) -> PassResult[fx.Graph]:
     count = len(numbers)
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        if is_call(node, *_ARITHMETIC) and value.is_floating_point() and is_size(node.args[1]):
+        if (
+            is_call(node, *_ARITHMETIC)
+            and value.is_floating_point()
+            and (is_size(node.args[1]) or _is_truth(node.args[1]))
+        ):
             node.args = (node.args[0], _as_float(graph, node), *node.args[2:])
             count += 1
     return PassResult(count)
 
 
+def _is_truth(node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.SymBool)
+
+
 def _as_float(graph: fx.Graph, node: fx.Node) -> fx.Node:
     size, result_value = node.args[1], node.meta["val"]
     assert isinstance(size, fx.Node)
-    if result_value.dtype is not torch.float32:
+    if result_value.dtype is not torch.float32 or _is_truth(size):
         with graph.inserting_before(node):
             result = graph.call_function(aten.scalar_tensor.default, (size,), {"dtype": result_value.dtype})
         result.meta = {**size.meta, "val": result_value.new_empty(())}

@@ -10,7 +10,6 @@ from torch import Tensor, fx
 from gralora_fx.base.compat.torch_graphs import base_name, is_mutable
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.operators.layers import DropPath, Reshape
-from gralora_fx.core.tracing.failures import call_named
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.rules.onnx_pipeline import FUNCTIONAL, SIMPLIFIED, UNSHARED_WRITES
 from gralora_fx.exporters.translation.matching import (
@@ -83,6 +82,8 @@ def _unchanged(node: fx.Node) -> Any:
     elif is_call(node, aten.squeeze.dim):  # of an axis that is larger, which ONNX does not allow
         whole, axis = _alike(node, source), number(node.args[1])
         if whole and axis is not None and not isinstance(expression(shape(source)[int(axis)]), int):
+            from gralora_fx.core.tracing.failures import call_named
+
             raise ExportError(
                 f"{call_named(node)} removes an axis at size 1 and keeps it at others, which no ONNX graph does: "
                 "select from the axis (x[:, 0]), or reshape"

@@ -46,6 +46,12 @@ def without_first(_: Any, h: Tensor) -> Tensor:
     return h
 
 
+def positive_rows(_: Any, h: Tensor) -> Tensor:
+    h = h * 1
+    h[h.mean(-1) < 0] = 0
+    return h
+
+
 FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[], nn.Module] | None]] = {
     "average of 4": (over_length(functional.adaptive_avg_pool1d, 4), None),
     "average of 3": (over_length(functional.adaptive_avg_pool1d, 3), None),
@@ -67,6 +73,8 @@ FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[], nn.Modu
     "every second twice": (lambda _, h: h[:, torch.arange(h.shape[1]) // 2], None),
     "divided by the length": (lambda _, h: h / h.shape[1] + h.shape[0], None),
     "slice assigned": (without_first, None),
+    "rows assigned": (positive_rows, None),
+    "hidden where short": (lambda _, h: h * (h.shape[1] > 8), None),
     "attention": (
         lambda layer, h: layer(h, h, h, need_weights=False)[0],
         lambda: nn.MultiheadAttention(16, 2, batch_first=True),
@@ -102,7 +110,9 @@ def test_an_export_is_right_at_every_size(name: str, precision: str, tmp_path: P
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["average of 3", "gru cell", "every second twice", "attention", "slice assigned"])
+@pytest.mark.parametrize(
+    "name", ["average of 3", "gru cell", "every second twice", "attention", "slice assigned", "rows assigned"]
+)
 def test_adapters_as_data_are_right_at_every_size(name: str, precision: str, tmp_path: Path) -> None:
     model, inputs = adapted(name, METHODS[0])
     export_onnx(model, tmp_path / "data", adapters="data", precision=precision)

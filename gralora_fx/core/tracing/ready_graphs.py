@@ -23,7 +23,6 @@ from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.pipeline import Pass, PassLog
 from gralora_fx.core.graph.surgery import placeholder_parameters, restore_parameters
-from gralora_fx.core.tracing.any_length import AnyLength
 from gralora_fx.core.tracing.capture import dynamic_axes
 from gralora_fx.core.tracing.check import fixed_axes
 from gralora_fx.core.tracing.draft import Captured
@@ -161,6 +160,8 @@ def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynami
     Before: `x = input.flatten(1); y = self.act(torch.nn.functional.linear(x, w))`
     After:  `x = aten.flatten(input, 1); y = aten.relu(aten.linear(x, w))`
     """
+    from gralora_fx.core.tracing.any_length import AnyLength
+
     graph_module.recompile()
     with placeholder_parameters(graph_module) as originals, quiet(), torch.no_grad():
         wrapper, held = _Named(graph_module, inputs), [name for known in parts("input axes", inputs) for name in known]
