@@ -182,8 +182,8 @@ def refuse_size(draft: Captured, description: str, problem: str) -> NoReturn:
 
     raise TraceError(
         f"the trace of {type(draft.model).__name__} is valid for the example's sizes only; with {description} "
-        f"{problem}. The forward{where_defined(draft.model)} branches or loops on a size, or makes a number of it, as "
-        f"len and math.sqrt do: {remedy('trace', 'trace it from Python')} with dynamic=False for one size, or rewrite it"
+        f"{problem}. The forward{where_defined(draft.model)} branches or loops on a size, or makes a number of it "
+        f"(as len does): {remedy('trace', 'trace it from Python')} with dynamic=False for one size, or rewrite it"
     )
 
 
