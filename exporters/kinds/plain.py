@@ -45,11 +45,7 @@ from gralora_fx.exporters.rules.clean_up import (
 )
 from gralora_fx.exporters.rules.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.rules.onnx_pipeline import OnnxIrPass, OnnxPipeline
-from gralora_fx.exporters.rules.products.float_matrices import (
-    fill_vectors,
-    fold_transposes,
-    part_transposes,
-)
+from gralora_fx.exporters.rules.products.float_matrices import fill_vectors, fold_transposes, part_transposes
 from gralora_fx.exporters.rules.rows.flatten_tokens import FlattenTokens, copied
 from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError

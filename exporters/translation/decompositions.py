@@ -6,6 +6,7 @@ Arguments and results are those of the operators of PyTorch that `DECOMPOSITIONS
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -68,14 +69,26 @@ def _masked_put(x: Tensor, masks: Sequence[Tensor], value: Tensor, accumulate: b
 
 def _linear_1d(x: Tensor, output_size: Any, align_corners: bool, scale_factors: Any) -> Tensor:
     if output_size is None and scale_factors[0] != int(scale_factors[0]):
-        raise NotImplementedError("a scale that is no integer")
+        raise NotImplementedError("its scale is a fraction")
     size = x.shape[-1] * int(scale_factors[0]) if output_size is None else output_size[0]
     scale = None if scale_factors is None else scale_factors[0]
     return _aten.upsample_linear1d(x, [size], align_corners, scale)  # type: ignore[no-any-return]
 
 
-def _lstm_cell(x: Tensor, hx: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
-    gates = _parts(linear(x, w_ih, b_ih) + linear(hx[0], w_hh, b_hh), 4)
+def _gates(x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Tensor:
+    return linear(x, w_ih, b_ih) + linear(hx, w_hh, b_hh)
+
+
+def _tanh_cell(*args: Any) -> Tensor:
+    return _gates(*args).tanh()
+
+
+def _relu_cell(*args: Any) -> Tensor:
+    return _gates(*args).relu()
+
+
+def _lstm_cell(x: Tensor, hx: Sequence[Tensor], *weights: Any) -> tuple[Tensor, Tensor]:
+    gates = _parts(_gates(x, hx[0], *weights), 4)
     state = gates[1].sigmoid() * hx[1] + gates[0].sigmoid() * gates[2].tanh()
     return gates[3].sigmoid() * state.tanh(), state
 
@@ -91,20 +104,8 @@ def _parts(x: Tensor, count: int) -> list[Tensor]:
     return [_aten.slice(x, -1, size * part, size * (part + 1)) for part in range(count)]
 
 
-def _tanh_cell(x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Tensor:
-    return (linear(x, w_ih, b_ih) + linear(hx, w_hh, b_hh)).tanh()
-
-
-def _relu_cell(x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Tensor:
-    return (linear(x, w_ih, b_ih) + linear(hx, w_hh, b_hh)).relu()
-
-
-def _largest(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
-    return torch.amax(x, [*dim] or [*range(x.ndim)], keepdim)
-
-
-def _smallest(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
-    return torch.amin(x, [*dim] or [*range(x.ndim)], keepdim)
+def _over_all(reduce: Callable[..., Tensor], x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
+    return reduce(x, [*dim] or [*range(x.ndim)], keepdim)
 
 
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
@@ -121,8 +122,8 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     _aten.gru_cell.default: _gru_cell,
     _aten.rnn_tanh_cell.default: _tanh_cell,
     _aten.rnn_relu_cell.default: _relu_cell,
-    _aten.amax.default: _largest,
-    _aten.amin.default: _smallest,
+    _aten.amax.default: partial(_over_all, torch.amax),
+    _aten.amin.default: partial(_over_all, torch.amin),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -118,31 +119,27 @@ def plain_sizes(graph: fx.Graph) -> PassResult[fx.Graph]:
     count = len(numbers)
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        if (
-            is_call(node, *_ARITHMETIC)
-            and value.is_floating_point()
-            and (is_size(node.args[1]) or _is_truth(node.args[1]))
-        ):
+        if is_call(node, *_ARITHMETIC) and value.is_floating_point() and _is_symbol(node.args[1]):
             node.args = (node.args[0], _as_float(graph, node), *node.args[2:])
             count += 1
     return PassResult(count)
 
 
-def _is_truth(node: object) -> bool:
-    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.SymBool)
+def _is_symbol(node: Any) -> bool:
+    return is_size(node) or (isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.SymBool))
 
 
 def _as_float(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    size, result_value = node.args[1], node.meta["val"]
+    size, like = node.args[1], node.meta["val"]
     assert isinstance(size, fx.Node)
-    if result_value.dtype is not torch.float32 or _is_truth(size):
-        with graph.inserting_before(node):
-            result = graph.call_function(aten.scalar_tensor.default, (size,), {"dtype": result_value.dtype})
-        result.meta = {**size.meta, "val": result_value.new_empty(())}
-        return result
     with graph.inserting_before(node):
-        result = graph.call_function(torch.sym_float, (size,))
-    result.meta = {**size.meta, "val": torch.sym_float(size.meta["val"])}  # type: ignore[no-untyped-call]
+        if like.dtype is torch.float32 and is_size(size):
+            result = graph.call_function(torch.sym_float, (size,))
+            value = torch.sym_float(size.meta["val"])  # type: ignore[no-untyped-call]
+        else:
+            result = graph.call_function(aten.scalar_tensor.default, (size,), {"dtype": like.dtype})
+            value = like.new_empty(())
+    result.meta = {**size.meta, "val": value}
     return result
 
 

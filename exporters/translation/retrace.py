@@ -61,7 +61,10 @@ def retrace(nodes: Sequence[fx.Node], table: Table | None = None, written: Seque
         for node in nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), computed.__getitem__)
             computed[node] = _call(node.target, args, kwargs)
-        return [computed[node] for node in (*outputs, *written)]
+        results = [computed[node] for node in (*outputs, *written)]
+        if any(result is None for result in results):
+            raise NotImplementedError("one of its results is not computed")
+        return results
 
     mode = detect_fake_mode([node.meta["val"] for node in nodes[0].graph.nodes if "val" in node.meta])
     assert mode is not None
@@ -73,13 +76,10 @@ def retrace(nodes: Sequence[fx.Node], table: Table | None = None, written: Seque
             parts = make_fx(compute, decomposition_table={**_BASIC, **(table or {})})(*noted)
             parts = make_fx(func.functionalize(parts))(*noted)
     except Exception as error:
-        from gralora_fx.core.tracing.failures import call_named
-
-        calls = listed(dict.fromkeys(call_named(node) for node in nodes if isinstance(node.target, OpOverload)), 4)
-        cause, remedy = f": {first_line(error)}", "compute it with other operators, or outside of the model"
+        calls = [node for node in nodes if isinstance(node.target, OpOverload)]
         if isinstance(error, FixedSize):
-            cause, remedy = " for other sizes than the example's", "compute it otherwise, or trace with dynamic=False"
-        raise ExportError(f"there is no ONNX form of {calls}{cause}; {remedy}") from error
+            raise without_form(calls, " for other sizes than the example's", "trace with dynamic=False") from error
+        raise without_form(calls, f" ({first_line(error)})") from error
     graph, end = nodes[-1].graph, nodes[-1].next
     copies: dict[fx.Node, fx.Node] = dict(zip(parts.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(end):
@@ -95,6 +95,14 @@ def retrace(nodes: Sequence[fx.Node], table: Table | None = None, written: Seque
         node.replace_all_uses_with(copies[result], delete_user_cb=lambda user: user in after)
     for node in reversed(nodes):
         graph.erase_node(node)
+
+
+def without_form(nodes: Sequence[fx.Node], why: str = "", otherwise: str = "outside of the model") -> ExportError:
+    """Return the error that calls have no ONNX form, which names them with their lines."""
+    from gralora_fx.core.tracing.failures import call_named
+
+    calls = listed(dict.fromkeys(map(call_named, nodes)), 4)
+    return ExportError(f"there is no ONNX form of {calls}{why}: compute it with other operators, or {otherwise}")
 
 
 def spell_out(graph: fx.Graph) -> None:

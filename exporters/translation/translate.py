@@ -31,7 +31,7 @@ from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.operators import operators_called
-from gralora_fx.errors import ExportError, first_line, listed
+from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES
 from gralora_fx.exporters.translation.operators import TRANSLATIONS, DomainNode, translation_of, update_forms
 from gralora_fx.exporters.translation.plain_forms import (
@@ -41,7 +41,7 @@ from gralora_fx.exporters.translation.plain_forms import (
     plain_sizes,
     promote_types,
 )
-from gralora_fx.exporters.translation.retrace import Decompose, FoldNumbers, functionalize, note_values
+from gralora_fx.exporters.translation.retrace import Decompose, FoldNumbers, functionalize, note_values, without_form
 from gralora_fx.exporters.translation.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
 from gralora_fx.exporters.translation.weights import weight_tensor
 
@@ -164,10 +164,7 @@ def _translate_into(
         reason = f"the graph cannot be converted to ONNX: {first_line(error)} ({first_line(cause)})"
         missing = [n for n in graph.nodes if isinstance(n.target, OpOverload) and n.target not in known]
         if missing:
-            from gralora_fx.core.tracing.failures import call_named
-
-            calls = listed(dict.fromkeys(map(call_named, missing)), 4)
-            reason = f"there is no ONNX form of {calls}: compute it with other operators, or outside of the model"
+            raise without_form(missing) from error
         raise ExportError(reason) from error
     return weights
 

@@ -61,6 +61,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[], nn.Modu
     "linear interpolation": (over_length(functional.interpolate, scale_factor=2, mode="linear"), None),
     "maximum of 2": (lambda pool, h: pool(h.transpose(1, 2)).transpose(1, 2), lambda: nn.MaxPool1d(2)),
     "maximum of 3 around": (lambda pool, h: pool(h.transpose(1, 2)).mean(-1), lambda: nn.MaxPool1d(3, 2, 1, 1)),
+    "maximum of 2 by position": (
+        lambda _, h: functional.max_pool1d(h.transpose(1, 2), 2, None, 0, 1, False, False).transpose(1, 2),
+        lambda: nn.MaxPool1d(2),
+    ),
     "gru cell": (lambda cell, h: cell(h[:, 0], h[:, -1]), lambda: nn.GRUCell(16, 16)),
     "lstm cell": (lambda cell, h: cell(h[:, 0], (h[:, -1], h[:, 0]))[0], lambda: nn.LSTMCell(16, 16)),
     "tanh cell": (lambda cell, h: cell(h[:, 0]), lambda: nn.RNNCell(16, 16)),
@@ -160,6 +164,16 @@ def test_a_transform_without_onnx_form_is_refused_by_name_and_leaves_the_trace_a
         with pytest.raises(ExportError, match=r"no ONNX form of aten\.fft_fft2\.default at .* for other sizes"):
             export_onnx(traced, tmp_path / "transform")
     assert traced(torch.randn(3, 9, 16)).shape == (3, 9, 16)
+
+
+def test_indices_of_a_pooling_over_two_axes_are_refused_by_name(tmp_path: Path) -> None:
+    def places(_: Any, h: Tensor) -> Tensor:
+        largest, indices = functional.adaptive_max_pool2d(h.unsqueeze(1), (3, 16), return_indices=True)
+        return (largest + indices).squeeze(1)
+
+    traced = trace(Between(places).eval(), (torch.randn(2, 8, 16),))
+    with pytest.raises(ExportError, match=r"no ONNX form of aten\.adaptive_max_pool2d\.default at .* is not computed"):
+        export_onnx(traced, tmp_path / "places")
 
 
 def test_complex_inputs_are_refused_by_name(tmp_path: Path) -> None:

@@ -230,15 +230,13 @@ def without_fixed_sizes(mode: Any) -> Iterator[None]:
             raise FixedSize(str(symbol))
         set_replacement(symbol, size, reason)
 
-    environment._set_replacement = replaced
     try:
-        yield
-    except BaseException:
+        with patched_here(environment, "_set_replacement", replaced):
+            yield
+    except FixedSize:
         environment.var_to_range.clear()
         environment.var_to_range.update(ranges)
         raise
-    finally:
-        del environment._set_replacement
 
 
 @contextmanager

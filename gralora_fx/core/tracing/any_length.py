@@ -36,7 +36,7 @@ class AnyLength(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of PyTorch; recurrent layers without values return the shapes."""
         name, kwargs = getattr(func, "__name__", "").removesuffix(".input"), kwargs or {}
-        if name == "max_pool1d" and not kwargs.get("return_indices"):
+        if name == "max_pool1d" and not (kwargs.get("return_indices") or any(args[6:])):
             return _max_pool(*args, **kwargs)
         operator = RECURRENT.get(name)
         if name == "_pack_padded_sequence" or (operator is not None and not isinstance(args[3], bool)):
@@ -54,7 +54,8 @@ def _max_pool(
     padding: Any = 0,
     dilation: Any = 1,
     ceil_mode: bool = False,
-    **_: bool,
+    *_: bool,
+    **__: bool,
 ) -> Tensor:
     given = (kernel_size, stride or kernel_size, padding, dilation)
     size, stride, padding, dilation = (each[0] if isinstance(each, (tuple, list)) else each for each in given)
